@@ -1,0 +1,31 @@
+"""llmshrink: a Hugging Face language model in, a smaller one out that is proven by measurement and served by vLLM.
+
+The verbs of the command line are functions here, with the same names and defaults: `llmshrink.quantize(...)`,
+`llmshrink.inspect(...)`, `llmshrink.verify(...)`, `llmshrink.recipes()`. They are looked up on first use, because
+`import llmshrink` happens for `llmshrink --help` too, which has no time for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmshrink.api import inspect, quantize, recipes, verify
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "inspect", "quantize", "recipes", "verify"]
+
+
+def __getattr__(name: str) -> object:
+    """Take a verb from `llmshrink.api` when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    verb = getattr(import_module("llmshrink.api"), name)
+    globals()[name] = verb
+    return verb
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""How compressed weights lie on disk, and which engine serves what."""
