@@ -1,0 +1,276 @@
+"""A checkpoint's keys: which file each tensor lies in, where, and its bytes on demand.
+
+The tensors are read with `preadv` into memory of our own, never through `mmap`: mapped pages count as resident, and
+a model that streams through a few hundred megabytes must not look (or be) as big as its checkpoint. Everything that
+can be wrong with the files is found by `open`, before any work starts; a value that no method can work with (NaN,
+Inf) is found by `check_finite`, as the tensor comes in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from llmshrink.checkpoint.header import TensorEntry, read_header
+from llmshrink.errors import CheckpointError, SourceError
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorEntry", "check_finite"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+CHUNK = 16 * 2**20
+"""Bytes read, hashed or checked at a time."""
+
+_SAMPLE = 4096
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+class CheckpointIndex:
+    """Every tensor of a folder's safetensors checkpoint, by key.
+
+    `reads` counts how often each key's bytes were read in full. Open files are closed by `close` (or `with`).
+    """
+
+    def __init__(self, folder: Path, entries: Sequence[TensorEntry], metadata: dict[str, str]) -> None:
+        self.folder = folder
+        self.metadata = metadata
+        self.reads: Counter[str] = Counter()
+        self._entries = {entry.key: entry for entry in entries}
+        self._descriptors: dict[Path, int] = {}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> CheckpointIndex:
+        """Find and check the checkpoint in `folder`: `model.safetensors`, or the shards its index names.
+
+        Raises SourceError when there are no safetensors, CheckpointError when a file is missing, damaged, or named
+        outside the folder, or when the index and the shards disagree.
+        """
+        folder = Path(folder)
+        single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+        if single.exists() or (single.is_symlink() and not index.exists()):
+            header = read_header(single)
+            return cls(folder, header.entries, header.metadata)
+        if not index.exists():
+            raise _no_safetensors(folder)
+        weight_map = _read_weight_map(index)
+        entries: list[TensorEntry] = []
+        metadata: dict[str, str] = {}
+        for name in sorted(set(weight_map.values())):
+            file = folder / name
+            if not file.exists():
+                raise CheckpointError(f"{file}: missing, though {INDEX_FILE} names it; download or copy it again")
+            header = read_header(file)
+            metadata.update(header.metadata)
+            entries.extend(header.entries)
+        _check_agreement(index, weight_map, entries)
+        return cls(folder, entries, metadata)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __enter__(self) -> CheckpointIndex:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the shards that reads have opened; a later read opens its shard again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def keys(self) -> list[str]:
+        """Every key, shard by shard in the order of the bytes."""
+        return list(self._entries)
+
+    def files(self) -> list[Path]:
+        """Every shard, sorted by name."""
+        return sorted({entry.file for entry in self._entries.values()})
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def entry(self, key: str) -> TensorEntry:
+        """Where `key` lies. Raises CheckpointError when the checkpoint has no such tensor."""
+        try:
+            return self._entries[key]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {key}") from None
+
+    def read(self, key: str) -> Tensor:
+        """The tensor in its stored dtype and shape, on the CPU, in fresh memory that the caller owns."""
+        entry = self.entry(key)
+        self.reads[key] += 1
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        for start in range(0, entry.nbytes, CHUNK):
+            self._fill(entry, view[start : start + CHUNK], start)
+        return buffer.view(entry.dtype).reshape(entry.shape)
+
+    def read_bytes(self, key: str) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most 16 MiB; each piece is valid until the next is asked for."""
+        entry = self.entry(key)
+        self.reads[key] += 1
+        buffer = memoryview(bytearray(min(CHUNK, entry.nbytes)))
+        for start in range(0, entry.nbytes, CHUNK):
+            piece = buffer[: min(CHUNK, entry.nbytes - start)]
+            self._fill(entry, piece, start)
+            yield piece
+
+    def fingerprint(self) -> str:
+        """A sha256 that tells two checkpoints apart without reading them whole.
+
+        It covers each tensor's key, dtype and shape and the first and last 4 KiB of its bytes; it doesn't depend on
+        how the tensors are spread over shards, nor on the folder's name.
+        """
+        digest = hashlib.sha256()
+        for key in sorted(self._entries):
+            entry = self._entries[key]
+            digest.update(json.dumps([key, str(entry.dtype), entry.shape]).encode())
+            for start in {0, max(0, entry.nbytes - _SAMPLE)}:
+                piece = memoryview(bytearray(min(_SAMPLE, entry.nbytes)))
+                self._fill(entry, piece, start)
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def verify_blobs(self) -> int:
+        """Compare each shard of a Hub snapshot with the sha256 that the Hub gave it; returns how many were compared.
+
+        In the Hub's cache a snapshot's file is a link to a blob that is named by its content's sha256. Shards that
+        aren't such links (a plain folder) have no promise to check and are not read. Raises CheckpointError naming
+        the blob that doesn't match.
+        """
+        checked = 0
+        for file in self.files():
+            blob = file.resolve()
+            if not file.is_symlink() or blob.parent.name != "blobs" or not _BLOB_NAME.fullmatch(blob.name):
+                continue
+            with blob.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != blob.name:
+                raise CheckpointError(
+                    f"{file}: its content has sha256 {found[:12]}..., the Hub promised {blob.name[:12]}...; "
+                    f"delete {blob} and run again to download it anew"
+                )
+            checked += 1
+        return checked
+
+    def _fill(self, entry: TensorEntry, into: memoryview, start: int) -> None:
+        """Read len(into) bytes of the tensor from its byte `start` on."""
+        descriptor = self._descriptors.get(entry.file)
+        try:
+            if descriptor is None:
+                descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[entry.file] = descriptor
+            done = 0
+            while done < len(into):
+                count = os.preadv(descriptor, [into[done:]], entry.offset + start + done)
+                if count == 0:
+                    raise CheckpointError(f"{entry.file}: became shorter while {entry.key} was read; copy it again")
+                done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{entry.file}: {entry.key} can't be read: {error.strerror or error}; check the disk, or copy it again"
+            ) from error
+
+
+def check_finite(key: str, tensor: Tensor) -> None:
+    """Raise CheckpointError naming `key` if `tensor` holds a NaN or an Inf; integers always pass."""
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) or tensor.numel() == 0:
+        return
+    flat = (torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor).reshape(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        # amin/amax carry a NaN through, so two numbers answer for the whole piece without a mask of its size.
+        piece = flat[start : start + CHUNK]
+        low, high = (piece.float() if piece.dtype.itemsize == 1 else piece).aminmax()
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            bad = piece.float().isfinite().logical_not_()
+            first = start + int(bad.nonzero()[0])
+            raise CheckpointError(
+                f"{key}: {flat[first].item()} at {_position(first, tensor)} (and {int(bad.sum()) - 1:,} more near it): "
+                "the weights are damaged, and no method can work with them; download or export the model again"
+            )
+
+
+def _position(flat: int, tensor: Tensor) -> str:
+    index = []
+    for size in reversed(tensor.shape):
+        flat, at = divmod(flat, size)
+        index.append(at)
+    return str(index[::-1])
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        described = json.loads(index.read_bytes())
+        weight_map = described["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: broken index: no weight_map to read; download or copy it again") from error
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not _stays_inside(name):
+            raise CheckpointError(
+                f"{index}: {key} is said to lie in {name!r}, outside the model's folder: refused; "
+                "an index names files beside it"
+            )
+    return weight_map
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a shard's name is a relative path without a step up; links that the folder itself holds are the user's."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if not name or "\0" in name or posix.is_absolute() or windows.drive or windows.root:
+        return False
+    return ".." not in windows.parts and ".." not in posix.parts and posix.suffix == ".safetensors"
+
+
+def _check_agreement(index: Path, weight_map: dict[str, str], entries: Sequence[TensorEntry]) -> None:
+    where: dict[str, Path] = {}
+    for entry in entries:
+        if entry.key in where:
+            raise CheckpointError(
+                f"{entry.file}: holds {entry.key}, and so does {where[entry.key].name}; keep one of the two"
+            )
+        where[entry.key] = entry.file
+    for key, name in weight_map.items():
+        if where.get(key) != index.parent / name:
+            raise CheckpointError(f"{index}: says that {key} lies in {name}, which doesn't hold it; copy both again")
+    unknown = sorted(where.keys() - weight_map.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{where[unknown[0]]}: holds {unknown[0]} (and {len(unknown) - 1} more), unknown to {INDEX_FILE}; "
+            "copy both again"
+        )
+
+
+def _no_safetensors(folder: Path) -> SourceError:
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        return SourceError(
+            f"{folder}: only pickle weights ({pickles[0]}), which are never loaded because a pickle can run code; "
+            "convert them once, where you trust them: "
+            'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
+            " (and copy the tokenizer's files)"
+        )
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    found = f" (found {', '.join(others[:3])}, which no index names)" if others else ""
+    return SourceError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}{found}; name a folder that holds a model")

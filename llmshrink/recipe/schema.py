@@ -1,0 +1,185 @@
+"""The recipe, as a frozen model: what its YAML may say, and nothing else.
+
+A recipe says once what happens to every linear weight inside the model's blocks (`steps`), which of them stay as they
+are (`ignore`), and where a pattern asks for something else (`overrides`; a later one wins over an earlier one).
+A pattern is matched against the site's full module name (`model.layers.0.mlp.down_proj`), case-sensitively, with `*`,
+`?` and `[...]`; a bare name such as `down_proj` also means every module whose last part it is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+BITS = (2, 3, 4, 8)
+METHODS = ("gptq", "rtn")
+"""Mirrors methods.registry without importing torch; a test holds the two together."""
+
+ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _known_bits(bits: int | None) -> int | None:
+    if bits is not None and bits not in BITS:
+        raise PydanticCustomError("bits", "isn't one of 2, 3, 4, 8")
+    return bits
+
+
+def _known_group(group_size: int | None) -> int | None:
+    if group_size is not None and group_size != -1 and group_size < 1:
+        raise PydanticCustomError("group_size", "isn't -1 (one group a row) or a positive number of inputs")
+    return group_size
+
+
+def _known_method(method: str | None) -> str | None:
+    if method is not None and method not in METHODS:
+        raise PydanticCustomError("method", "unknown method")
+    return method
+
+
+class Quantize(_Frozen):
+    """How a weight becomes grouped integers.
+
+    method: `gptq` (uses calibration data) or `rtn` (rounds to nearest; needs none).
+    bits: 2, 3, 4 or 8 per weight.
+    group_size: consecutive inputs that share a scale; -1 is one group a row.
+    symmetric: no zero-points.
+    scale_search: how a group's scale is chosen: `minmax`, `mse`, `hessian` (squared error weighted by the Hessian's
+        diagonal), `trial` (the sweep itself is tried with each candidate). rtn has no Hessian: minmax or mse.
+    signed: scales may be negative, which gives the extra code to the heavier tail (symmetric only).
+    act_order: the sweep goes from the loudest input to the quietest; nothing extra is stored.
+    corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
+    damp: share of the mean of the Hessian's diagonal that is added to it.
+    block_size: columns that the sweep solves before it updates the rest.
+    """
+
+    method: Annotated[str, Field(validate_default=True)] = "gptq"
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    scale_search: ScaleSearch = "trial"
+    signed: bool = True
+    act_order: bool = True
+    corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    block_size: PositiveInt = 128
+
+    _bits = field_validator("bits")(_known_bits)
+    _group = field_validator("group_size")(_known_group)
+    _method = field_validator("method")(_known_method)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, data: object) -> object:
+        """rtn has neither a Hessian nor a sweep, so its defaults differ from gptq's."""
+        if isinstance(data, dict) and data.get("method") == "rtn":
+            return {"scale_search": "mse", "act_order": False, "corrected": 0.0, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.method != "rtn":
+            return self
+        unread = [
+            f"{name}: {value}"
+            for name, value, idle in (
+                ("scale_search", self.scale_search, self.scale_search in ("minmax", "mse")),
+                ("act_order", str(self.act_order).lower(), not self.act_order),
+                ("corrected", self.corrected, self.corrected == 0.0),
+            )
+            if not idle
+        ]
+        if unread:
+            raise PydanticCustomError(
+                "rtn",
+                "method rtn reads no statistics, so it can't follow {unread}; use scale_search mse or minmax, "
+                "act_order false, corrected 0, or method gptq",
+                {"unread": ", ".join(unread)},
+            )
+        return self
+
+
+class QuantizePatch(_Frozen):
+    """The fields of Quantize that an override changes; the others stay as the step says."""
+
+    method: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    scale_search: ScaleSearch | None = None
+    signed: bool | None = None
+    act_order: bool | None = None
+    corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
+    damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    block_size: PositiveInt | None = None
+
+    _bits = field_validator("bits")(_known_bits)
+    _group = field_validator("group_size")(_known_group)
+    _method = field_validator("method")(_known_method)
+
+    def onto(self, base: Quantize) -> Quantize:
+        """`base` with this patch's fields; a change of method brings the new method's defaults with it."""
+        patch = self.model_dump(exclude_none=True)
+        return Quantize.model_validate(switch_method(base.model_dump(), patch.get("method")) | patch)
+
+
+class Step(_Frozen):
+    """One thing that is done to the model. Now there is one: quantize."""
+
+    quantize: Quantize
+
+
+class Override(_Frozen):
+    """What happens instead to the sites that `match` matches: other fields, or nothing at all (`ignore`)."""
+
+    match: Text
+    quantize: QuantizePatch | None = None
+    ignore: bool = False
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if self.ignore == (self.quantize is not None):
+            raise PydanticCustomError("override", "says nothing or two things; give either `quantize: {{...}}` or `ignore: true`")
+        return self
+
+
+class Recipe(_Frozen):
+    """A whole recipe, resolved: every default is a value."""
+
+    name: Text
+    summary: str = ""
+    steps: Annotated[tuple[Step, ...], Field(strict=False)]
+    ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ("lm_head",)
+    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+
+    @field_validator("steps")
+    @classmethod
+    def _one_quantize_step(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        if len(steps) != 1:
+            raise PydanticCustomError(
+                "steps",
+                "{count} quantize steps; exactly one quantizes the sites (overrides say what differs where)",
+                {"count": len(steps)},
+            )
+        return steps
+
+    @property
+    def quantize(self) -> Quantize:
+        """What the recipe's one step says."""
+        return self.steps[0].quantize
+
+
+METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size")
+
+
+def switch_method(fields: dict[str, object], method: object) -> dict[str, object]:
+    """`fields` for another method: what only the old method reads is left out, so that the new one's defaults hold."""
+    if method is None or method == fields.get("method", "gptq"):
+        return fields
+    return {name: value for name, value in fields.items() if name not in METHOD_FIELDS}
