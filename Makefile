@@ -1,0 +1,68 @@
+# Everything a person or CI does with a checkout. Each target makes what it needs, in .venv, from the pinned versions of
+# constraints/: lean.txt is enough to compress a model and to develop; full.txt is lean.txt and the real vLLM engine.
+#
+# torch comes first and by the ordinary client, since its build is the machine's choice: where the package index or a
+# local wheel folder offers a CPU build, pip takes that; the index's own wheel for Linux x86 may be the CUDA build.
+# Everything else is a closed list, installed as it stands (--no-deps): there is nothing left for pip to resolve, and
+# vLLM's CPU build names companions of torch (torchaudio, torchvision, torchcodec) that it doesn't need here.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo-w4
+# `make bench PEER_PYTHON=/path/to/python`: the Python of an environment that has llm-compressor.
+PEER_PYTHON ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-full demo test test-fast lint format bench torture clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(VENV)/lean.stamp  ## The environment, without vLLM
+
+venv-full: $(VENV)/full.stamp  ## The environment, with vLLM's CPU build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"llmshrink needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/lean.stamp: constraints/lean.txt pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints/lean.txt torch
+	$(BIN)/pip install --quiet --no-deps --requirement constraints/lean.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/full.stamp: constraints/full.txt $(VENV)/lean.stamp
+	$(BIN)/pip install --quiet --no-deps --requirement constraints/full.txt
+	@touch $@
+
+demo: venv  ## Quantize the embedded model, prove it, let it speak
+	$(BIN)/llmshrink quantize demo --output $(DEMO) --overwrite
+	$(BIN)/llmshrink verify $(DEMO)
+	$(BIN)/python -m llmshrink.demo.say $(DEMO)
+
+lint: venv  ## ruff, the directions of import, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: venv  ## ruff's formatter and its safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: venv-full lint  ## Lint, types and every test, those with the real vLLM engine too
+	$(BIN)/python -u -m pytest -m "not torture"
+
+test-fast: venv  ## The tests of a minute: no engine, nothing slow
+	$(BIN)/python -u -m pytest -m "not torture and not engine and not slow"
+
+torture: venv  ## A hundred killed runs, a hundred identical results
+	$(BIN)/python -u -m pytest -m torture
+
+bench: venv  ## Time, memory and damage against the peers
+	$(BIN)/python -m benchmarks $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+
+clean:  ## What was built, not the environment
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
