@@ -1,0 +1,108 @@
+"""GPTQ with the scale search, the order and the target that measurement chose.
+
+The steps, each of them an option of the spec: factorise the damped Hessian once (`factor`); move the target to make
+good what earlier layers broke (`correct`); fix each group's scale beforehand (`scales`) or try candidates in the sweep
+(`trial`); quantize column after column, later columns absorbing the errors (`sweep`).
+
+act_order quantizes loud inputs first, while there are still many columns left to absorb their errors. Groups stay
+where they are in the weight, so nothing is stored for it. With scales fixed beforehand columns go by diag(H) alone; the
+trial needs a group's columns together, so groups go by the mean of their diag(H) and columns likewise inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmshrink.methods.contract import (
+    QuantizeSpec,
+    SiteStatistics,
+    Solved,
+    SolveError,
+    check_finite,
+    measure,
+    relative,
+    resolve_group_size,
+)
+from llmshrink.methods.correct import correction
+from llmshrink.methods.factor import Factor, factorise
+from llmshrink.methods.registry import site_solver
+from llmshrink.methods.scales import Grid, fit, minmax
+from llmshrink.methods.sweep import sweep_
+from llmshrink.methods.trial import trial_sweep_
+from llmshrink.weights import GroupedInt
+
+
+@site_solver("gptq", reads=frozenset({"hessian", "cross"}))
+def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, scale_dtype: torch.dtype) -> Solved:
+    """Quantize a weight so that its output on the calibration inputs changes least.
+
+    weight: [out_features, in_features], any float dtype. statistics: required; `cross` is read when `spec.corrected` is
+    above 0. scale_dtype: how scales will be stored. Raises SolveError on NaN, on a group size that doesn't divide
+    in_features, and on a Hessian that no damping makes positive definite.
+    """
+    if statistics is None:
+        raise SolveError("method gptq needs calibration data: give some, or use method rtn")
+    check_finite("the weight", weight)
+    size = resolve_group_size(weight.shape[1], spec.group_size)
+    diagonal = statistics.hessian.diagonal()
+    order = column_order(diagonal, size, spec)
+    factor = factorise(statistics.hessian, order, spec.damp)
+    original = weight.to(torch.float32)
+    target = original.index_select(1, order)
+    if spec.corrected > 0 and statistics.cross is not None:
+        check_finite("the cross term", statistics.cross)
+        target.add_(correction(original, statistics.cross, factor), alpha=spec.corrected)
+    columns = target.T.contiguous()
+    del target
+
+    if spec.scale_search == "trial":
+        codes, grid = trial_sweep_(columns, factor, size, spec, scale_dtype)
+        groups = order[::size] // size
+        grid = _scatter(grid, groups)
+    else:
+        grid = fixed_scales(columns, diagonal, factor, size, spec, scale_dtype)
+        codes = sweep_(columns, factor.unit, grid, order // size, spec.bits, spec.block_size)
+    del columns
+    quantized = GroupedInt(
+        torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous(),
+        grid.scale.T.to(scale_dtype, memory_format=torch.contiguous_format),
+        None if grid.zero is None else grid.zero.T.to(torch.int8, memory_format=torch.contiguous_format),
+        spec.bits,
+        size,
+    )
+    error, energy = measure(original, quantized, statistics.hessian)
+    return Solved(quantized, relative(error, energy), error, energy, factor.damping, factor.events)
+
+
+def column_order(diagonal: Tensor, size: int, spec: QuantizeSpec) -> Tensor:
+    """The input that is quantized i-th: int64 [in]. diagonal: of the Hessian, [in]. Ties keep their natural order."""
+    if not spec.act_order:
+        return torch.arange(diagonal.shape[0])
+    if spec.scale_search != "trial":
+        return diagonal.argsort(descending=True, stable=True)
+    grouped = diagonal.view(-1, size)
+    within = grouped.argsort(dim=1, descending=True, stable=True)
+    groups = grouped.mean(1).argsort(descending=True, stable=True)
+    return (within + torch.arange(0, diagonal.shape[0], size).unsqueeze(1)).index_select(0, groups).view(-1)
+
+
+def fixed_scales(
+    columns: Tensor, diagonal: Tensor, factor: Factor, size: int, spec: QuantizeSpec, dtype: torch.dtype
+) -> Grid:
+    """Scales of all groups on the target, before the sweep: [groups, rows] in the natural order of groups.
+
+    columns: float32 [in, rows] in the factor's order. diagonal: of the Hessian, [in], in the natural order.
+    """
+    natural = columns.index_select(0, factor.order.argsort()).view(-1, size, columns.shape[1])
+    if spec.scale_search == "minmax":
+        return minmax(natural, spec, dtype)
+    importance = diagonal.to(torch.float32).view(-1, size) if spec.scale_search == "hessian" else None
+    return fit(natural, importance, spec, dtype)
+
+
+def _scatter(grid: Grid, groups: Tensor) -> Grid:
+    """Put grids that are in the order of the sweep, [groups, rows], where their groups are in the weight."""
+    scale = torch.empty_like(grid.scale).index_copy_(0, groups, grid.scale)
+    zero = None if grid.zero is None else torch.empty_like(grid.zero).index_copy_(0, groups, grid.zero)
+    return Grid(scale, zero)

@@ -1,0 +1,62 @@
+"""The GPTQ sweep with scales that were fixed before it.
+
+Columns are quantized one after another; what column i got wrong is made good by the columns after it, in the way that
+the inverse Hessian's factor U says is best (Frantar et al. 2022, arXiv 2210.17323):
+
+    e_i = w_i - Q(w_i),        w_j -= e_i * U_ij / U_ii   for all j > i.
+
+Written from the receiving side, w_j' = w_j - sum_{i<j} e_i * (U_ij / U_ii), it needs no read-modify-write of all later
+columns: the errors of a finished column take the place of its weights, and a block of columns collects all that it is
+owed in one matrix product before it starts; inside it, short runs of columns do the same, and only within a run are
+errors gathered column by column. The weight is transposed, [inputs, rows], in the factor's order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmshrink.methods.scales import Grid
+from llmshrink.weights import code_range
+
+RUN = 16
+
+
+def collect_(weight: Tensor, unit: Tensor, done: int, start: int, stop: int) -> None:
+    """Take from columns start..stop what the errors of columns done..start left them to make good, in place."""
+    if start > done:
+        weight[start:stop].addmm_(unit[done:start, start:stop].T, weight[done:start], alpha=-1.0)
+
+
+def sweep_(weight: Tensor, unit: Tensor, grid: Grid, group: Tensor, bits: int, block_size: int) -> Tensor:
+    """Quantize all columns in order, and return their codes: int8 [in, rows].
+
+    weight: float32 [in, rows]; overwritten with the errors. unit: `Factor.unit`. grid: scales [groups, rows]. group:
+    int64 [in], the group of each column. block_size: columns between two lazy updates.
+    """
+    low, high = code_range(bits)
+    inputs = weight.shape[0]
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    groups = group.tolist()
+    inverse = grid.scale.reciprocal()
+    for start in range(0, inputs, block_size):
+        stop = min(start + block_size, inputs)
+        collect_(weight, unit, 0, start, stop)
+        for run in range(start, stop, RUN):
+            end = min(run + RUN, stop)
+            collect_(weight, unit, start, run, end)
+            for i in range(run, end):
+                column = weight[i]
+                if i > run:
+                    column.addmv_(weight[run:i].T, unit[run:i, i], alpha=-1.0)
+                g = groups[i]
+                code = torch.mul(column, inverse[g]).round_()
+                if grid.zero is None:
+                    code.clamp_(low, high)
+                    codes[i] = code
+                else:
+                    code.add_(grid.zero[g]).clamp_(low, high)
+                    codes[i] = code
+                    code.sub_(grid.zero[g])
+                column.addcmul_(code, grid.scale[g], value=-1.0)
+    return codes
