@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraint
 from pydantic_core import PydanticCustomError
 
 BITS = (2, 3, 4, 8)
-METHODS = ("gptq", "rtn")
-"""Mirrors methods.registry without importing torch; a test holds the two together."""
+BUILT_IN = ("gptq", "rtn")
+"""Methods that are accepted without a look into the registry, whose import brings torch; a test checks they are there."""
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -38,9 +38,16 @@ def _known_group(group_size: int | None) -> int | None:
 
 
 def _known_method(method: str | None) -> str | None:
-    if method is not None and method not in METHODS:
+    if method is not None and method not in BUILT_IN and method not in methods():
         raise PydanticCustomError("method", "unknown method")
     return method
+
+
+def methods() -> tuple[str, ...]:
+    """Every method that is registered."""
+    from llmshrink.methods import names
+
+    return names()
 
 
 class Quantize(_Frozen):
@@ -145,7 +152,7 @@ class Override(_Frozen):
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
         if self.ignore == (self.quantize is not None):
-            raise PydanticCustomError("override", "says nothing or two things; give either `quantize: {{...}}` or `ignore: true`")
+            raise PydanticCustomError("override", "says nothing or two things; give either `quantize: {...}` or `ignore: true`")
         return self
 
 

@@ -1,0 +1,176 @@
+"""What must be true of a model before any work starts, beside its weights: config, tokenizer, length, room on disk.
+
+The configuration is read by transformers, which knows every architecture's defaults; what can be refused from the
+plain `config.json` is refused from there first, since transformers would ask for packages, or run the repository's
+own code, before it came to the point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmshrink.checkpoint.source import Source
+from llmshrink.errors import OutputError, SourceError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+def check_source(source: Source, *, trust_remote_code: bool = False) -> None:
+    """Refuse what can be seen from the folder alone.
+
+    Raises SourceError: no config.json or a broken one, code of its own that isn't trusted, not a causal language
+    model, already quantized, no tokenizer. Weights are checked by CheckpointIndex.open.
+    """
+    config = _read_config(source)
+    if not trust_remote_code and _needs_own_code(config):
+        raise SourceError(
+            f"{source.name}: its config.json asks to run the repository's own Python (auto_map); "
+            "read that code, and pass --trust-remote-code if you trust it"
+        )
+    _refuse_other_tasks(source, config)
+    _refuse_quantized(source, config)
+    if not any((source.folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise SourceError(
+            f"{source.name}: no tokenizer in {source.folder} (tokenizer.json, tokenizer.model, ...); "
+            "copy the tokenizer's files of the original model there"
+        )
+
+
+def load_config(source: Source, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration through transformers. Raises SourceError as check_source does, or when it can't be read."""
+    check_source(source, trust_remote_code=trust_remote_code)
+    from transformers import AutoConfig, PretrainedConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises whatever the field at fault leads to
+        raise SourceError(
+            f"{source.name}: transformers can't read its config.json: {_one_line(error)}; "
+            "upgrade transformers, or correct the file"
+        ) from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer through transformers. Raises SourceError when it's missing or can't be read."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise SourceError(
+            f"{source.name}: its tokenizer can't be read: {_one_line(error)}; "
+            "copy the tokenizer's files of the original model again"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def model_limit(config: PretrainedConfig) -> int | None:
+    """Tokens that the model can read at once; None when its configuration names no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return limit if isinstance(limit, int) else None
+
+
+def check_seq_len(seq_len: int, config: PretrainedConfig) -> None:
+    """Raise SourceError when calibration sequences of `seq_len` tokens are longer than the model can read."""
+    limit = model_limit(config)
+    if limit is not None and seq_len > limit:
+        raise SourceError(
+            f"--seq-len {seq_len}: longer than the model's max_position_embeddings, {limit}; use --seq-len {limit} or less"
+        )
+
+
+def check_room(folder: Path, needed: int, what: str = "the output") -> None:
+    """Raise OutputError when the disk that `folder` is (or will be) on has less than `needed` bytes free."""
+    place = Path(os.path.abspath(folder))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"{folder}: no space left for {what}: {needed:,} bytes needed, {free:,} free; "
+            "free some, or name a folder on another disk"
+        )
+
+
+def _read_config(source: Source) -> dict[str, Any]:
+    file = source.folder / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise SourceError(f"{source.name}: no config.json in {source.folder}; name a folder that holds a model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: can't be read as JSON; download or copy it again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{file}: not a JSON object; download or copy it again")
+    return config
+
+
+def _needs_own_code(config: dict[str, Any]) -> bool:
+    auto_map = config.get("auto_map")
+    if not isinstance(auto_map, dict) or not ({"AutoConfig", "AutoModelForCausalLM"} & auto_map.keys()):
+        return False
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    # Many repositories carry code from before transformers learned their architecture; it isn't needed then.
+    return config.get("model_type") not in CONFIG_MAPPING
+
+
+def _refuse_other_tasks(source: Source, config: dict[str, Any]) -> None:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        if "model_type" in config:
+            return  # the model's code decides; a base class without a head is refused where its sites are found
+        raise SourceError(
+            f"{source.name}: config.json names neither architectures nor model_type; it isn't a transformers model"
+        )
+    name = str(architectures[0])
+    encoder_decoder = config.get("is_encoder_decoder") is True
+    if encoder_decoder or not name.endswith(_CAUSAL):
+        raise SourceError(
+            f"{source.name}: {name} isn't a causal language model"
+            f"{' (it has an encoder)' if encoder_decoder else ''}; "
+            "name a model whose config.json says ...ForCausalLM"
+        )
+
+
+def _refuse_quantized(source: Source, config: dict[str, Any]) -> None:
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        text = config.get("text_config")
+        found = text.get("quantization_config") if isinstance(text, dict) else None
+    if not found:
+        return
+    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else "an unnamed method"
+    detail = next((f", {found[key]}" for key in ("format", "bits", "fmt") if isinstance(found, dict) and key in found), "")
+    raise SourceError(
+        f"{source.name}: already quantized ({method}{detail}); start from the original 16-bit model "
+        "(its card names it as base_model), or dequantize this one first"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,198 @@
+"""A recipe meets a model: what each site gets, decided before any work starts.
+
+Engines fuse some linears into one layer (q/k/v, gate/up), so such sites are decided together: they must be asked for
+the same thing, and an engine must be able to serve every shard of the layer. Where no engine serves what was asked,
+the layer falls to the largest smaller group size that one does serve, else it stays 16-bit; either is a note in the
+report, or with `strict` an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from llmshrink.errors import RecipeError
+from llmshrink.formats.servable import Verdict, servable
+from llmshrink.methods.contract import QuantizeSpec
+from llmshrink.recipe.schema import Override, Quantize, Recipe
+
+HEAD = "lm_head"
+"""The pattern that every recipe ignores by default; a model whose head has another name doesn't make it a mistake."""
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """A linear inside the blocks. Sites with the same `fused` (not None) become one layer in an engine."""
+
+    name: str
+    out_features: int
+    in_features: int
+    fused: str | None
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """What one site gets.
+
+    spec: how it's quantized, its group_size always a real number of inputs; None: it stays as it is.
+    note: why that differs from what the recipe asks; None when it doesn't (spec None: the recipe ignores it).
+    engines: engine -> None if it serves the layer as decided, else why not; empty when the site stays as it is.
+    """
+
+    site: SiteShape
+    spec: QuantizeSpec | None
+    note: str | None
+    engines: tuple[tuple[str, str | None], ...] = ()
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a recipe's pattern means the module `name`: the whole name, or its last part for a pattern without a dot."""
+    return fnmatchcase(name, pattern) or ("." not in pattern and fnmatchcase(name.rpartition(".")[2], pattern))
+
+
+def assign(
+    recipe: Recipe, sites: Sequence[SiteShape], *, other_modules: Sequence[str], tp: int, strict: bool
+) -> list[Assigned]:
+    """Decide every site, in the order given.
+
+    other_modules: names of the linears outside the blocks (`lm_head`), which can't be quantized.
+    tp: over how many devices a layer will be split when served.
+    Raises RecipeError, a line each, for a pattern that matches nothing or only modules that can't follow it, for
+    fused sites that are asked for different things, and with `strict` for each site that can't be as asked.
+    """
+    assert tp >= 1, tp
+    faults = _pattern_faults(recipe, [site.name for site in sites], other_modules)
+    if faults:
+        raise RecipeError(faults)
+    asked = {site.name: _asked(recipe, site.name) for site in sites}
+    layers = _layers(sites)
+    faults = _fused_faults(layers, asked)
+    if faults:
+        raise RecipeError(faults)
+    decided: dict[str, Assigned] = {}
+    for layer in layers:
+        wanted = asked[layer[0].name]
+        for decision in _decide(layer, wanted, tp):
+            decided[decision.site.name] = decision
+    assigned = [decided[site.name] for site in sites]
+    notes = [f"{decision.site.name}: {decision.note}" for decision in assigned if decision.note]
+    if strict and notes:
+        raise RecipeError([f"{note} (refused by --strict: change the recipe there, or leave --strict out)" for note in notes])
+    return assigned
+
+
+def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
+    """One line for each engine and reason for which it won't serve some of the sites as decided."""
+    reasons: dict[tuple[str, str], int] = {}
+    quantized = [decision for decision in assigned if decision.spec is not None]
+    for decision in quantized:
+        for engine, reason in decision.engines:
+            if reason is not None:
+                reasons[engine, reason] = reasons.get((engine, reason), 0) + 1
+    return [
+        f"{engine} doesn't serve {count} of {len(quantized)} quantized sites: {reason}"
+        for (engine, reason), count in reasons.items()
+    ]
+
+
+def _asked(recipe: Recipe, name: str) -> Quantize | None:
+    """What the recipe says of one site: `ignore` is final, then the last override that matches wins, field by field."""
+    if any(matches(pattern, name) for pattern in recipe.ignore):
+        return None
+    asked: Quantize | None = recipe.quantize
+    for override in recipe.overrides:
+        if not matches(override.match, name):
+            continue
+        if override.quantize is None:
+            asked = None
+        else:
+            asked = override.quantize.onto(asked or recipe.quantize)
+    return asked
+
+
+def _pattern_faults(recipe: Recipe, sites: Sequence[str], others: Sequence[str]) -> list[str]:
+    faults = []
+    known = f"a site is named like {sites[0]}" if sites else "the model has no site"
+    for number, pattern in enumerate(recipe.ignore):
+        if pattern != HEAD and not any(matches(pattern, name) for name in (*sites, *others)):
+            faults.append(f"{recipe.name}: ignore[{number}]: {pattern} matches no module; {known}")
+    for number, override in enumerate(recipe.overrides):
+        where = f"{recipe.name}: overrides[{number}]: {override.match}"
+        outside = [name for name in others if matches(override.match, name)]
+        inside = [name for name in sites if matches(override.match, name)]
+        if not inside and not outside:
+            faults.append(f"{where} matches no module; {known}")
+        elif not inside and override.quantize is not None:
+            faults.append(f"{where} matches only {outside[0]}, outside the model's blocks, where weights stay 16-bit")
+        elif inside and all(any(matches(pattern, name) for pattern in recipe.ignore) for name in inside):
+            faults.append(f"{where} matches only modules that `ignore` lists; take them out of one of the two")
+    for name in others:
+        ignored = any(matches(pattern, name) for pattern in recipe.ignore)
+        if not ignored and not any(_ignores(override, name) for override in recipe.overrides):
+            faults.append(
+                f"{recipe.name}: ignore: doesn't list {name}, which is outside the model's blocks and stays 16-bit; "
+                f"add {name} to ignore"
+            )
+    return faults
+
+
+def _ignores(override: Override, name: str) -> bool:
+    return override.ignore and matches(override.match, name)
+
+
+def _layers(sites: Sequence[SiteShape]) -> list[list[SiteShape]]:
+    """The sites as engines see them: fused ones together."""
+    layers: dict[str, list[SiteShape]] = {}
+    for site in sites:
+        layers.setdefault(f"fused {site.fused}" if site.fused is not None else f"site {site.name}", []).append(site)
+    return list(layers.values())
+
+
+def _fused_faults(layers: Sequence[Sequence[SiteShape]], asked: dict[str, Quantize | None]) -> list[str]:
+    """A line for each way in which fused sites differ; the same difference in many blocks is one line."""
+    found: dict[str, list[str]] = {}
+    for first, *rest in layers:
+        for other in rest:
+            difference = _difference(asked[first.name], asked[other.name])
+            if difference:
+                kind = re.sub(r"\d+", "N", f"{first.name} {other.name}") + difference
+                found.setdefault(kind, []).append(
+                    f"{first.name} and {other.name} are one layer in every engine, yet they are asked for {difference}; "
+                    "let one pattern match both"
+                )
+    return [
+        lines[0] + (f" (and so in {len(lines) - 1} more blocks)" if len(lines) > 1 else "") for lines in found.values()
+    ]
+
+
+def _difference(first: Quantize | None, other: Quantize | None) -> str:
+    if first is None or other is None:
+        return "" if first is other else "quantizing one and ignoring the other"
+    one, two = first.model_dump(), other.model_dump()
+    return ", ".join(f"{name} {one[name]} and {two[name]}" for name in one if one[name] != two[name])
+
+
+def _decide(layer: Sequence[SiteShape], asked: Quantize | None, tp: int) -> list[Assigned]:
+    """One layer: as asked, or with the largest smaller group that an engine serves, or not at all."""
+    if asked is None:
+        return [Assigned(site, None, None) for site in layer]
+    widths = {site.in_features for site in layer}
+    assert len(widths) == 1, f"fused sites read one input: {[site.name for site in layer]}"
+    width = widths.pop()
+    wanted = width if asked.group_size == -1 else asked.group_size
+    shards = [(site.out_features, site.in_features) for site in layer]
+    why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else ""
+    for group_size in (size for size in range(min(wanted, width), 0, -1) if width % size == 0):
+        verdict = servable(asked.bits, group_size, asked.symmetric, shards, tp)
+        if verdict.served:
+            spec = QuantizeSpec(**asked.model_dump() | {"group_size": group_size})
+            note = f"group_size {group_size} instead of {wanted}: {why_not}" if group_size != wanted else None
+            return [Assigned(site, spec, note, tuple(verdict.engines.items())) for site in layer]
+        why_not = why_not or _reason(verdict)
+    return [Assigned(site, None, f"stays 16-bit: {why_not}, and no smaller group is served either") for site in layer]
+
+
+def _reason(verdict: Verdict) -> str:
+    return "; ".join(f"{engine}: {reason}" for engine, reason in verdict.engines.items() if reason is not None)

@@ -1,0 +1,98 @@
+"""What pydantic found wrong, in one line a person can act on: where, the value, the limit, the nearest right word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from llmshrink.recipe.schema import Override, Quantize, QuantizePatch, Recipe, ScaleSearch, Step, methods
+
+_KNOWN_KEYS: dict[str, tuple[str, ...]] = {
+    "": tuple(Recipe.model_fields),
+    "steps": tuple(Step.model_fields),
+    "quantize": tuple(Quantize.model_fields),
+    "overrides": tuple(Override.model_fields),
+}
+assert tuple(Quantize.model_fields) == tuple(QuantizePatch.model_fields)
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "string_too_short": "some text",
+}
+
+
+def describe(fault: Mapping[str, Any], label: str, origins: Mapping[str, str]) -> str:
+    """One line for one of pydantic's errors.
+
+    label: the file or shipped name. origins: path -> the flag that set it, which is named instead of the file.
+    """
+    path = joined(fault["loc"])
+    origin = _origin(path, origins)
+    where = f"{origin}: {path}" if origin else f"{label}: {path}" if path else label
+    kind, value = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
+        known = _KNOWN_KEYS[next((str(p) for p in reversed(fault["loc"][:-1]) if isinstance(p, str)), "")]
+        hint = nearest(str(fault["loc"][-1]), known)
+        return f"{where}: unknown key{hint or '; known: ' + ', '.join(known)}"
+    if kind == "missing":
+        return f"{where}: missing{'; for example steps: [{quantize: {bits: 4}}]' if path == 'steps' else ''}"
+    if kind == "method":
+        return f"{where}: {value}: unknown method{nearest(str(value), methods())}; methods: {', '.join(methods())}"
+    if kind == "literal_error":
+        known = get_args(ScaleSearch)
+        return f"{where}: {_shown(value)} isn't one of {', '.join(known)}{nearest(str(value), known)}"
+    if kind in _WANTED:
+        return f"{where}: {_shown(value)} isn't {_WANTED[kind]}{_number_hint(kind, value)}"
+    if kind in ("bits", "group_size"):
+        return f"{where}: {value} {fault['msg']}"
+    if isinstance(value, int | float | str):
+        return f"{where}: {_shown(value)}: {_lower(fault['msg']).replace('input ', '')}"
+    return f"{where}: {_lower(fault['msg'])}"
+
+
+def joined(parts: Sequence[str | int]) -> str:
+    """("steps", 0, "quantize") -> "steps[0].quantize"."""
+    text = ""
+    for part in parts:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"; did you mean X?" with the known name most like `name`, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _origin(path: str, origins: Mapping[str, str]) -> str | None:
+    """What set `path`, or a part of the document that it lies in; the last to do so wins."""
+    for place, origin in reversed(list(origins.items())):
+        if path == place or path.startswith((place + ".", place + "[")):
+            return origin
+    return None
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
+
+
+def _number_hint(kind: str, value: object) -> str:
+    if kind not in ("int_type", "float_type") or not isinstance(value, str):
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    return f"; without quotes and with a decimal point, as {number:g}" if kind == "float_type" else f"; write {number:g}"
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

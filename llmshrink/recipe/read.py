@@ -1,0 +1,216 @@
+"""From a shipped name, a file, flags and `--set` to one validated, frozen recipe, or to all that is wrong with it.
+
+The YAML is read by the safe loader, with duplicate keys refused (YAML would keep the last in silence). Flags and
+`--set` change the parsed document before it is validated, so that a value is judged by the same rules wherever it
+comes from, and a fault says where that was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmshrink.errors import RecipeError
+from llmshrink.recipe.faults import describe, joined, nearest
+from llmshrink.recipe.schema import Recipe, switch_method
+
+_SIZE_LIMIT = 1_000_000
+_FLAGS = {
+    "method": "--method",
+    "bits": "--bits",
+    "group_size": "--group-size",
+    "symmetric": "--symmetric/--asymmetric",
+}
+
+
+def load_recipe(
+    name_or_path: str | os.PathLike[str], *, flags: Mapping[str, object] | None = None, sets: Sequence[str] = ()
+) -> Recipe:
+    """Read a recipe by its shipped name or from a YAML file, changed by `flags` and then by `sets`.
+
+    flags: any of method, bits, group_size, symmetric; None means not given. A change of method drops the fields that
+    only the old method reads. sets: `steps.0.quantize.bits=3`, the value a YAML scalar or flow list.
+    Raises RecipeError with one line for each fault.
+    """
+    label, text = _find(os.fspath(name_or_path))
+    document = _parse(label, text)
+    origins: dict[str, str] = {}
+    faults = _apply_flags(document, flags or {}, origins, label)
+    for assignment in sets:
+        faults += _apply_set(document, assignment, origins)
+    recipe, found = _validate(document, label, origins)
+    faults += found
+    if recipe is None or faults:
+        raise RecipeError(faults)
+    return recipe
+
+
+def shipped() -> dict[str, Recipe]:
+    """The recipes that come with llmshrink, by name, sorted."""
+    return {name: load_recipe(name) for name in shipped_names()}
+
+
+def shipped_names() -> list[str]:
+    """The shipped recipes' names, sorted."""
+    return sorted(file.stem for file in _folder().glob("*.yaml"))
+
+
+def _folder() -> Path:
+    """The data package's folder, found without importing it: that would hide the verb `llmshrink.recipes()`."""
+    spec = find_spec("llmshrink.recipes")
+    assert spec is not None, "the recipes are part of the installation"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal one, every default written out."""
+    document = recipe.model_dump(mode="json", exclude_none=True)
+    for override in document["overrides"]:
+        if not override["ignore"]:
+            del override["ignore"]
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 (hex) of the resolved recipe's canonical JSON; how its YAML was written doesn't change it."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _find(name: str) -> tuple[str, str]:
+    """The name that faults are reported under, and the YAML."""
+    names = shipped_names()
+    if name in names:
+        return name, (_folder() / f"{name}.yaml").read_text("utf-8")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        if name.endswith((".yaml", ".yml")) or os.sep in name or path.exists():
+            raise RecipeError([f"{name}: no such file; shipped recipes: {', '.join(names)}"])
+        raise RecipeError([f"{name}: unknown recipe{nearest(name, names)}; shipped: {', '.join(names)}, or a YAML file"])
+    try:
+        if path.stat().st_size > _SIZE_LIMIT:
+            raise RecipeError([f"{name}: over {_SIZE_LIMIT:,} bytes: not a recipe"])
+        return name, path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError([f"{name}: can't be read: {reason}; name a YAML file"]) from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, with a key that is written twice in one mapping refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506
+
+
+def _parse(label: str, text: str) -> dict[str, Any]:
+    try:
+        document = _load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise RecipeError([f"{label}:{where} {error.problem or 'not YAML'}"]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError([f"{label}: not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(document, dict):
+        raise RecipeError([f"{label}: not a recipe: a mapping with name, steps, ignore, overrides is wanted"])
+    return {str(key): value for key, value in document.items()}
+
+
+def _apply_flags(
+    document: dict[str, Any], flags: Mapping[str, object], origins: dict[str, str], label: str
+) -> list[str]:
+    """Put each given flag into the one step that has such a field."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    assert given.keys() <= _FLAGS.keys(), given
+    steps = document.get("steps")
+    places = [
+        number
+        for number, step in enumerate(steps if isinstance(steps, list) else [])
+        if isinstance(step, dict) and isinstance(step.get("quantize"), dict)
+    ]
+    if not given or not places:
+        return []  # what is wrong with the steps is said by their validation
+    if len(places) > 1:
+        could = " or ".join(f"steps[{number}].quantize" for number in places)
+        return [
+            f"{_FLAGS[name]}: could mean {could} of {label}; say which: "
+            f"--set steps.{places[0]}.quantize.{name}={_scalar(value)}"
+            for name, value in given.items()
+        ]
+    step = document["steps"][places[0]]
+    step["quantize"] = switch_method(step["quantize"], given.get("method")) | given
+    for name in given:
+        origins[f"steps[{places[0]}].quantize.{name}"] = _FLAGS[name]
+    return []
+
+
+def _apply_set(document: dict[str, Any], assignment: str, origins: dict[str, str]) -> list[str]:
+    """Carry out one `path=value`; returns the faults."""
+    said = f"--set {assignment}"
+    path, equals, text = assignment.partition("=")
+    parts = [part for part in re.split(r"[.\[\]]+", path.strip()) if part]
+    if not equals or not parts:
+        return [f"{said}: not a path=value; for example steps.0.quantize.bits=3"]
+    try:
+        value = _load(text)
+    except yaml.YAMLError:
+        return [f"{said}: {text!r} isn't a YAML value; for example steps.0.quantize.bits=3"]
+    here: Any = document
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        at = joined(_typed(parts[: depth + 1]))
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) >= len(here):
+                have = f"0 to {len(here) - 1}" if here else "none, it is empty"
+                return [f"{said}: {joined(_typed(parts[:depth]))} has no item {part} (it has {have})"]
+            key: Any = int(part)
+        elif isinstance(here, dict):
+            key = part
+        else:
+            return [f"{said}: {joined(_typed(parts[:depth]))} is a value, so there is no {at}"]
+        if last:
+            here[key] = value
+        elif isinstance(here, dict) and here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+    origins[joined(_typed(parts))] = said
+    return []
+
+
+def _typed(parts: Iterable[str]) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in parts]
+
+
+def _scalar(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _validate(document: dict[str, Any], label: str, origins: Mapping[str, str]) -> tuple[Recipe | None, list[str]]:
+    from pydantic import ValidationError
+
+    try:
+        return Recipe.model_validate(document), []
+    except ValidationError as error:
+        return None, [describe(fault, label, origins) for fault in error.errors(include_url=False)]
+
+
