@@ -1,0 +1,159 @@
+"""Which engine serves a grouped integer layer: asked before the work, for every fused layer at the TP the user names.
+
+An engine joins sites into one layer (q/k/v, gate/up), splits that layer over tensor-parallel ranks, and picks the
+first of its kernels that takes the resulting shape. The conditions below are those of vLLM 0.32 and 0.33, read from
+their `can_implement` and `create_weights` and, on the CPU, tried. A kernel that only an optional package brings counts
+only where no built-in one exists for that number of bits, and the verdict names the package.
+
+    vllm-cpu    CPUWNA16   4 bit; even group or whole row; in % 32 = 0, out % 32 = 0
+    vllm-cuda   Machete    4, 8 bit; group 64, 128 or whole row; in % 64 = 0, out % 128 = 0 (Hopper)
+                Marlin     4 bit, 8 bit symmetric; group 32, 64, 128 or whole row; any out, pads to its tiles
+                Triton     4 bit; group 32, 64, 128, 256 or whole row; out % 8 = 0
+                Humming    2, 3, 5, 6, 7 bit (optional package); any shape that the group divides
+
+Exllama takes other groups too, but only in steps of 32 inputs and in float16, without saying so: not counted on.
+
+Two conditions come from how a checkpoint is cut and hold for every engine. The stream of codes of a row is cut between
+ranks at a word, and the built-in kernels unpack whole words: so in * bits % 32 = 0 for them, and for all when the
+inputs are split. The zero-points are packed along the outputs, one shard after the other: when there are several
+shards or ranks, out * bits % 32 = 0 for each piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llmshrink.formats.bitpack import BITS, WORD
+
+Parallel = Literal["column", "row"]
+
+HUMMING = "vLLM's optional Humming kernels"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the engines say of one layer.
+
+    engines: engine -> None when it serves the layer, else why not. needs: an optional package of the engine without
+    which it does not, or None.
+    """
+
+    engines: dict[str, str | None]
+    needs: str | None = None
+
+    @property
+    def served(self) -> bool:
+        """Whether at least one engine serves the layer."""
+        return None in self.engines.values()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A fused layer as one rank holds it."""
+
+    bits: int
+    group: int  # inputs a group; -1 is one group a row
+    symmetric: bool
+    outputs: int
+    inputs: int
+
+
+def servable(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    shards: Sequence[tuple[int, int]],
+    tp: int = 1,
+    parallel: Parallel | None = None,
+) -> Verdict:
+    """Ask every engine about one layer.
+
+    group_size: inputs a group, -1 or the number of inputs for one group a row. shards: (out_features, in_features) of
+    every site that the engine fuses into the layer. tp: tensor-parallel ranks. parallel: whether those split the
+    outputs ("column") or the inputs ("row"); when it isn't known, a fused layer is "column", as all are, and a single
+    site must hold both ways. Engines that replicate key and value heads when there are fewer than ranks are held to an
+    even split all the same.
+    """
+    assert bits in BITS, bits
+    assert shards and tp >= 1 and (group_size == -1 or group_size > 0), (shards, tp, group_size)
+    if parallel is None and tp > 1 and len(shards) == 1:
+        column = servable(bits, group_size, symmetric, shards, tp, "column")
+        return column if not column.served else servable(bits, group_size, symmetric, shards, tp, "row")
+    row_split = tp if parallel == "row" else 1
+    column_split = 1 if parallel == "row" else tp
+    fault = _cut(bits, group_size, symmetric, shards, row_split, column_split)
+    if fault is not None:
+        return Verdict({"vllm-cpu": fault, "vllm-cuda": fault})
+    inputs = shards[0][1]
+    piece = _Piece(
+        bits=bits,
+        group=-1 if group_size == inputs else group_size,
+        symmetric=symmetric,
+        outputs=sum(outputs for outputs, _ in shards) // column_split,
+        inputs=inputs // row_split,
+    )
+    cuda, needs = _cuda(piece)
+    return Verdict({"vllm-cpu": _cpu(piece), "vllm-cuda": cuda}, needs)
+
+
+def _cut(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    shards: Sequence[tuple[int, int]],
+    row_split: int,
+    column_split: int,
+) -> str | None:
+    """What keeps the layer from being fused and cut into the ranks' pieces, whatever the kernel; None if nothing."""
+    inputs = shards[0][1]
+    group = inputs if group_size == -1 else group_size
+    if any(shard_inputs != inputs for _, shard_inputs in shards):
+        return f"fused sites have different inputs: {[shard_inputs for _, shard_inputs in shards]}"
+    if inputs % group:
+        return f"group {group} doesn't divide {inputs} inputs"
+    if inputs % row_split:
+        return f"{inputs} inputs can't be split over {row_split} ranks"
+    part = inputs // row_split
+    if row_split > 1 and group != inputs and part % group:
+        return f"group {group} doesn't divide the {part} inputs of one of {row_split} ranks"
+    if row_split > 1 and part * bits % WORD:
+        return f"the {part} inputs of one of {row_split} ranks end inside a word at {bits} bits"
+    for outputs, _ in shards:
+        if outputs % column_split:
+            return f"{outputs} outputs can't be split over {column_split} ranks"
+        joined = len(shards) > 1 or column_split > 1
+        if joined and not symmetric and outputs // column_split * bits % WORD:
+            return f"the zero-points of {outputs // column_split} outputs end inside a word at {bits} bits"
+    return None
+
+
+def _cpu(piece: _Piece) -> str | None:
+    """CPUWNA16, the only kernel of vLLM's CPU build; None when it takes the piece."""
+    if piece.bits != 4:
+        return f"the CPU kernel takes 4 bits, not {piece.bits}"
+    if piece.group != -1 and piece.group % 2:
+        return f"the CPU kernel takes even groups, not {piece.group}"
+    if piece.inputs % 32:
+        return f"the CPU kernel takes multiples of 32 inputs, not {piece.inputs}"
+    if piece.outputs % 32:
+        return f"the CPU kernel takes multiples of 32 outputs, not {piece.outputs}"
+    return None
+
+
+def _cuda(piece: _Piece) -> tuple[str | None, str | None]:
+    """(None or why not, the optional package that it takes) for vLLM on CUDA."""
+    if piece.bits not in (4, 8):
+        return None, HUMMING
+    if piece.inputs * piece.bits % WORD:
+        return f"{piece.inputs} inputs at {piece.bits} bits end inside a word", None
+    machete = piece.group in (-1, 64, 128) and piece.inputs % 64 == 0 and piece.outputs % 128 == 0
+    whole_zeros = piece.symmetric or piece.outputs * piece.bits % WORD == 0
+    marlin = (piece.bits == 4 or piece.symmetric) and piece.group in (-1, 32, 64, 128) and whole_zeros
+    triton = piece.bits == 4 and piece.group in (-1, 32, 64, 128, 256) and piece.outputs % 8 == 0
+    if machete or marlin or triton:
+        return None, None
+    kind = "symmetric" if piece.symmetric else "asymmetric"
+    group = "one group a row" if piece.group == -1 else f"group {piece.group}"
+    return f"no kernel takes {piece.bits} bits, {kind}, {group}, for {piece.inputs} -> {piece.outputs}", None
