@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -128,7 +129,7 @@ def _entry(file: Path, key: str, value: object, data_start: int) -> TensorEntry:
     return TensorEntry(key, file, dtype, tuple(shape), data_start + span[0], nbytes)
 
 
-def _counts(value: object) -> bool:
+def _counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 

@@ -119,7 +119,7 @@ class CheckpointIndex:
         entry = self.entry(key)
         self.reads[key] += 1
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         for start in range(0, entry.nbytes, CHUNK):
             self._fill(entry, view[start : start + CHUNK], start)
         return buffer.view(entry.dtype).reshape(entry.shape)
@@ -235,7 +235,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a shard's name is a relative path without a step up; links that the folder itself holds are the user's."""
+    """Whether a shard's name is a relative path without a step up; links inside the folder are the user's own."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if not name or "\0" in name or posix.is_absolute() or windows.drive or windows.root:
         return False

@@ -54,7 +54,7 @@ def check_source(source: Source, *, trust_remote_code: bool = False) -> None:
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration through transformers. Raises SourceError as check_source does, or when it can't be read."""
+    """The model's configuration through transformers. Raises SourceError as check_source does, and when it's broken."""
     check_source(source, trust_remote_code=trust_remote_code)
     from transformers import AutoConfig, PretrainedConfig
 
@@ -98,7 +98,7 @@ def check_seq_len(seq_len: int, config: PretrainedConfig) -> None:
     limit = model_limit(config)
     if limit is not None and seq_len > limit:
         raise SourceError(
-            f"--seq-len {seq_len}: longer than the model's max_position_embeddings, {limit}; use --seq-len {limit} or less"
+            f"--seq-len {seq_len}: longer than the model's max_position_embeddings, {limit}; use {limit} or less"
         )
 
 
@@ -120,7 +120,9 @@ def _read_config(source: Source) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise SourceError(f"{source.name}: no config.json in {source.folder}; name a folder that holds a model") from None
+        raise SourceError(
+            f"{source.name}: no config.json in {source.folder}; name a folder that holds a model"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{file}: can't be read as JSON; download or copy it again") from error
     if not isinstance(config, dict):
@@ -164,7 +166,9 @@ def _refuse_quantized(source: Source, config: dict[str, Any]) -> None:
     if not found:
         return
     method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else "an unnamed method"
-    detail = next((f", {found[key]}" for key in ("format", "bits", "fmt") if isinstance(found, dict) and key in found), "")
+    detail = next(
+        (f", {found[key]}" for key in ("format", "bits", "fmt") if isinstance(found, dict) and key in found), ""
+    )
     raise SourceError(
         f"{source.name}: already quantized ({method}{detail}); start from the original 16-bit model "
         "(its card names it as base_model), or dequantize this one first"

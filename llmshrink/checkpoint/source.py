@@ -116,9 +116,9 @@ def _pin(name: str, revision: str | None) -> str | None:
         if pickles:
             raise SourceError(
                 f"{name}: only pickle weights ({pickles[0]}), which are never loaded because a pickle can run code; "
-                f"convert them once, where you trust them: python -c \"from transformers import AutoModelForCausalLM "
-                f"as M, AutoTokenizer as T; [c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\""
-                " and quantize ./converted"
+                "convert them once, where you trust them: "
+                'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+                f"[c.from_pretrained('{name}').save_pretrained('converted') for c in (M, T)]\" and quantize ./converted"
             )
         raise SourceError(f"{name}: the repository has no safetensors; name one that holds a model")
     return info.sha

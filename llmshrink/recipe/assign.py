@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from pydantic import ValidationError
+
 from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import Verdict, servable
 from llmshrink.methods.contract import QuantizeSpec
@@ -48,7 +50,7 @@ class Assigned:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a recipe's pattern means the module `name`: the whole name, or its last part for a pattern without a dot."""
+    """Whether a recipe's pattern means the module `name`: all of it, or (without a dot) its last part."""
     return fnmatchcase(name, pattern) or ("." not in pattern and fnmatchcase(name.rpartition(".")[2], pattern))
 
 
@@ -70,7 +72,7 @@ def assign(
     layers = _layers(sites)
     faults = _fused_faults(layers, asked)
     if faults:
-        raise RecipeError(faults)
+        raise RecipeError([f"{recipe.name}: {fault}" for fault in faults])
     decided: dict[str, Assigned] = {}
     for layer in layers:
         wanted = asked[layer[0].name]
@@ -79,7 +81,9 @@ def assign(
     assigned = [decided[site.name] for site in sites]
     notes = [f"{decision.site.name}: {decision.note}" for decision in assigned if decision.note]
     if strict and notes:
-        raise RecipeError([f"{note} (refused by --strict: change the recipe there, or leave --strict out)" for note in notes])
+        raise RecipeError(
+            [f"{note} (refused by --strict: change the recipe there, or leave --strict out)" for note in notes]
+        )
     return assigned
 
 
@@ -102,13 +106,15 @@ def _asked(recipe: Recipe, name: str) -> Quantize | None:
     if any(matches(pattern, name) for pattern in recipe.ignore):
         return None
     asked: Quantize | None = recipe.quantize
-    for override in recipe.overrides:
+    for number, override in enumerate(recipe.overrides):
         if not matches(override.match, name):
             continue
-        if override.quantize is None:
-            asked = None
-        else:
-            asked = override.quantize.onto(asked or recipe.quantize)
+        try:
+            asked = override.quantize and override.quantize.onto(asked or recipe.quantize)
+        except ValidationError as error:
+            raise RecipeError(
+                [f"{recipe.name}: overrides[{number}]: at {name}: {fault['msg']}" for fault in error.errors()]
+            ) from error
     return asked
 
 
@@ -159,7 +165,7 @@ def _fused_faults(layers: Sequence[Sequence[SiteShape]], asked: dict[str, Quanti
             if difference:
                 kind = re.sub(r"\d+", "N", f"{first.name} {other.name}") + difference
                 found.setdefault(kind, []).append(
-                    f"{first.name} and {other.name} are one layer in every engine, yet they are asked for {difference}; "
+                    f"{first.name} and {other.name} are one layer in every engine, but asked for {difference}; "
                     "let one pattern match both"
                 )
     return [

@@ -67,7 +67,7 @@ def joined(parts: Sequence[str | int]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"; did you mean X?" with the known name most like `name`, or nothing."""
+    """ "; did you mean X?" with the known name most like `name`, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -91,7 +91,9 @@ def _number_hint(kind: str, value: object) -> str:
         number = float(value)
     except ValueError:
         return ""
-    return f"; without quotes and with a decimal point, as {number:g}" if kind == "float_type" else f"; write {number:g}"
+    return (
+        f"; without quotes and with a decimal point, as {number:g}" if kind == "float_type" else f"; write {number:g}"
+    )
 
 
 def _lower(message: str) -> str:

@@ -95,7 +95,9 @@ def _find(name: str) -> tuple[str, str]:
     if not path.is_file():
         if name.endswith((".yaml", ".yml")) or os.sep in name or path.exists():
             raise RecipeError([f"{name}: no such file; shipped recipes: {', '.join(names)}"])
-        raise RecipeError([f"{name}: unknown recipe{nearest(name, names)}; shipped: {', '.join(names)}, or a YAML file"])
+        raise RecipeError(
+            [f"{name}: unknown recipe{nearest(name, names)}; shipped: {', '.join(names)}, or a YAML file"]
+        )
     try:
         if path.stat().st_size > _SIZE_LIMIT:
             raise RecipeError([f"{name}: over {_SIZE_LIMIT:,} bytes: not a recipe"])
@@ -119,7 +121,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _load(text: str) -> Any:
-    return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506
+    return yaml.load(text, Loader=_UniqueKeys)
 
 
 def _parse(label: str, text: str) -> dict[str, Any]:
@@ -212,5 +214,3 @@ def _validate(document: dict[str, Any], label: str, origins: Mapping[str, str]) 
         return Recipe.model_validate(document), []
     except ValidationError as error:
         return None, [describe(fault, label, origins) for fault in error.errors(include_url=False)]
-
-

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 BITS = (2, 3, 4, 8)
 BUILT_IN = ("gptq", "rtn")
-"""Methods that are accepted without a look into the registry, whose import brings torch; a test checks they are there."""
+"""Methods accepted without a look into the registry, whose import brings torch; a test checks they are there."""
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -152,7 +152,9 @@ class Override(_Frozen):
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
         if self.ignore == (self.quantize is not None):
-            raise PydanticCustomError("override", "says nothing or two things; give either `quantize: {...}` or `ignore: true`")
+            raise PydanticCustomError(
+                "override", "says nothing or two things; give either `quantize: {...}` or `ignore: true`"
+            )
         return self
 
 
