@@ -1,0 +1,103 @@
+"""The command line: parse, call the Python twin, print. Each verb is a file; this one is the frame around them.
+
+Exit codes: 0 done; 1 ran and fell short; 2 bad input, one line for each fault alone on stderr; 130 interrupted.
+Nothing heavy is imported before a verb runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+
+PROGRAM = "llmshrink"
+
+
+def main() -> None:
+    """The entry point of the installed command: runs on sys.argv and exits with the code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out one command line (without the program's name); returns the exit code. Never raises for bad input."""
+    import typer
+
+    from llmshrink.cli.app import command
+    from llmshrink.errors import LlmshrinkError, RecipeError
+
+    _hush_libraries()
+    try:
+        result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except RecipeError as error:
+        return _refuse(*error.faults)
+    except LlmshrinkError as error:
+        return _refuse(str(error))
+    except typer.Exit as ending:
+        return ending.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted(arguments)
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted; without this, Python would complain again while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _refuse(f"{error.filename or 'the disk'}: no space left; free some and run the same command again")
+    except Exception as error:
+        if not isinstance(error, _usage_error()):
+            raise
+        return _refuse(_usage_line(error))
+
+
+def _refuse(*lines: str) -> int:
+    for line in lines:
+        print(f"{PROGRAM}: error: {' '.join(line.split())}", file=sys.stderr)
+    return 2
+
+
+def _interrupted(arguments: Sequence[str]) -> int:
+    print(f"{PROGRAM}: interrupted", end="", file=sys.stderr)
+    if arguments and arguments[0] == "quantize":
+        again = shlex.join([PROGRAM, *arguments])
+        print(
+            f"; every finished block is kept: go on from there with the same command:\n  {again}",
+            end="",
+            file=sys.stderr,
+        )
+    print(file=sys.stderr)
+    return 130
+
+
+def _usage_error() -> type[BaseException]:
+    """The parent of every error that the parser raises; Typer names only its child BadParameter in public."""
+    import typer
+
+    parent = typer.BadParameter.__base__
+    assert parent is not None
+    return parent
+
+
+def _usage_line(error: Exception) -> str:
+    format_message = getattr(error, "format_message", None)
+    message = str(format_message() if format_message else error).strip().rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", PROGRAM)
+    return f"{message[:1].lower()}{message[1:]}; see {path} --help"
+
+
+def _hush_libraries() -> None:
+    """Keep other libraries' chatter off stderr, where an error stands alone; the user's own settings win."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

@@ -1,0 +1,31 @@
+"""How a report gets onto stdout: lines for a person, or one JSON document for a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Protocol
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+class Report(Protocol):
+    """What the Python twins return."""
+
+    def to_dict(self) -> dict[str, object]: ...
+    def lines(self) -> Sequence[str]: ...
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    """Print a report."""
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        print("\n".join(report.lines()))
+
+
+def show_json(document: Mapping[str, object] | Sequence[object]) -> None:
+    """Print a document as JSON."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))

@@ -1,0 +1,35 @@
+"""`llmshrink verify`: does a compressed checkpoint, reloaded, still say what it said when it was made?"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from llmshrink.cli.show import JsonFlag, show
+
+
+class Engine(StrEnum):
+    """Who reloads the checkpoint."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
+def verify(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that llmshrink wrote.")],
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="transformers: against the run's held-out logits; vllm: the real engine against transformers."
+        ),
+    ] = Engine.TRANSFORMERS,
+    json: JsonFlag = False,
+) -> int:
+    """Reload OUT and compare; exit 1, naming the worst prompt, when it's further off than the stated tolerance."""
+    from llmshrink import api
+
+    report = api.verify(out, engine=engine.value)
+    show(report, as_json=json)
+    return 0 if report.ok else 1
