@@ -48,7 +48,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for code, octet, shift in _overlaps(bits):
         stream[:, :, octet] |= stored[:, :, code] << shift if shift >= 0 else stored[:, :, code] >> -shift
     # A negative padding cuts: the last period may reach beyond the last word, where there is nothing but zeros.
-    return pad_right(stream.view(rows, -1), (0, words * 4 - periods * octets)).view(torch.int32)
+    return pad_right(stream.view(rows, -1), (0, words * 4 - periods * octets)).contiguous().view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
