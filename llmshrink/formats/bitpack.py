@@ -48,7 +48,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for code, octet, shift in _overlaps(bits):
         stream[:, :, octet] |= stored[:, :, code] << shift if shift >= 0 else stored[:, :, code] >> -shift
     # A negative padding cuts: the last period may reach beyond the last word, where there is nothing but zeros.
-    return pad_right(stream.view(rows, -1), (0, words * 4 - periods * octets)).contiguous().view(torch.int32)
+    stream = pad_right(stream.view(rows, -1), (0, words * 4 - periods * octets))
+    return stream.reshape(-1).view(torch.int32).view(rows, words)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -58,7 +59,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     period, octets = _period(bits)
     rows = words.shape[0]
     periods = math.ceil(count / period)
-    stream = words.contiguous().view(torch.uint8)
+    stream = words.reshape(-1).view(torch.uint8).view(rows, -1)
     stream = pad_right(stream, (0, periods * octets - stream.shape[1])).view(rows, periods, octets)
     stored = torch.zeros(rows, periods, period, dtype=torch.uint8, device=words.device)
     for code, octet, shift in _overlaps(bits):
