@@ -144,7 +144,7 @@ class CheckpointIndex:
         for key in sorted(self._entries):
             entry = self._entries[key]
             digest.update(json.dumps([key, str(entry.dtype), entry.shape]).encode())
-            for start in {0, max(0, entry.nbytes - _SAMPLE)}:
+            for start in sorted({0, max(0, entry.nbytes - _SAMPLE)}):
                 piece = memoryview(bytearray(min(_SAMPLE, entry.nbytes)))
                 self._fill(entry, piece, start)
                 digest.update(piece)
@@ -239,7 +239,7 @@ def _stays_inside(name: str) -> bool:
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if not name or "\0" in name or posix.is_absolute() or windows.drive or windows.root:
         return False
-    return ".." not in windows.parts and ".." not in posix.parts and posix.suffix == ".safetensors"
+    return ".." not in windows.parts and ".." not in posix.parts
 
 
 def _check_agreement(index: Path, weight_map: dict[str, str], entries: Sequence[TensorEntry]) -> None:

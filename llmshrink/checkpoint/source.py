@@ -81,10 +81,11 @@ def _looks_like_a_path(model: str) -> bool:
 
 def _from_hub(name: str, revision: str | None, *, trust_remote_code: bool) -> Source:
     import huggingface_hub
+    from huggingface_hub import constants
 
     wanted = [*_WANTED, "*.py"] if trust_remote_code else list(_WANTED)
     try:
-        commit = None if huggingface_hub.constants.HF_HUB_OFFLINE else _pin(name, revision)
+        commit = None if constants.HF_HUB_OFFLINE else _pin(name, revision)
         folder = huggingface_hub.snapshot_download(
             name,
             revision=commit or revision,
@@ -102,13 +103,14 @@ def _from_hub(name: str, revision: str | None, *, trust_remote_code: bool) -> So
 
 def _pin(name: str, revision: str | None) -> str | None:
     """The commit that `revision` means now, or None when the Hub can't be reached; refuses a model of pickles."""
-    import httpx
     import huggingface_hub
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
-    except (OfflineModeIsEnabled, httpx.TransportError):
+    except HfHubHTTPError:
+        raise  # the Hub answered
+    except HfHubHTTPError.__bases__:  # its HTTP client's own error, whichever client that is, or the system's
         return None
     files = [file.rfilename for file in info.siblings or []]
     if not any(file.endswith(".safetensors") for file in files):
@@ -128,7 +130,6 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
     """One line for what the Hub's client raised; never its own text, which can carry addresses and headers."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        IncompleteSnapshotError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -147,7 +148,7 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
             f"{which}: no such model on the Hub (or a private one: log in with `hf auth login`), "
             f"and no such folder; check the spelling, or {_OTHER_WAYS}"
         )
-    if isinstance(error, LocalEntryNotFoundError | IncompleteSnapshotError):
+    if isinstance(error, LocalEntryNotFoundError):
         return (
             f"{which}: no such folder, not whole in the local cache, and the Hub can't be reached; "
             f"connect to the network (unset HF_HUB_OFFLINE), {_OTHER_WAYS}"

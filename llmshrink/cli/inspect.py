@@ -13,7 +13,10 @@ def inspect(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that llmshrink wrote.")],
     json: JsonFlag = False,
 ) -> int:
-    """Show each site's bits, group, bytes and error, and the effective bits of a weight."""
+    """Show what became of each weight.
+
+    Each site's bits, group, bytes and error, and the effective bits of a weight.
+    """
     from llmshrink import api
 
     show(api.inspect(out), as_json=json)

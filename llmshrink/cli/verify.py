@@ -27,7 +27,10 @@ def verify(
     ] = Engine.TRANSFORMERS,
     json: JsonFlag = False,
 ) -> int:
-    """Reload OUT and compare; exit 1, naming the worst prompt, when it's further off than the stated tolerance."""
+    """Reload OUT and compare.
+
+    Exits with 1, naming the worst prompt, when it is further off than the stated tolerance.
+    """
     from llmshrink import api
 
     report = api.verify(out, engine=engine.value)

@@ -9,6 +9,7 @@ report, or with `strict` an error.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -40,13 +41,13 @@ class Assigned:
 
     spec: how it's quantized, its group_size always a real number of inputs; None: it stays as it is.
     note: why that differs from what the recipe asks; None when it doesn't (spec None: the recipe ignores it).
-    engines: engine -> None if it serves the layer as decided, else why not; empty when the site stays as it is.
+    verdict: what the engines say of its layer as decided; None when the site stays as it is.
     """
 
     site: SiteShape
     spec: QuantizeSpec | None
     note: str | None
-    engines: tuple[tuple[str, str | None], ...] = ()
+    verdict: Verdict | None = None
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -88,17 +89,22 @@ def assign(
 
 
 def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
-    """One line for each engine and reason for which it won't serve some of the sites as decided."""
-    reasons: dict[tuple[str, str], int] = {}
-    quantized = [decision for decision in assigned if decision.spec is not None]
-    for decision in quantized:
-        for engine, reason in decision.engines:
-            if reason is not None:
-                reasons[engine, reason] = reasons.get((engine, reason), 0) + 1
+    """One line for each reason for which an engine can't serve the sites as decided, or needs a package to do so."""
+    verdicts = [decision.verdict for decision in assigned if decision.verdict is not None]
+    refusals = Counter((engine, why) for v in verdicts for engine, why in v.engines.items() if why is not None)
+    packages = Counter(v.needs for v in verdicts if v.needs is not None)
+    bits = sorted({decision.spec.bits for decision in assigned if decision.spec and _needs(decision)})
     return [
-        f"{engine} doesn't serve {count} of {len(quantized)} quantized sites: {reason}"
-        for (engine, reason), count in reasons.items()
+        f"{engine} won't serve this checkpoint: {count} of {len(verdicts)} quantized sites: {why}"
+        for (engine, why), count in refusals.items()
+    ] + [
+        f"{count} of {len(verdicts)} quantized sites ({', '.join(map(str, bits))} bits) are served with {package} only"
+        for package, count in packages.items()
     ]
+
+
+def _needs(decision: Assigned) -> bool:
+    return decision.verdict is not None and decision.verdict.needs is not None
 
 
 def _asked(recipe: Recipe, name: str) -> Quantize | None:
@@ -110,7 +116,7 @@ def _asked(recipe: Recipe, name: str) -> Quantize | None:
         if not matches(override.match, name):
             continue
         try:
-            asked = override.quantize and override.quantize.onto(asked or recipe.quantize)
+            asked = override.quantize.onto(asked or recipe.quantize) if override.quantize else None
         except ValidationError as error:
             raise RecipeError(
                 [f"{recipe.name}: overrides[{number}]: at {name}: {fault['msg']}" for fault in error.errors()]
@@ -195,7 +201,7 @@ def _decide(layer: Sequence[SiteShape], asked: Quantize | None, tp: int) -> list
         if verdict.served:
             spec = QuantizeSpec(**asked.model_dump() | {"group_size": group_size})
             note = f"group_size {group_size} instead of {wanted}: {why_not}" if group_size != wanted else None
-            return [Assigned(site, spec, note, tuple(verdict.engines.items())) for site in layer]
+            return [Assigned(site, spec, note, verdict) for site in layer]
         why_not = why_not or _reason(verdict)
     return [Assigned(site, None, f"stays 16-bit: {why_not}, and no smaller group is served either") for site in layer]
 
