@@ -27,7 +27,10 @@ from llmshrink.weights import GroupedInt
 
 FORMAT = "pack-quantized"
 VERSION = "0.17.0"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+"""What may stand in place of a linear's `weight`."""
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def tensors(name: str, weight: GroupedInt) -> dict[str, Tensor]:
     if weight.zero_point is not None:
         stored[f"{name}.weight_zero_point"] = pack(weight.zero_point.t().contiguous(), weight.bits).t().contiguous()
     return stored
+
+
+def names(name: str, *, symmetric: bool) -> list[str]:
+    """The keys that `tensors` writes for the linear `name`."""
+    return [f"{name}.{suffix}" for suffix in SUFFIXES if not (symmetric and suffix == "weight_zero_point")]
 
 
 def read(name: str, get: Callable[[str], Tensor], scheme: GroupedIntScheme) -> GroupedInt:
