@@ -82,6 +82,9 @@ class CheckpointIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
     def __enter__(self) -> CheckpointIndex:
         return self
 

@@ -1,0 +1,132 @@
+"""The verbs as functions: what the command line does, with the same names and defaults, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from llmshrink.errors import LlmshrinkError, SourceError
+
+if TYPE_CHECKING:
+    from llmshrink.recipe.schema import Recipe
+    from llmshrink.run.inspect import InspectReport
+    from llmshrink.run.progress import Progress
+    from llmshrink.run.report import QuantizeReport, VerifyReport
+
+PathLike = str | os.PathLike[str]
+
+
+def quantize(
+    model: PathLike,
+    *,
+    output: PathLike,
+    recipe: PathLike = "gptq-w4a16",
+    calibration: PathLike | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    asymmetric: bool | None = None,
+    method: str | None = None,
+    set: Sequence[str] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    work_dir: PathLike | None = None,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+    trust_remote_code: bool = False,
+    serve_tp: int = 1,
+    strict: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a model into a checkpoint that transformers loads and vLLM serves.
+
+    model: a Hub id (`id` or `id@revision`), a folder, or "demo". output: the folder to make; it appears only whole.
+    recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method and set ("steps.0.quantize.bits=3")
+    change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets` name, "demo", or None for the default mix;
+    samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). A run that was killed goes on
+    where it stood when it is called again. Returns the closing summary; its `ok` is False when the checkpoint didn't
+    verify and was not published. Raises LlmshrinkError for bad input.
+    """
+    from llmshrink.run.job import Options
+    from llmshrink.run.progress import Silent
+    from llmshrink.run.quantize import quantize as run
+
+    for name, value, least in (("serve_tp", serve_tp, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise LlmshrinkError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    options = Options(
+        model=os.fspath(model),
+        output=Path(output),
+        recipe=os.fspath(recipe),
+        calibration=None if calibration is None else os.fspath(calibration),
+        samples=samples,
+        seq_len=seq_len,
+        flags={
+            "bits": bits,
+            "group_size": group_size,
+            "symmetric": None if asymmetric is None else not asymmetric,
+            "method": method,
+        },
+        sets=tuple(set),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        seed=seed,
+        work_dir=None if work_dir is None else Path(work_dir),
+        overwrite=overwrite,
+        max_shard_size=parse_size(max_shard_size),
+        trust_remote_code=trust_remote_code,
+        serve_tp=serve_tp,
+        strict=strict,
+        verify=verify,
+    )
+    return run(options, progress or Silent())
+
+
+def inspect(path: PathLike) -> InspectReport:
+    """Describe a checkpoint that llmshrink wrote: bits, group, bytes and error of every site."""
+    from llmshrink.run.inspect import inspect as look
+
+    return look(_folder(path))
+
+
+def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transformers") -> VerifyReport:
+    """Reload a checkpoint from disk and compare its next-token log-probabilities.
+
+    engine: "transformers" reads the packed weights back into transformers' modules, a block at a time, and compares
+    with what the run that made the checkpoint computed; "vllm" runs the real engine in its own process and compares
+    it with transformers on the same checkpoint.
+    """
+    from llmshrink.run.verify import verify_reload, verify_vllm
+
+    return verify_vllm(_folder(path)) if engine == "vllm" else verify_reload(_folder(path))
+
+
+def recipes() -> dict[str, Recipe]:
+    """The shipped recipes by name."""
+    from llmshrink.recipe.read import shipped
+
+    return shipped()
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a number. Raises LlmshrinkError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise LlmshrinkError(f"--max-shard-size {text}: not a size; for example 5GB or 500MB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _folder(path: PathLike) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such folder; name one that llmshrink wrote")
+    return folder

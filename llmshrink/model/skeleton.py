@@ -1,0 +1,134 @@
+"""A model whose parameters are on the meta device until a block is visited.
+
+The modules are transformers' own, built from the config without allocating a parameter; buffers (rotary tables) are
+real, since no file holds them. `load` gives one module its parameters straight from the checkpoint's files, `release`
+takes them away. Nothing else in llmshrink ever holds more than one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmshrink.checkpoint.names import map_names
+from llmshrink.errors import CheckpointError
+
+
+class TensorReader(Protocol):
+    """What a skeleton needs of a checkpoint: its keys, and a tensor by key (own memory, the stored dtype)."""
+
+    def keys(self) -> Any: ...
+
+    def read(self, key: str) -> Tensor: ...
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside keep their buffers but get parameters without storage."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class Skeleton:
+    """model: the transformers model, parameters on meta. key_of: parameter name -> checkpoint key."""
+
+    def __init__(
+        self,
+        config: Any,
+        reader: TensorReader,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with _parameters_on_meta():
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        self.model: Any = model.eval()
+        self.model.config.use_cache = False
+        self.reader = reader
+        self.device = device
+        self.dtype = dtype
+        for module in self.model.modules():
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        self.key_of = map_names(
+            [name for name, _ in self.model.named_parameters(remove_duplicate=False)],
+            list(reader.keys()),
+            base_prefix=self.model.base_model_prefix,
+            tied=tied,
+        )
+
+    def load(
+        self, *prefixes: str, check: Callable[[str, Tensor], None] | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Make the parameters under the modules `prefixes` real; returns them by checkpoint key, in the stored dtype.
+
+        The returned tensors share memory with the parameters where no cast was needed: they are not to be written to.
+        check: called with (key, tensor) for each tensor read. dtype: of the parameters, in place of the skeleton's.
+        Raises CheckpointError when a tensor's shape isn't the config's.
+        """
+        shared: dict[str, nn.Parameter] = {}
+        stored: dict[str, Tensor] = {}
+        for owner, name, full in self._slots(prefixes):
+            key = self.key_of[full]
+            if key not in stored:
+                stored[key] = self.reader.read(key)
+                if check is not None:
+                    check(key, stored[key])
+            if key in shared:
+                owner._parameters[name] = shared[key]
+                continue
+            real = stored[key].to(device=self.device, dtype=dtype or self.dtype)
+            expected = owner._parameters[name]
+            assert expected is not None
+            if real.shape != expected.shape:
+                raise CheckpointError(
+                    f"{key}: has shape {list(real.shape)}, config.json makes it {list(expected.shape)}; "
+                    "the two don't belong together: download the model again"
+                )
+            # One Parameter a key: tied modules stay tied, and a tied tensor is read once.
+            owner._parameters[name] = shared[key] = nn.Parameter(real, requires_grad=False)
+        return stored
+
+    def release(self, *prefixes: str) -> None:
+        """Let the parameters under the modules `prefixes` go."""
+        for owner, name, _ in self._slots(prefixes):
+            parameter = owner._parameters[name]
+            assert parameter is not None
+            owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def outside(self, block_prefix: str) -> list[str]:
+        """Modules outside the blocks that own parameters directly (embedding, final norm, head), by name."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if any(p is not None for p in module._parameters.values()) and not name.startswith(block_prefix + ".")
+        ]
+
+    def _slots(self, prefixes: tuple[str, ...]) -> Iterator[tuple[nn.Module, str, str]]:
+        """(module, parameter's name in it, full name) of every parameter under the prefixes."""
+        for prefix in prefixes:
+            for child_name, child in self.model.get_submodule(prefix).named_modules(remove_duplicate=False):
+                for name, parameter in child._parameters.items():
+                    if parameter is not None:
+                        yield child, name, ".".join(part for part in (prefix, child_name, name) if part)

@@ -1,0 +1,1 @@
+"""The loop over blocks: what is read, solved, written, and found again after a crash."""

@@ -1,0 +1,59 @@
+"""The model card: what this checkpoint is, what it cost, and how to use it, in the Hub's front matter and words."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llmshrink.run.report import size
+
+
+def card(record: dict[str, Any], source: Path) -> str:
+    """README.md for an output. record: llmshrink.json; source: the original's folder, whose licence carries over."""
+    quality, calibration = record["quality"], record["calibration"]
+    quantized = [row for row in record["sites"] if row["bits"] is not None]
+    schemes = sorted({f"{row['bits']}-bit, groups of {row['group_size']}" for row in quantized})
+    revision = f" (revision {record['revision']})" if record["revision"] else ""
+    lines = [
+        "---",
+        *_front_matter(record, source),
+        "---",
+        "",
+        f"# {record['model']}, {record['recipe']}",
+        "",
+        f"Made by [llmshrink](https://pypi.org/project/llmshrink/) {record['identity']['versions']['llmshrink']} "
+        f"from {record['model']}{revision} with the recipe in `recipe.yaml`.",
+        "",
+        "| | original | this checkpoint |",
+        "|---|---|---|",
+        f"| weights on disk | {size(record['bytes_before'])} | see the files |",
+        f"| perplexity, {quality['tokens']} held-out tokens of the calibration text | "
+        f"{quality['ppl_before']:.3f} | {quality['ppl_after']:.3f} |",
+        "",
+        f"KL divergence from the original on those tokens: {quality['kl_mean']:.5f} "
+        f"(standard error {quality['kl_stderr']:.5f}) nats/token; "
+        f"the most likely next token is the same at {quality['top1_agreement']:.1%} of positions.",
+        "",
+        f"- Weights: {len(quantized)} of {len(record['sites'])} linear layers in the blocks are quantized "
+        f"({'; '.join(schemes) or 'none'}); embeddings, norms and the head are as they were.",
+        f"- Calibration: {calibration['tokens']} tokens of {calibration['name']}.",
+        "- Format: compressed-tensors `pack-quantized`; per-layer errors are in `llmshrink.json`.",
+        *[f"- {note}" for note in record["notes"]],
+        "",
+        "```",
+        "vllm serve <this folder>",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(record: dict[str, Any], source: Path) -> list[str]:
+    lines = [f"base_model: {record['model']}"] if record["revision"] else []
+    readme = source / "README.md"
+    if readme.is_file():
+        head = re.match(r"---\n(.*?)\n---\n", readme.read_text(errors="replace"), re.DOTALL)
+        kept = ("license:", "license_name:", "license_link:")
+        lines += [line for line in (head.group(1).splitlines() if head else []) if line.startswith(kept)]
+    return [*lines, "library_name: transformers", "tags: [llmshrink, compressed-tensors, quantized]"]

@@ -1,0 +1,170 @@
+"""Every byte that a run writes goes through here: written, flushed to the medium, then renamed into place.
+
+A name in the output folder therefore means a whole file. One small module also lets a test fail any single write,
+fsync or rename of a run and look at what is left.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.errors import OutputError
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+def write(fd: int, data: memoryview | bytes) -> None:
+    """Write all of `data`."""
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(fd, view) :]
+
+
+def fsync(fd: int) -> None:
+    """Flush a file or folder to the medium."""
+    os.fsync(fd)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or folder over its final name, and make the rename itself durable."""
+    os.replace(source, target)
+    fsync_folder(target.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> str:
+    """Write a whole file durably under its final name; returns its sha256 in hex.
+
+    Raises OutputError when the medium is full; what was there under `path` before stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    digest = hashlib.sha256()
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            for piece in pieces:
+                write(fd, piece)
+                digest.update(piece)
+            fsync(fd)
+        finally:
+            os.close(fd)
+        replace(temporary, path)
+    except OSError as error:
+        raise_if_full(error, path)
+        raise
+    return digest.hexdigest()
+
+
+def raise_if_full(error: OSError, path: Path) -> None:
+    """Turn "no space left" into the line a user needs; other errors pass."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise OutputError(
+            f"no space left writing {path}; free some and run the same command again: "
+            "it goes on from the last finished block"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> str:
+    """Write a text file durably; returns its sha256."""
+    return write_file(path, [text.encode()])
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Write a JSON file durably; returns its sha256."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line durably. A crash can leave half a line: readers ignore a last line without its newline."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            write(fd, (line + "\n").encode())
+            fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise_if_full(error, path)
+        raise
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row order, without a copy where it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def shard_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The safetensors header of tensors laid out in the mapping's order, padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shard(
+    path: Path,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    bytes_of: Callable[[str], Iterable[memoryview | bytes]],
+) -> tuple[str, int]:
+    """Write a safetensors file whose bytes come one tensor at a time; returns its sha256 and its size in bytes.
+
+    Tensors are laid out widest dtype first, then by name, so that each starts at a multiple of its item size.
+    """
+    names = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+    header = shard_header({name: entries[name] for name in names})
+    size = len(header) + sum(torch.Size(entries[n][1]).numel() * entries[n][0].itemsize for n in names)
+
+    def pieces() -> Iterable[memoryview | bytes]:
+        yield header
+        for name in names:
+            yield from bytes_of(name)
+
+    return write_file(path, pieces()), size
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Write tensors in memory as a safetensors file; returns its sha256 and its size in bytes."""
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_shard(path, entries, lambda name: [tensor_bytes(tensors[name])])
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

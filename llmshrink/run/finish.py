@@ -1,0 +1,211 @@
+"""The end of a run: index, config, side files, record, card; then verified from disk; then given its name."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmshrink.checkpoint.conserve import Ledger
+from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.formats import compressed_tensors
+from llmshrink.recipe.assign import serving_notes
+from llmshrink.recipe.read import to_yaml
+from llmshrink.run import disk
+from llmshrink.run.card import card
+from llmshrink.run.heldout import Quality
+from llmshrink.run.job import Job
+from llmshrink.run.journal import RECORD, Workspace
+from llmshrink.run.progress import Progress, peak_memory
+from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of
+from llmshrink.run.shards import open_shards
+from llmshrink.run.verify import REFERENCE, verify_reload
+from llmshrink.serving.launch import serve_command
+
+TIMING = "timing.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ckpt",
+    ".tflite",
+    ".pkl",
+)
+REPLACED = ("config.json", "README.md", RECORD, TIMING, "recipe.yaml", INDEX_FILE)
+
+
+def finish(
+    job: Job,
+    workspace: Workspace,
+    quality: Quality,
+    reference: Mapping[str, Tensor],
+    *,
+    kept: int,
+    started: float,
+    seconds: Mapping[str, float],
+    progress: Progress,
+) -> QuantizeReport:
+    """Complete the checkpoint in the workspace, verify it from disk, and publish it; returns the closing summary.
+
+    A checkpoint that doesn't verify isn't published: it stays in the workspace, and the report says so.
+    """
+    folder = workspace.checkpoint
+    rows = [row for part in workspace.parts for row in rows_of(part.rows)]
+    _write_index(job, workspace)
+    copy_side_files(job.source.folder, folder)
+    disk.write_json(folder / "config.json", _config(job, rows))
+    disk.write_text(folder / "recipe.yaml", to_yaml(job.recipe))
+    (folder / REFERENCE).parent.mkdir(exist_ok=True)
+    disk.write_tensors(folder / REFERENCE, reference)
+    record = _record(job, quality, rows)
+    disk.write_json(folder / RECORD, record)
+    disk.write_text(folder / "README.md", card(record, job.source.folder))
+    verification = verify_reload(folder) if job.options.verify else None
+    report = QuantizeReport(
+        output=job.options.output,
+        model=job.source.name,
+        recipe=job.recipe.name,
+        bytes_before=job.index.nbytes(),
+        bytes_after=_weight_bytes(folder),
+        quality=quality,
+        held_out=job.held_out.name,
+        sites=tuple(rows),
+        notes=tuple(record["notes"]),
+        blocks=len(job.stages),
+        blocks_kept=kept,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        serve=serve_command(job.options.output, tp=job.options.serve_tp),
+        verification=verification,
+    )
+    timing = {"seconds": report.seconds, "peak_memory": report.peak_memory, "blocks_kept": kept, "sites": dict(seconds)}
+    disk.write_json(folder / TIMING, timing)
+    if not report.ok:
+        progress.note(f"not published: {folder} doesn't read back as it was computed; check the disk and run again")
+        return report
+    disk.fsync_folder(folder)
+    workspace.publish()
+    return report
+
+
+def reread(output: Path, *, seconds: float) -> QuantizeReport:
+    """The summary of an output that an earlier process published just before it died."""
+    record = json.loads((output / RECORD).read_text())
+    timing = json.loads((output / TIMING).read_text())
+    rows = rows_of(record["sites"])
+    return QuantizeReport(
+        output=output,
+        model=record["model"],
+        recipe=record["recipe"],
+        bytes_before=record["bytes_before"],
+        bytes_after=_weight_bytes(output),
+        quality=Quality(**record["quality"]),
+        held_out=record["held_out"],
+        sites=tuple(rows),
+        notes=tuple(record["notes"]),
+        blocks=record["blocks"],
+        blocks_kept=record["blocks"],
+        seconds=seconds,
+        peak_memory=timing["peak_memory"],
+        serve=serve_command(output, tp=record["serve_tp"]),
+        verification=verify_reload(output),
+    )
+
+
+def _write_index(job: Job, workspace: Workspace) -> None:
+    """model.safetensors.index.json, and the proof that no tensor of the source was lost."""
+    files = [name for part in workspace.parts for name in part.shards]
+    with open_shards(workspace.checkpoint, files) as written:
+        where = {key: written.entry(key).file.name for key in written}
+        total = written.nbytes()
+    ledger = Ledger()
+    by_key = {site.key: site for site in job.sites}
+    for key in job.index:
+        site = by_key.get(key)
+        spec = job.assigned[site.name].spec if site is not None else None
+        if spec is None:
+            ledger.copied.add(key)
+        else:
+            ledger.replaced[key] = compressed_tensors.names(key.removesuffix(".weight"), symmetric=spec.symmetric)
+    ledger.check(job.index.keys(), where)
+    disk.write_json(
+        workspace.checkpoint / INDEX_FILE,
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
+    )
+
+
+def _config(job: Job, rows: list[SiteRow]) -> dict[str, Any]:
+    """The source's config.json, as it is, with a quantization_config: nothing that a class doesn't know gets lost."""
+    config: dict[str, Any] = json.loads((job.source.folder / "config.json").read_text())
+    schemes: dict[str, compressed_tensors.GroupedIntScheme | None] = {}
+    for row in rows:
+        spec = job.assigned[row.name].spec
+        if spec is None:
+            schemes[row.name] = None
+        else:
+            group_size = -1 if spec.group_size == row.shape[1] else spec.group_size
+            schemes[row.name] = compressed_tensors.GroupedIntScheme(spec.bits, group_size, spec.symmetric)
+    if any(scheme is not None for scheme in schemes.values()):
+        config["quantization_config"] = compressed_tensors.quantization_config(schemes, job.other_linears)
+    return config
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything beside the weights: tokenizer, chat template, processor, licence; never a pickle.
+
+    The source's README.md becomes SOURCE_README.md; subfolders are copied without the weights in them.
+    """
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+        if hidden or not path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+            continue
+        if str(relative) in REPLACED and str(relative) != "README.md":
+            continue
+        name = "SOURCE_README.md" if str(relative) == "README.md" else str(relative)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        disk.write_file(target / name, _pieces(path))
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            yield piece
+
+
+def _record(job: Job, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
+    identity = job.identity()
+    notes = fallen_notes(rows) + serving_notes(list(job.assigned.values()))
+    return {
+        "format": 1,
+        "model": job.source.name if job.source.kind != "folder" else job.source.folder.name,
+        "revision": job.source.revision,
+        "recipe": job.recipe.name,
+        "blocks": len(job.stages),
+        "serve_tp": job.options.serve_tp,
+        "calibration": {
+            "name": job.calibration.name,
+            "windows": list(job.calibration.input_ids.shape),
+            "tokens": job.calibration.tokens,
+        },
+        "held_out": job.held_out.name,
+        "quality": asdict(quality),
+        "bytes_before": job.index.nbytes(),
+        "identity": identity,
+        "notes": notes,
+        "sites": [asdict(row) for row in rows],
+    }
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

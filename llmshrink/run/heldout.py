@@ -1,0 +1,114 @@
+"""The held-out windows: what the run promises of the finished model, and how a reload is held to it.
+
+A few windows that no method saw travel through both streams. Their final logits give perplexity and KL before and
+after for the closing summary; of the compressed model's, each token's log-probability and the few most likely
+continuations are kept under `verify/`, and `verify` compares a model reloaded from disk with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.activations import Batch
+
+TOP = 8
+CHUNK = 1024
+"""Tokens whose vocabulary-sized logits are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the held-out tokens, in nats/token; ppl is exp(mean negative log-likelihood of the next token)."""
+
+    tokens: int
+    ppl_before: float
+    ppl_after: float
+    kl_mean: float
+    kl_stderr: float
+    top1_agreement: float
+
+    @classmethod
+    def over(cls, before: Tensor, after: Tensor, kl: Tensor, same_top: Tensor) -> Quality:
+        """before, after: log-probabilities of the next token; kl, same_top: by position; all float64 [tokens]."""
+        n = kl.numel()
+        stderr = float(kl.std() / math.sqrt(n)) if n > 1 else 0.0
+        return cls(
+            tokens=n,
+            ppl_before=math.exp(-float(before.mean())),
+            ppl_after=math.exp(-float(after.mean())),
+            kl_mean=float(kl.mean()),
+            kl_stderr=stderr,
+            top1_agreement=float(same_top.mean()),
+        )
+
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def summarize(
+    batches: Sequence[Batch], original: Sequence[Tensor], compressed: Sequence[Tensor], logits: Logits
+) -> tuple[Quality, dict[str, Tensor]]:
+    """Compare two streams' last hidden states ([batch, tokens, dim] each) on the held-out batches.
+
+    Returns the quality and the tensors to keep: see `reference`.
+    """
+    rows: list[list[Tensor]] = []
+    kept: list[dict[str, Tensor]] = []
+    for batch, before_hidden, after_hidden in zip(batches, original, compressed, strict=True):
+        kept.append(reference(batch, after_hidden, logits))
+        for target, (before, after) in _positions(batch, [before_hidden, after_hidden], logits):
+            kl = (before.exp() * (before - after)).sum(-1)
+            same = (before.argmax(-1) == after.argmax(-1)).double()
+            rows.append([_pick(before, target), _pick(after, target), kl, same])
+    columns = [torch.cat([row[i] for row in rows]).double() for i in range(4)]
+    return Quality.over(*columns), merge(kept)
+
+
+def reference(batch: Batch, hidden: Tensor, logits: Logits) -> dict[str, Tensor]:
+    """What is kept of a batch: its tokens, and float32 log-probabilities.
+
+    input_ids int64 and mask uint8 [batch, tokens]; token_logprobs float32 [positions] of each next token;
+    top_ids int32 and top_logprobs float32 [positions, TOP], most likely first. Positions run over the windows in
+    order, every token that has a real successor.
+    """
+    token, ids, values = [], [], []
+    for target, (after,) in _positions(batch, [hidden], logits):
+        token.append(_pick(after, target))
+        top = after.topk(min(TOP, after.shape[-1]), dim=-1)
+        ids.append(top.indices.int())
+        values.append(top.values)
+    mask = torch.ones_like(batch.input_ids, dtype=torch.uint8) if batch.mask is None else batch.mask.to(torch.uint8)
+    return {
+        "input_ids": batch.input_ids,
+        "mask": mask,
+        "token_logprobs": torch.cat(token).cpu(),
+        "top_ids": torch.cat(ids).cpu(),
+        "top_logprobs": torch.cat(values).cpu(),
+    }
+
+
+def merge(kept: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The references of several batches as one."""
+    return {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
+
+
+def _positions(batch: Batch, hiddens: Sequence[Tensor], logits: Logits) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(next token, log-probabilities of each hidden state) for CHUNK positions at a time."""
+    mask = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask
+    real = (mask[:, 1:] & mask[:, :-1]).reshape(-1)
+    index = real.nonzero().squeeze(-1)
+    targets = batch.input_ids[:, 1:].reshape(-1)[index]
+    flat = [h[:, :-1].reshape(-1, h.shape[-1])[index.to(h.device)] for h in hiddens]
+    for start in range(0, len(index), CHUNK):
+        stop = start + CHUNK
+        logprobs = [logits(h[None, start:stop].float())[0].float().log_softmax(-1) for h in flat]
+        yield targets[start:stop].to(logprobs[0].device), logprobs
+
+
+def _pick(logprobs: Tensor, target: Tensor) -> Tensor:
+    return logprobs.gather(-1, target[:, None]).squeeze(-1)

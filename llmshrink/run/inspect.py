@@ -1,0 +1,76 @@
+"""What a compressed checkpoint is made of, read from its headers: bits, groups, bytes and errors by site."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.formats import compressed_tensors
+from llmshrink.run.report import SiteRow, rows_of, size
+from llmshrink.run.verify import read_record
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """bits_per_weight are stored bits over original weights: of the quantized and unquantized linears, and of all."""
+
+    folder: Path
+    model: str
+    recipe: str
+    sites: tuple[SiteRow, ...]
+    weights: int
+    bytes: int
+    linear_bits_per_weight: float
+    bits_per_weight: float
+    quality: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+    def lines(self) -> list[str]:
+        width = max((len(row.name) for row in self.sites), default=4)
+        found = [f"{'site':{width}}  {'shape':>13}  bits  group      bytes     error"]
+        for row in self.sites:
+            shape = f"{row.shape[0]}x{row.shape[1]}"
+            bits, group = (str(row.bits), str(row.group_size)) if row.bits is not None else ("16", "-")
+            error = f"{row.error:.6f}" if row.error is not None else "-"
+            found.append(f"{row.name:{width}}  {shape:>13}  {bits:>4}  {group:>5}  {row.bytes:>9}  {error:>8}")
+        found += [
+            "",
+            f"{self.model}, {self.recipe}: {size(self.bytes)} of weights",
+            f"bits/weight  {self.linear_bits_per_weight:.3f} in the blocks' linears, "
+            f"{self.bits_per_weight:.3f} over all {self.weights} weights",
+        ]
+        return found + [f"note         {note}" for note in self.notes]
+
+
+def inspect(folder: Path) -> InspectReport:
+    """Describe an output of llmshrink. Raises SourceError when it isn't one, CheckpointError when it's damaged."""
+    record = read_record(folder)
+    rows = tuple(rows_of(record["sites"]))
+    with CheckpointIndex.open(folder) as index:
+        config = json.loads((folder / "config.json").read_text())
+        quantization = config.get("quantization_config")
+        schemes = compressed_tensors.schemes(quantization) if quantization else {}
+        packed = {key for name in schemes for key in index if key.rpartition(".")[0] == name and "weight" in key}
+        others = sum(math.prod(index.entry(key).shape) for key in index if key not in packed)
+        total = index.nbytes()
+    linear = sum(math.prod(row.shape) for row in rows)
+    weights = others + sum(math.prod(row.shape) for row in rows if row.bits is not None)
+    return InspectReport(
+        folder=folder,
+        model=record["model"],
+        recipe=record["recipe"],
+        sites=rows,
+        weights=weights,
+        bytes=total,
+        linear_bits_per_weight=8 * sum(row.bytes for row in rows) / max(linear, 1),
+        bits_per_weight=8 * total / max(weights, 1),
+        quality=record["quality"],
+        notes=tuple(record["notes"]),
+    )

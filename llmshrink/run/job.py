@@ -1,0 +1,235 @@
+"""A quantization job, ready to start: everything named, checked and decided, and nothing written yet.
+
+All that a user can do wrong is found here, before the first byte of output: the model's files, the recipe's patterns,
+the calibration text's length, a NaN in a weight, the room on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmshrink
+from llmshrink.calibration.activations import Batch, batches_of
+from llmshrink.calibration.text import load_documents
+from llmshrink.calibration.tokens import TokenWindows, build_windows, window_shape
+from llmshrink.checkpoint.index import CheckpointIndex, check_finite
+from llmshrink.checkpoint.preflight import check_source, load_config, load_tokenizer, model_limit
+from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.errors import LlmshrinkError
+from llmshrink.methods import QuantizeSpec
+from llmshrink.model.chain import Chain
+from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
+from llmshrink.model.skeleton import Skeleton
+from llmshrink.recipe.assign import Assigned, SiteShape, assign
+from llmshrink.recipe.read import load_recipe, recipe_hash
+from llmshrink.recipe.schema import Recipe
+
+HELD_OUT_TOKENS = 2048
+"""About as many tokens are held out as the closing summary needs to tell a good result from a bad one."""
+BATCH_TOKENS = 2048
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for; the names are those of `llmshrink.quantize`."""
+
+    model: str
+    output: Path
+    recipe: str = "gptq-w4a16"
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    flags: Mapping[str, object] | None = None
+    sets: Sequence[str] = ()
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    work_dir: Path | None = None
+    overwrite: bool = False
+    max_shard_size: int = 5_000_000_000
+    trust_remote_code: bool = False
+    serve_tp: int = 1
+    strict: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """stages: of each block. assigned: by site name. calibration, held_out: windows; batches: of both, in order."""
+
+    options: Options
+    source: Source
+    index: CheckpointIndex
+    recipe: Recipe
+    chain: Chain
+    stages: list[list[Stage]]
+    assigned: dict[str, Assigned]
+    calibration: TokenWindows
+    held_out: TokenWindows
+    batches: list[Batch]
+    batch_size: int
+    other_linears: list[str]
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for stages in self.stages for site in sites_of(stages)]
+
+    @property
+    def specs(self) -> dict[str, QuantizeSpec]:
+        return {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Scales are stored in the dtype of the weights that they replace."""
+        return self.index.entry(self.sites[0].key).dtype
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that a bit-identical result depends on, in words that a person can compare."""
+        return {
+            "model": self.source.name if self.source.kind == "hub" else self.source.kind,
+            "revision": self.source.revision,
+            "checkpoint": self.index.fingerprint(),
+            "recipe": recipe_hash(self.recipe),
+            "sites": _hash({name: None if a.spec is None else asdict(a.spec) for name, a in self.assigned.items()}),
+            "calibration": self.calibration.fingerprint,
+            "held_out": self.held_out.fingerprint,
+            "seed": self.options.seed,
+            "dtype": str(self.chain.skeleton.dtype),
+            "batch_size": self.batch_size,
+            "max_shard_size": self.options.max_shard_size,
+            **here(self.chain.skeleton.device),
+        }
+
+
+def here(device: torch.device) -> dict[str, Any]:
+    """What of the machine and its software decides the last bits of a sum."""
+    import transformers
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "llmshrink": llmshrink.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def prepare(options: Options) -> Job:
+    """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
+    recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
+    source = resolve(options.model, trust_remote_code=options.trust_remote_code)
+    check_source(source, trust_remote_code=options.trust_remote_code)
+    index = CheckpointIndex.open(source.folder)
+    index.verify_blobs()
+    config = load_config(source, options.trust_remote_code)
+    samples, seq_len = window_shape(options.samples, options.seq_len, limit=model_limit(config))
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, stored_dtype(index))
+    chain = Chain(Skeleton(config, index, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code))
+    tokenizer = load_tokenizer(source, options.trust_remote_code)
+    calibration, held_out = build_windows(
+        load_documents(options.calibration, source_kind=source.kind),
+        tokenizer,
+        samples=samples,
+        seq_len=seq_len,
+        held_out=max(1, HELD_OUT_TOKENS // seq_len),
+        seed=options.seed,
+    )
+    check_vocabulary(calibration, config.get_text_config().vocab_size, source)
+    stages = chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
+    _check_rest(chain, index)
+    batch_size = options.batch_size or max(1, BATCH_TOKENS // seq_len)
+    others = linears_outside(chain.skeleton.model, chain.prefix)
+    sites = [site for block in stages for site in sites_of(block)]
+    shapes = [SiteShape(s.name, s.out_features, s.in_features, chain.family.fused_name(s.name)) for s in sites]
+    assigned = assign(recipe, shapes, other_modules=others, tp=options.serve_tp, strict=options.strict)
+    return Job(
+        options=options,
+        source=source,
+        index=index,
+        recipe=recipe,
+        chain=chain,
+        stages=stages,
+        assigned={a.site.name: a for a in assigned},
+        calibration=calibration,
+        held_out=held_out,
+        batches=[
+            *batches_of(calibration, batch_size, held_out=False),
+            *batches_of(held_out, batch_size, held_out=True),
+        ],
+        batch_size=batch_size,
+        other_linears=others,
+    )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or the first CUDA device, or the CPU. Raises LlmshrinkError when it isn't there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        found = torch.cuda.device_count()
+        raise LlmshrinkError(
+            f"--device {name}: not a device here (cpu, or one of {found} cuda devices); leave it out to choose"
+        )
+    return device
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_dtype(name: str | None, stored: torch.dtype) -> torch.dtype:
+    """What activations are computed in: as asked for, else as the weights are stored."""
+    if name is None or name == "auto":
+        return stored if stored in DTYPES.values() else torch.float32
+    if name not in DTYPES:
+        raise LlmshrinkError(f"--dtype {name}: choose one of {', '.join(DTYPES)}, or auto")
+    return DTYPES[name]
+
+
+def stored_dtype(index: CheckpointIndex) -> torch.dtype:
+    """The dtype of most of the checkpoint's bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for key in index:
+        entry = index.entry(key)
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def check_vocabulary(windows: TokenWindows, vocab_size: int, source: Source) -> None:
+    """Raise LlmshrinkError when the tokenizer makes tokens that the model has no embedding for."""
+    largest = int(windows.input_ids.max())
+    if largest >= vocab_size:
+        raise LlmshrinkError(
+            f"{source.name}: its tokenizer makes token {largest}, its embedding has {vocab_size} rows; "
+            "the tokenizer isn't this model's: copy the right one there"
+        )
+
+
+def _check_rest(chain: Chain, index: CheckpointIndex) -> None:
+    """Tensors that the model's class doesn't know are copied; they too must be whole."""
+    known = set(chain.skeleton.key_of.values())
+    for key in index:
+        if key not in known:
+            check_finite(key, index.read(key))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,213 @@
+"""The state of a run is its finished shards; the journal says which they are and what they were made from.
+
+`OUT.partial/journal.jsonl`: the first line is the run's identity (everything that bit-identity depends on: source,
+recipe, calibration, versions, device, threads), each further line one finished part with its shards' checksums and
+what the report will say of it. A line is appended only after its shards are durable. On a restart the identity must
+be equal and the shards are verified; the parts that hold are kept, and the run goes on at the first that doesn't.
+
+The checkpoint grows in `OUT.partial/checkpoint`, which the last step renames to `OUT`. The journal goes after that: a
+crash in between leaves a journal beside a complete `OUT`, and the next start only tidies up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmshrink.errors import OutputError
+from llmshrink.run import disk
+
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+RECORD = "llmshrink.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part: its name ("block 3", "outside"), shard file -> {sha256, bytes, tensors}, and report rows."""
+
+    name: str
+    shards: dict[str, dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` was written by llmshrink: only such a folder is ever replaced."""
+    return (folder / RECORD).is_file()
+
+
+def partial_folder(output: Path) -> Path:
+    """Where a run into `output` works until it is done."""
+    return output.with_name(output.name + ".partial")
+
+
+class Workspace:
+    """`OUT.partial`, locked for this process, with its journal and the growing checkpoint. Use as a context manager."""
+
+    def __init__(self, output: Path, *, overwrite: bool) -> None:
+        self.output = output
+        self.folder = partial_folder(output)
+        self.checkpoint = self.folder / "checkpoint"
+        self.overwrite = overwrite
+        self.parts: list[Part] = []
+        self._lock: int | None = None
+
+    def __enter__(self) -> Workspace:
+        if not self.journal.exists():
+            check_output(self.output, overwrite=self.overwrite)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OutputError(
+                f"can't write to {self.folder}: {error.strerror}; choose another folder with -o"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            self._lock = None
+            raise OutputError(
+                f"another run is writing to {self.output}; wait for it to end or choose another folder with -o"
+            ) from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock is None:
+            return
+        if self.folder.is_dir() and not self.journal.exists():
+            shutil.rmtree(self.folder)  # nothing was begun, so nothing is left
+        os.close(self._lock)
+        self._lock = None
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / JOURNAL
+
+    def finished_bytes(self) -> int:
+        """Bytes of the shards that are already in the workspace, whether or not they will be kept."""
+        if not self.checkpoint.is_dir():
+            return 0
+        return sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
+
+    def begin(self, identity: dict[str, Any]) -> list[Part] | None:
+        """Open the journal for a run of this identity; returns the finished parts that still hold.
+
+        None: this very run was already published and only its journal was left; it is now tidied up.
+        Raises OutputError when the folder holds another run's unfinished state, or the output exists, and
+        `overwrite` isn't set.
+        """
+        lines = _read_lines(self.journal)
+        differs = _first_difference(lines[0].get("identity", {}), identity) if lines else None
+        if lines and differs is None and not self.checkpoint.exists() and is_ours(self.output):
+            self._tidy()
+            return None
+        check_output(self.output, overwrite=self.overwrite)
+        if differs is not None and not self.overwrite:
+            raise OutputError(
+                f"{self.folder} holds an unfinished run with another {differs}; "
+                "repeat that command to finish it, or start anew with --overwrite"
+            )
+        self.checkpoint.mkdir(exist_ok=True)
+        self.parts = self._verified(lines[1:]) if lines and differs is None else []
+        known = {name for part in self.parts for name in part.shards}
+        rest = [p for p in self.folder.iterdir() if p.name not in (LOCK, JOURNAL, self.checkpoint.name)]
+        for path in [*rest, *(p for p in self.checkpoint.iterdir() if p.name not in known)]:
+            _remove(path)  # leftovers of a crash
+        kept = [json.dumps({"identity": identity})] + [json.dumps(vars(part)) for part in self.parts]
+        disk.write_text(self.journal, "\n".join(kept) + "\n")
+        return self.parts
+
+    def _verified(self, lines: list[dict[str, Any]]) -> list[Part]:
+        """The longest run of parts from the start whose shards are there with the right bytes."""
+        held: list[Part] = []
+        for line in lines:
+            part = Part(line["name"], line["shards"], line["rows"])
+            for name, shard in part.shards.items():
+                path = self.checkpoint / name
+                if (
+                    not path.is_file()
+                    or path.stat().st_size != shard["bytes"]
+                    or disk.sha256_of(path) != shard["sha256"]
+                ):
+                    return held
+            held.append(part)
+        return held
+
+    def finish_part(self, part: Part) -> None:
+        disk.append_line(self.journal, json.dumps(vars(part)))
+        self.parts.append(part)
+
+    def publish(self) -> None:
+        """Give the checkpoint its final name: the last step of a run.
+
+        An older output of ours is moved aside first and deleted after, so that `output` is absent for a moment but
+        never mixed.
+        """
+        if self.output.is_dir() and any(self.output.iterdir()):
+            _remove(self._aside)
+            disk.replace(self.output, self._aside)
+        disk.fsync_folder(self.checkpoint)
+        disk.replace(self.checkpoint, self.output)
+        self._tidy()
+
+    @property
+    def _aside(self) -> Path:
+        return self.output.with_name(self.output.name + ".old")
+
+    def _tidy(self) -> None:
+        """Remove what surrounds a published output, the journal last: until then a restart knows that all is done."""
+        if is_ours(self._aside):
+            _remove(self._aside)
+        for path in self.folder.iterdir():
+            if path != self.journal:
+                _remove(path)
+        self.journal.unlink()
+        self.folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises OutputError unless `output` may be written: absent, empty, or ours and `overwrite` asked for."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir():
+        raise OutputError(f"output {output} is a file; name a folder that doesn't exist yet with -o")
+    if not any(output.iterdir()):
+        return
+    if not is_ours(output):
+        raise OutputError(f"output {output} exists and wasn't written by llmshrink; choose another folder with -o")
+    if not overwrite:
+        raise OutputError(f"output {output} exists; replace it with --overwrite or choose another folder with -o")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    for raw in path.read_bytes().splitlines(keepends=True):
+        if not raw.endswith(b"\n"):
+            break  # half a line: the crash came while it was appended
+        try:
+            lines.append(json.loads(raw))
+        except ValueError:
+            break
+    return lines
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    for key in [*new, *old]:
+        if old.get(key) != new.get(key):
+            return f"{key} ({old.get(key)!r}, now {new.get(key)!r})"
+    return None

@@ -1,0 +1,233 @@
+"""The run: prepare, then block after block, then finish; killed anywhere, the same command goes on from there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.activations import Stream
+from llmshrink.checkpoint.preflight import check_room
+from llmshrink.formats import compressed_tensors
+from llmshrink.model.sites import sites_of
+from llmshrink.run import disk, heldout
+from llmshrink.run.finish import finish, reread
+from llmshrink.run.job import Job, Options, prepare
+from llmshrink.run.journal import Part, Workspace
+from llmshrink.run.progress import Progress
+from llmshrink.run.report import QuantizeReport, SiteRow
+from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
+from llmshrink.run.transform import SolvedBlock, Walk, replay_block, transform_block
+from llmshrink.weights import GroupedInt
+
+OUTSIDE = "outside"
+
+
+def quantize(options: Options, progress: Progress) -> QuantizeReport:
+    """Carry out a whole run. Raises LlmshrinkError for what a user did; what is finished by then is kept."""
+    started = time.perf_counter()
+    with Workspace(options.output, overwrite=options.overwrite) as workspace:
+        job = prepare(options)
+        already = workspace.finished_bytes()
+        check_room(options.output, max(0, expected_bytes(job) - already))
+        parts = workspace.begin(job.identity())
+        if parts is None:
+            return reread(options.output, seconds=time.perf_counter() - started)
+        return _Run(job, workspace, progress, started).all()
+
+
+@dataclass
+class _Run:
+    """One run in its workspace. seconds: wall time of each solved site, for timing.json."""
+
+    job: Job
+    workspace: Workspace
+    progress: Progress
+    started: float
+
+    def __post_init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def all(self) -> QuantizeReport:
+        job, chain = self.job, self.job.chain
+        if not self.workspace.parts:
+            self._copy_outside()
+        # From here on embedding and head come from the output: nothing of the source is read more than twice.
+        outside = open_shards(self.workspace.checkpoint, self.workspace.parts[0].shards)
+        chain.skeleton.reader = Overlay(outside, job.index)
+        kept = len(self.workspace.parts) - 1
+        self.progress.begin(len(chain.blocks), kept)
+        walk = self._streams()
+        for number, part in enumerate(self.workspace.parts[1:]):
+            replay_block(walk, number, self._weights_of(part, number))
+            self.progress.block(number, None)
+        for number in range(kept, len(chain.blocks)):
+            self._solve(walk, number)
+        quality, reference = self._held_out(walk)
+        outside.close()
+        return finish(
+            job, self.workspace, quality, reference,
+            kept=kept, started=self.started, seconds=self.seconds, progress=self.progress,
+        )  # fmt: skip
+
+    def _copy_outside(self) -> None:
+        """Everything that isn't in a block, byte for byte, as the first part."""
+        index, chain = self.job.index, self.job.chain
+        inside = {key for name, key in chain.skeleton.key_of.items() if name.startswith(chain.prefix + ".")}
+        keys = [key for key in index if key not in inside]
+        layout = {key: (index.entry(key).dtype, index.entry(key).shape) for key in keys}
+        part = write_part(
+            self.workspace.checkpoint, OUTSIDE, OUTSIDE, layout, index.read_bytes,
+            limit=self.job.options.max_shard_size, rows=[],
+        )  # fmt: skip
+        self.workspace.finish_part(part)
+
+    def _streams(self) -> Walk:
+        """Both streams at the first block's door: the embedded batches."""
+        job = self.job
+        placement = _Placement.choose(job, self.workspace.folder)
+        walk = Walk(
+            chain=job.chain,
+            batches=job.batches,
+            original=Stream(placement.spill and placement.spill / "original"),
+            compressed=Stream(placement.spill and placement.spill / "compressed"),
+            specs=job.specs,
+            scale_dtype=job.scale_dtype,
+            keep_paused=placement.keep_paused,
+        )
+        job.chain.load_outside()
+        for i, batch in enumerate(job.batches):
+            if not walk.carries(batch, original=False):
+                continue
+            hidden = job.chain.embed(batch)
+            walk.compressed.put(i, hidden)
+            if walk.carries(batch, original=True):
+                walk.original.put(i, hidden)
+        job.chain.release_outside()
+        return walk
+
+    def _solve(self, walk: Walk, number: int) -> None:
+        block = transform_block(walk, number, self.job.stages[number])
+        tensors = block_tensors(block)
+        rows = [asdict(row) for row in self._rows(number, block, tensors)]
+        part = write_part(
+            self.workspace.checkpoint, f"block {number}", f"block-{number:05}", layout_of(tensors),
+            lambda name: [disk.tensor_bytes(tensors[name])],
+            limit=self.job.options.max_shard_size, rows=rows,
+        )  # fmt: skip
+        self.workspace.finish_part(part)
+        errors = [solved.error for solved in block.solved.values()]
+        self.progress.block(number, sum(errors) / len(errors) if errors else 0.0)
+
+    def _rows(self, number: int, block: SolvedBlock, tensors: Mapping[str, Tensor]) -> list[SiteRow]:
+        rows = []
+        for site in sites_of(self.job.stages[number]):
+            assigned = self.job.assigned[site.name]
+            solved = block.solved.get(site.key)
+            prefix = site.key.removesuffix(".weight") + ".weight"
+            held = sum(t.numel() * t.dtype.itemsize for name, t in tensors.items() if name.startswith(prefix))
+            rows.append(
+                SiteRow(
+                    name=site.name,
+                    shape=(site.out_features, site.in_features),
+                    bits=solved.spec.bits if solved else None,
+                    group_size=solved.spec.group_size if solved else None,
+                    method=solved.spec.method if solved else None,
+                    bytes=held,
+                    error=solved.error if solved else None,
+                    damping=solved.damping if solved else None,
+                    note=assigned.note,
+                    events=solved.events if solved else (),
+                )
+            )
+            if solved:
+                self.seconds[site.name] = solved.seconds
+        return rows
+
+    def _weights_of(self, part: Part, number: int) -> dict[str, GroupedInt]:
+        """The solved weights of a finished part, by the site's path inside its block."""
+        with open_shards(self.workspace.checkpoint, part.shards) as shards:
+            found = {}
+            for site in sites_of(self.job.stages[number]):
+                spec = self.job.assigned[site.name].spec
+                if spec is not None:
+                    whole = spec.group_size == site.in_features
+                    scheme = compressed_tensors.GroupedIntScheme(
+                        spec.bits, -1 if whole else spec.group_size, spec.symmetric
+                    )
+                    found[site.local] = compressed_tensors.read(site.key.removesuffix(".weight"), shards.read, scheme)
+            return found
+
+    def _held_out(self, walk: Walk) -> tuple[heldout.Quality, dict[str, Tensor]]:
+        chain = self.job.chain
+        numbers = [i for i, batch in enumerate(walk.batches) if batch.held_out]
+        # The tail is computed in float32, so that bfloat16 logits don't drown a small divergence.
+        chain.load_outside(dtype=torch.float32)
+        found = heldout.summarize(
+            [walk.batches[i] for i in numbers],
+            [walk.original.get(i) for i in numbers],
+            [walk.compressed.get(i) for i in numbers],
+            chain.logits,
+        )
+        chain.release_outside()
+        return found
+
+
+def block_tensors(block: SolvedBlock) -> dict[str, Tensor]:
+    """The block's tensors as the output stores them: solved weights packed, everything else as it was."""
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in block.stored.items():
+        if key in block.solved:
+            tensors |= compressed_tensors.tensors(key.removesuffix(".weight"), block.solved[key].weight)
+        else:
+            tensors[key] = tensor
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where activations live. spill: a folder for the streams, None for memory."""
+
+    spill: Path | None
+    keep_paused: bool
+
+    @classmethod
+    def choose(cls, job: Job, folder: Path) -> _Placement:
+        """By what is free: paused forwards in memory, else only the streams in memory, else the streams in files."""
+        config = job.chain.skeleton.model.config.get_text_config()
+        tokens = sum(batch.input_ids.numel() for batch in job.batches)
+        streams = 2 * tokens * config.hidden_size * job.chain.skeleton.dtype.itemsize
+        # A forward paused before its widest linear holds the residual, the norm's output and that linear's input.
+        widest = max((site.in_features for site in job.sites), default=config.hidden_size)
+        paused = streams * (2 * config.hidden_size + 2 * widest) // config.hidden_size
+        device = job.chain.skeleton.device
+        free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        budget = free // 3
+        if paused <= budget:
+            return cls(None, True)
+        if streams <= budget:
+            return cls(None, False)
+        return cls((job.options.work_dir or folder) / "activations", False)
+
+
+def expected_bytes(job: Job) -> int:
+    """Bytes of the output, to within its headers and side files (for which a megabyte is added)."""
+    total = 1_000_000
+    by_key = {site.key: site for site in job.sites}
+    for key in job.index:
+        entry = job.index.entry(key)
+        site = by_key.get(key)
+        spec = job.assigned[site.name].spec if site is not None else None
+        if site is None or spec is None:
+            total += entry.nbytes
+            continue
+        weights = site.out_features * site.in_features
+        groups = weights // spec.group_size
+        total += weights * spec.bits // 8 + groups * entry.dtype.itemsize
+        total += 0 if spec.symmetric else groups * spec.bits // 8
+    return total

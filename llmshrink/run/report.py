@@ -1,0 +1,130 @@
+"""What a run says of itself: to the screen, to `--json`, and to the record that stays beside the weights.
+
+The record (`llmshrink.json`) holds only what two runs of the same command must agree on, to the byte; seconds and
+memory, which never agree, are in `timing.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmshrink.run.heldout import Quality
+from llmshrink.run.progress import duration
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One compressible weight. bits: None where it stays as it is. bytes: as stored. error: relative to the output."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: int | None
+    group_size: int | None
+    method: str | None
+    bytes: int
+    error: float | None
+    damping: float | None
+    note: str | None
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a reload of the checkpoint showed. differences are of next-token log-probabilities, in nats."""
+
+    ok: bool
+    engine: str
+    positions: int
+    mean_difference: float
+    max_difference: float
+    tolerance: float
+    worst: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        verdict = "verified" if self.ok else "NOT VERIFIED"
+        found = [
+            f"{verdict} with {self.engine}: {self.positions} next-token log-probabilities differ by "
+            f"{self.mean_difference:.2g} on average, {self.max_difference:.2g} at most "
+            f"(tolerance {self.tolerance:g} on average)"
+        ]
+        if not self.ok:
+            found.append(f"worst prompt: {self.worst}")
+        return found
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """The closing summary. Sizes in bytes, seconds of wall time without imports, peak memory in bytes."""
+
+    output: Path
+    model: str
+    recipe: str
+    bytes_before: int
+    bytes_after: int
+    quality: Quality
+    held_out: str
+    sites: tuple[SiteRow, ...]
+    notes: tuple[str, ...]
+    blocks: int
+    blocks_kept: int
+    seconds: float
+    peak_memory: int
+    serve: str
+    verification: VerifyReport | None
+
+    @property
+    def ok(self) -> bool:
+        return self.verification is None or self.verification.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "output": str(self.output), "ok": self.ok}
+
+    def lines(self) -> list[str]:
+        q = self.quality
+        quantized = [row for row in self.sites if row.bits is not None]
+        ratio = self.bytes_before / self.bytes_after
+        found = [
+            f"{self.model} -> {self.output}  ({self.recipe})",
+            f"size        {size(self.bytes_before)} -> {size(self.bytes_after)}  ({ratio:.2f}x smaller)",
+            f"sites       {len(quantized)} quantized, {len(self.sites) - len(quantized)} left as they were",
+            f"perplexity  {q.ppl_before:.3f} -> {q.ppl_after:.3f}  on {q.tokens} held-out tokens of {self.held_out}",
+            f"KL          {q.kl_mean:.5f} +- {q.kl_stderr:.5f} nats/token, same first choice {q.top1_agreement:.1%}",
+            f"time        {duration(self.seconds)} ({self.seconds:.1f} s), peak memory {self.peak_memory / 1e9:.2f} GB"
+            + (f", {self.blocks_kept} of {self.blocks} blocks kept from an earlier run" if self.blocks_kept else ""),
+        ]
+        if self.verification is not None:
+            found += self.verification.lines()
+        found += [f"note        {note}" for note in self.notes]
+        found.append(f"serve       {self.serve}")
+        return found
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+def fallen_notes(rows: Sequence[SiteRow]) -> list[str]:
+    """One line for each way in which sites didn't get what the recipe asks, counted; and for each event."""
+    counts: dict[str, list[str]] = {}
+    for row in rows:
+        for line in ([row.note] if row.note else []) + list(row.events):
+            counts.setdefault(line, []).append(row.name)
+    return [
+        f"{len(names)} sites: {line} ({names[0]}{', ...' if len(names) > 1 else ''})" for line, names in counts.items()
+    ]
+
+
+def rows_of(stored: Sequence[dict[str, Any]]) -> list[SiteRow]:
+    """Site rows from JSON."""
+    return [SiteRow(**{**row, "shape": tuple(row["shape"]), "events": tuple(row["events"])}) for row in stored]

@@ -1,0 +1,232 @@
+"""The loop's body: one block from real weights to solved ones, with both streams carried through it.
+
+For each stage (qkv, o, gate/up, down in a Llama) every batch runs up to the stage's tap in the compressed model and,
+where the corrected target wants it, in the original; what arrives there becomes the tap's statistics; its sites are
+solved as one matrix where they ask for the same; the solved weights go into the compressed block, and all batches go
+on. At the end both streams hold the block's outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmshrink.calibration.activations import Batch, Stream
+from llmshrink.calibration.statistics import Statistics
+from llmshrink.errors import CheckpointError
+from llmshrink.methods import QuantizeSpec, solver
+from llmshrink.model.chain import Chain
+from llmshrink.model.paused import PausedForward, pausing_at
+from llmshrink.model.sites import Site, Stage
+from llmshrink.weights import GroupedInt
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedSite:
+    """One site's solved weight and the facts for its row in the report; error is relative, seconds are wall."""
+
+    site: Site
+    spec: QuantizeSpec
+    weight: GroupedInt
+    error: float
+    damping: float
+    events: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedBlock:
+    """solved: by checkpoint key of the weight they replace; stored: every tensor of the block as the source has it."""
+
+    solved: dict[str, SolvedSite]
+    stored: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What stays the same from block to block.
+
+    specs: site name -> how to quantize it; absent: it stays. keep_paused: hold half-finished forwards in memory
+    instead of running each block again for each stage.
+    """
+
+    chain: Chain
+    batches: Sequence[Batch]
+    original: Stream
+    compressed: Stream
+    specs: Mapping[str, QuantizeSpec]
+    scale_dtype: torch.dtype
+    keep_paused: bool
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether any site's target is corrected, so that calibration batches run through the original too."""
+        return any("cross" in solver(s.method).reads and s.corrected > 0 for s in self.specs.values())
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(solver(spec.method).reads for spec in self.specs.values())
+
+    def carries(self, batch: Batch, *, original: bool) -> bool:
+        """Whether a batch travels in a stream. The held-out ones travel in both: they are the closing summary."""
+        if batch.held_out:
+            return True
+        return self.two_streams if original else self.needs_calibration
+
+
+def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedBlock:
+    """Solve one block. Raises CheckpointError when activations are not finite."""
+    chain = walk.chain
+    stored = chain.skeleton.load(chain.name(number))
+    block = chain.blocks[number]
+    twin = shared_twin(block)
+    solved: dict[str, SolvedSite] = {}
+    active = [stage for stage in stages if any(site.name in walk.specs for site in stage.sites)]
+    taps = [stage.tap for stage in active]
+    last = number == len(chain.blocks) - 1
+    with ExitStack() as stack:
+        stack.enter_context(pausing_at(block, taps))
+        stack.enter_context(pausing_at(twin, taps))
+        forwards = _Forwards(walk, number, block, twin)
+        for position, stage in enumerate(active):
+            statistics = _gather(walk, stage, forwards, position)
+            for result in _solve_stage(walk, stage, statistics, stored):
+                solved[result.site.key] = result
+                install(twin, result.site.local, result.weight)
+        forwards.finish(discard_calibration=last)
+    chain.skeleton.release(chain.name(number))
+    return SolvedBlock(solved, stored)
+
+
+def replay_block(walk: Walk, number: int, weights: Mapping[str, GroupedInt]) -> None:
+    """Carry both streams through a block that an earlier run solved. weights: by the site's path inside the block."""
+    chain = walk.chain
+    chain.skeleton.load(chain.name(number))
+    block = chain.blocks[number]
+    twin = shared_twin(block)
+    for local, weight in weights.items():
+        install(twin, local, weight)
+    forwards = _Forwards(walk, number, block, twin)
+    forwards.finish(discard_calibration=number == len(chain.blocks) - 1)
+    chain.skeleton.release(chain.name(number))
+
+
+def shared_twin(block: nn.Module) -> nn.Module:
+    """A copy of a block's modules around the very same parameters and buffers."""
+    tensors = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
+
+
+def install(block: nn.Module, local: str, weight: GroupedInt) -> None:
+    """Put the dequantized weight, as an engine computes with it, in place of a linear's own."""
+    linear = block.get_submodule(local)
+    old = linear._parameters["weight"]
+    assert old is not None
+    linear._parameters["weight"] = nn.Parameter(weight.dequantize(old.dtype).to(old.device), requires_grad=False)
+
+
+class _Forwards:
+    """Every batch's way through one block, in both streams, kept half-finished or run again up to each tap."""
+
+    def __init__(self, walk: Walk, number: int, block: nn.Module, twin: nn.Module) -> None:
+        self._walk, self._number = walk, number
+        self._sides = ((block, walk.original, True), (twin, walk.compressed, False))
+        self._paused: dict[tuple[int, bool], PausedForward] = {}
+
+    def _start(self, batch: int, original: bool) -> PausedForward:
+        block, stream, _ = self._sides[0 if original else 1]
+        call = self._walk.chain.calls(self._walk.batches[batch])[self._number]
+        hidden = stream.take(batch) if self._walk.keep_paused else stream.get(batch)
+        return PausedForward(block, call, hidden)
+
+    def at_tap(self, batch: int, original: bool, position: int) -> Tensor:
+        """The input of the `position`-th tap, [batch, tokens, in]."""
+        if self._walk.keep_paused:
+            if position == 0:
+                self._paused[batch, original] = self._start(batch, original)
+            return self._paused[batch, original].advance()
+        forward = self._start(batch, original)
+        for _ in range(position):
+            forward.advance()
+        tap = forward.advance()
+        forward.close()
+        return tap
+
+    def finish(self, *, discard_calibration: bool) -> None:
+        """Run all batches to the block's end and store the outputs; after the last block calibration's are dropped."""
+        for block, stream, original in self._sides:
+            for i, batch in enumerate(self._walk.batches):
+                if not self._walk.carries(batch, original=original):
+                    continue
+                paused = self._paused.pop((i, original), None)
+                if discard_calibration and not batch.held_out:
+                    if paused is not None:
+                        paused.close()
+                    stream.drop(i)
+                elif paused is not None:
+                    stream.put(i, paused.advance())
+                else:
+                    call = self._walk.chain.calls(batch)[self._number]
+                    with torch.no_grad():
+                        stream.put(i, call.run(block, stream.get(i)))
+
+
+def _gather(walk: Walk, stage: Stage, forwards: _Forwards, position: int) -> Statistics | None:
+    """The statistics at a stage's tap from all calibration batches; None when no method of the stage reads any."""
+    if not walk.needs_calibration:
+        return None
+    specs = [walk.specs[site.name] for site in stage.sites if site.name in walk.specs]
+    reads = set().union(*(solver(spec.method).reads for spec in specs))
+    cross = "cross" in reads and any(spec.corrected > 0 for spec in specs)
+    statistics = Statistics(stage.sites[0].in_features, cross=cross, device=walk.chain.skeleton.device)
+    for i, batch in enumerate(walk.batches):
+        if batch.held_out:
+            continue
+        compressed = batch.real(forwards.at_tap(i, False, position))
+        original = batch.real(forwards.at_tap(i, True, position)) if walk.two_streams else None
+        if reads:
+            statistics.add(compressed, original if cross else None)
+    if not reads:
+        return None
+    if not bool(torch.isfinite(statistics.hessian.diagonal()).all()):
+        raise CheckpointError(
+            f"{stage.sites[0].name}: its input has NaN or Inf in {walk.chain.skeleton.dtype}; "
+            "run in float32 with --dtype float32, or check the calibration text"
+        )
+    return statistics
+
+
+def _solve_stage(
+    walk: Walk, stage: Stage, statistics: Statistics | None, stored: Mapping[str, Tensor]
+) -> Iterator[SolvedSite]:
+    """Solve a stage's sites, those with equal specs stacked into one matrix: rows don't depend on each other."""
+    groups: dict[QuantizeSpec, list[Site]] = {}
+    for site in stage.sites:
+        if site.name in walk.specs:
+            groups.setdefault(walk.specs[site.name], []).append(site)
+    for spec, sites in groups.items():
+        started = time.perf_counter()
+        device = walk.chain.skeleton.device
+        stacked = torch.cat([stored[site.key].to(device=device, dtype=torch.float32) for site in sites])
+        result = solver(spec.method).solve(stacked, statistics, spec, walk.scale_dtype)
+        seconds = time.perf_counter() - started
+        start = 0
+        for site in sites:
+            stop = start + site.out_features
+            lost, total = float(result.row_error[start:stop].sum()), float(result.row_energy[start:stop].sum())
+            yield SolvedSite(
+                site=site,
+                spec=spec,
+                weight=result.weight.rows(start, stop),
+                error=lost / total if total > 0 else lost,
+                damping=result.damping,
+                events=result.events,
+                seconds=seconds * site.out_features / stacked.shape[0],
+            )
+            start = stop

@@ -1,0 +1,159 @@
+"""Reload a checkpoint from disk and hold it to what the run that made it computed.
+
+The packed weights are read back through our own reader, dequantized a block at a time, and the held-out windows run
+through them. Their next-token log-probabilities must equal those that the run kept beside the weights: a bit lost in
+packing, a shard under the wrong name or a scale in the wrong dtype shows here, before anyone serves it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.activations import Batch
+from llmshrink.checkpoint.header import read_header
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.errors import CheckpointError, SourceError
+from llmshrink.formats import compressed_tensors
+from llmshrink.model.chain import Chain
+from llmshrink.model.skeleton import Skeleton
+from llmshrink.run import heldout
+from llmshrink.run.journal import RECORD
+from llmshrink.run.report import VerifyReport
+
+REFERENCE = Path("verify") / "held_out.safetensors"
+SAME_MACHINE = 1e-4
+ELSEWHERE = 2e-2
+"""Tolerances on the mean difference of next-token log-probabilities, in nats: with the same versions, device and
+threads the sums are the same; elsewhere bfloat16 sums in another order."""
+
+
+class Decompressed:
+    """A reader of a compressed checkpoint that answers with the dense names. dtype: of the dequantized weights."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+        self._index = CheckpointIndex.open(folder)
+        self._dtype = dtype
+        quantization = config.get("quantization_config")
+        self._schemes = compressed_tensors.schemes(quantization) if quantization else {}
+        packed = {f"{name}.{suffix}" for name in self._schemes for suffix in compressed_tensors.SUFFIXES}
+        self._keys = [key for key in self._index if key not in packed]
+        self._keys += [f"{name}.weight" for name in self._schemes]
+
+    def keys(self) -> list[str]:
+        return self._keys
+
+    def read(self, key: str) -> Tensor:
+        name = key.removesuffix(".weight")
+        if name not in self._schemes:
+            return self._index.read(key)
+        return compressed_tensors.read(name, self._index.read, self._schemes[name]).dequantize(self._dtype)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """llmshrink.json of an output. Raises SourceError when the folder isn't one."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}: no readable {RECORD} there; name a folder that llmshrink wrote") from error
+    return record
+
+
+def read_reference(folder: Path) -> dict[str, Tensor]:
+    """The held-out tokens and log-probabilities that the run kept."""
+    path = folder / REFERENCE
+    if not path.is_file():
+        raise SourceError(f"{folder}: no {REFERENCE} there; only a folder that llmshrink wrote can be verified")
+    with CheckpointIndex(folder, read_header(path).entries, {}) as index:
+        return {key: index.read(key) for key in index}
+
+
+def held_out_batches(reference: dict[str, Tensor], batch_size: int) -> list[Batch]:
+    """The held-out windows in the batches in which the run computed them."""
+    ids, mask = reference["input_ids"], reference["mask"].bool()
+    return [
+        Batch(ids[i : i + batch_size], None if bool(mask[i : i + batch_size].all()) else mask[i : i + batch_size], True)
+        for i in range(0, len(ids), batch_size)
+    ]
+
+
+def recompute(
+    folder: Path, record: dict[str, Any], batches: Sequence[Batch], device: torch.device
+) -> dict[str, Tensor]:
+    """The reference tensors again, from the checkpoint on disk, a block at a time."""
+    from transformers import AutoConfig
+
+    identity = record["identity"]
+    dtype: torch.dtype = getattr(torch, identity["dtype"].removeprefix("torch."))
+    raw = json.loads((folder / "config.json").read_text())
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is the dense model; the reader decompresses
+    chain = Chain(Skeleton(config, Decompressed(folder, raw, dtype), device=device, dtype=dtype))
+    chain.load_outside()
+    hidden = [chain.embed(batch) for batch in batches]
+    chain.release_outside()
+    for number, block in enumerate(chain.blocks):
+        chain.skeleton.load(chain.name(number))
+        with torch.no_grad():
+            hidden = [chain.calls(batch)[number].run(block, h) for batch, h in zip(batches, hidden, strict=True)]
+        chain.skeleton.release(chain.name(number))
+    chain.load_outside(dtype=torch.float32)
+    return heldout.merge([heldout.reference(batch, h, chain.logits) for batch, h in zip(batches, hidden, strict=True)])
+
+
+def verify_reload(folder: Path) -> VerifyReport:
+    """Compare the checkpoint on disk with what its run kept. Raises SourceError when nothing was kept."""
+    from llmshrink.run.job import here, pick_device
+
+    record, reference = read_record(folder), read_reference(folder)
+    device = pick_device(None)
+    batches = held_out_batches(reference, record["identity"]["batch_size"])
+    again = recompute(folder, record, batches, device)
+    same = all(record["identity"].get(key) == value for key, value in here(device).items())
+    return compare(
+        folder, reference, again["token_logprobs"], tolerance=SAME_MACHINE if same else ELSEWHERE, engine="transformers"
+    )
+
+
+def compare(
+    folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolerance: float, engine: str
+) -> VerifyReport:
+    """Hold next-token log-probabilities (float32 [positions]) to the reference's."""
+    expected = reference["token_logprobs"]
+    if found.shape != expected.shape:
+        raise CheckpointError(
+            f"{folder / REFERENCE}: has {len(expected)} positions, its tokens make {len(found)}: it is damaged"
+        )
+    difference = (found.double() - expected.double()).abs()
+    difference = torch.where(difference.isnan(), torch.inf, difference)
+    mean, worst = float(difference.mean()), int(difference.argmax())
+    return VerifyReport(
+        ok=mean <= tolerance,
+        engine=engine,
+        positions=len(expected),
+        mean_difference=mean,
+        max_difference=float(difference[worst]),
+        tolerance=tolerance,
+        worst=_window_of(folder, reference, worst),
+    )
+
+
+def _window_of(folder: Path, reference: dict[str, Tensor], position: int) -> str:
+    """The held-out window that holds a position: its number and how it begins."""
+    mask = reference["mask"].bool()
+    ends = (mask[:, 1:] & mask[:, :-1]).sum(1).cumsum(0)
+    window = int((ends <= position).sum())
+    ids = reference["input_ids"][window][:16].tolist()
+    try:
+        from transformers import AutoTokenizer
+
+        text = repr(AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids))
+    except (OSError, ValueError):
+        text = f"tokens {ids}"
+    return f"held-out window {window}, which begins {text}"
