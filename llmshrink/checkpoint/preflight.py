@@ -66,6 +66,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PretrainedCo
             "upgrade transformers, or correct the file"
         ) from error
     assert isinstance(config, PretrainedConfig)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _not_causal(source, f"{type(config).__name__.removesuffix('Config')} (it has an encoder)")
     return config
 
 
@@ -149,13 +151,16 @@ def _refuse_other_tasks(source: Source, config: dict[str, Any]) -> None:
             f"{source.name}: config.json names neither architectures nor model_type; it isn't a transformers model"
         )
     name = str(architectures[0])
-    encoder_decoder = config.get("is_encoder_decoder") is True
-    if encoder_decoder or not name.endswith(_CAUSAL):
-        raise SourceError(
-            f"{source.name}: {name} isn't a causal language model"
-            f"{' (it has an encoder)' if encoder_decoder else ''}; "
-            "name a model whose config.json says ...ForCausalLM"
-        )
+    if config.get("is_encoder_decoder") is True:
+        raise _not_causal(source, f"{name} (it has an encoder)")
+    if not name.endswith(_CAUSAL):
+        raise _not_causal(source, name)
+
+
+def _not_causal(source: Source, what: str) -> SourceError:
+    return SourceError(
+        f"{source.name}: {what} isn't a causal language model; name one whose config.json says ...ForCausalLM"
+    )
 
 
 def _refuse_quantized(source: Source, config: dict[str, Any]) -> None:

@@ -61,14 +61,14 @@ def resolve(model: str, *, revision: str | None = None, trust_remote_code: bool 
 
         return Source("demo", Path(model_folder()), None, "demo")
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return Source(model, path.resolve(), None, "folder")
-    if path.exists():
+    if model and path.exists():
         raise SourceError(f"{model}: a file, not a model's folder; name the folder that holds config.json")
     name, _, pinned = model.partition("@")
     if _looks_like_a_path(model) or not _HUB_ID.fullmatch(name) or "--" in name or ".." in name:
         raise SourceError(
-            f"{model}: no such folder, and not a Hub id (owner/name or owner/name@revision); {_OTHER_WAYS}"
+            f"{model or repr(model)}: no such folder, and not a Hub id (owner/name, owner/name@revision); {_OTHER_WAYS}"
         )
     if pinned and revision and pinned != revision:
         raise SourceError(f"{model}: names revision {pinned}, and revision={revision} was given too; give one")
@@ -108,9 +108,11 @@ def _pin(name: str, revision: str | None) -> str | None:
 
     try:
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
-    except HfHubHTTPError:
-        raise  # the Hub answered
-    except HfHubHTTPError.__bases__:  # its HTTP client's own error, whichever client that is, or the system's
+    except Exception as error:
+        # Its bases are the HTTP client's own error, whichever client that is, and OSError.
+        unreachable = isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, HfHubHTTPError)
+        if not unreachable:
+            raise
         return None
     files = [file.rfilename for file in info.siblings or []]
     if not any(file.endswith(".safetensors") for file in files):

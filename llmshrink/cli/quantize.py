@@ -108,4 +108,4 @@ def quantize(
             progress=progress,
         )
     show(report, as_json=json)
-    return 0
+    return 0 if report.ok else 1

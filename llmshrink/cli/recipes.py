@@ -16,9 +16,9 @@ def recipes(context: typer.Context, json: JsonFlag = False) -> None:
     """List the shipped recipes, or show one."""
     if context.invoked_subcommand is not None:
         return
-    from llmshrink.recipe.read import shipped
+    from llmshrink import api
 
-    found = shipped()
+    found = api.recipes()
     if json:
         show_json([{"name": name, "summary": recipe.summary} for name, recipe in found.items()])
         return

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from llmshrink.cli.show import JsonFlag, show
 
 
-class Engine(StrEnum):
-    """Who reloads the checkpoint."""
-
-    TRANSFORMERS = "transformers"
-    VLLM = "vllm"
-
-
 def verify(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that llmshrink wrote.")],
     engine: Annotated[
-        Engine,
+        Literal["transformers", "vllm"],
         typer.Option(
             help="transformers: against the run's held-out logits; vllm: the real engine against transformers."
         ),
-    ] = Engine.TRANSFORMERS,
+    ] = "transformers",
     json: JsonFlag = False,
 ) -> int:
     """Reload OUT and compare.
@@ -33,6 +25,6 @@ def verify(
     """
     from llmshrink import api
 
-    report = api.verify(out, engine=engine.value)
+    report = api.verify(out, engine=engine)
     show(report, as_json=json)
     return 0 if report.ok else 1

@@ -213,4 +213,11 @@ def _validate(document: dict[str, Any], label: str, origins: Mapping[str, str]) 
     try:
         return Recipe.model_validate(document), []
     except ValidationError as error:
-        return None, [describe(fault, label, origins) for fault in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        # A key that is misspelt is one mistake, not also one that is missing.
+        misspelt = {fault["loc"][:-1] for fault in found if fault["type"] == "extra_forbidden"}
+        return None, [
+            describe(fault, label, origins)
+            for fault in found
+            if fault["type"] != "missing" or fault["loc"][:-1] not in misspelt
+        ]

