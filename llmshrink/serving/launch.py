@@ -1,0 +1,67 @@
+"""The exact line that serves a checkpoint with the vLLM at hand.
+
+vLLM's CPU build is a distribution of another name, and its command line reads the version of one called `vllm`: there
+`vllm serve` crashes and the API server's module is run instead. On CPUs with AMX that build quantizes activations to
+8 bits by default, which is not what was measured: it is told not to.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+AS_MEASURED = {"VLLM_CPU_INT4_W4A8": "0"}
+"""What makes vLLM's CPU build compute with the activations that it was given."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The vLLM of this environment. distribution: `vllm` or `vllm-cpu`, and so whether `vllm serve` runs."""
+
+    distribution: str
+    version: str
+
+    @property
+    def cpu(self) -> bool:
+        """Whether it is a CPU build."""
+        return self.distribution == "vllm-cpu" or "+cpu" in self.version
+
+
+def installed() -> Installed | None:
+    """The vLLM that this Python would run, or None."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return Installed(distribution, version(distribution))
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def serve_command(checkpoint: Path, *, tp: int = 1) -> str:
+    """A line for the shell that serves `checkpoint` over HTTP; further options of vLLM may follow it.
+
+    tp: tensor-parallel ranks. Where no vLLM is installed, the line is that of the common build.
+    """
+    engine = installed()
+    words = []
+    if engine is not None and engine.cpu:
+        words += [f"{name}={value}" for name, value in AS_MEASURED.items()]
+    if engine is not None and engine.distribution == "vllm-cpu":
+        words += [_python(), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--model"]
+    else:
+        words += ["vllm", "serve"]
+    words.append(shlex.quote(os.fspath(checkpoint)))
+    if tp > 1:
+        words += ["--tensor-parallel-size", str(tp)]
+    return " ".join(words)
+
+
+def _python() -> str:
+    """This Python as one would type it here."""
+    executable = Path(sys.executable)
+    here = Path.cwd()
+    return shlex.quote(os.fspath(executable.relative_to(here) if executable.is_relative_to(here) else executable))

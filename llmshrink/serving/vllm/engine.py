@@ -1,0 +1,168 @@
+"""Ask the real vLLM what comes next, and with what probability.
+
+The engine runs in a process of its own (`worker`), one for each checkpoint: after a failed start later ones in the same
+process fail too, its threads and memory go away with it, and nothing that it prints is ours. What it was asked and what
+it said travel as JSON. Greedy tokens and the log-probabilities of the next token are taken while generating; the
+engine's own log-probabilities of a prompt crash with adapters and aren't used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from llmshrink.errors import LlmshrinkError
+from llmshrink.formats import compressed_tensors
+from llmshrink.serving.launch import AS_MEASURED, Installed, installed
+
+TOP = 20
+"""How many of the likeliest next tokens the engine is asked for: as many as it gives by default."""
+TIMEOUT = 1800.0
+"""Seconds: a start takes 15 s of CPU, which is minutes of wall time on a busy machine."""
+ENVIRONMENT = {
+    **AS_MEASURED,
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; a handful of short prompts
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker is the process of its own; errors reach it as exceptions
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class EngineError(LlmshrinkError):
+    """The engine isn't there, or doesn't serve the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What follows one prompt. tokens: greedy. top: for each of them the likeliest tokens' log-probabilities (nats)."""
+
+    tokens: tuple[int, ...]
+    top: tuple[dict[int, float], ...]
+
+
+class _Said(TypedDict):
+    """A generation as the worker writes it: JSON has no integers as keys."""
+
+    tokens: list[int]
+    top: list[list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """The engine's answer: a generation for each prompt, in order."""
+
+    engine: str
+    generations: tuple[Generation, ...]
+
+
+def engine_logprobs(
+    checkpoint: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 8,
+    dtype: str = "float16",
+    timeout: float = TIMEOUT,
+) -> EngineResult:
+    """Generate `max_tokens` tokens greedily after each prompt (token ids), in one engine.
+
+    dtype: the engine's; float16 is the closest to float32 in which int4 kernels run. timeout: seconds. Raises
+    EngineError, one line, when vLLM isn't installed, doesn't start, or doesn't serve the checkpoint.
+    """
+    assert prompts and all(prompts) and max_tokens >= 1, (len(prompts), max_tokens)
+    engine = installed()
+    if engine is None:
+        raise EngineError(
+            "vLLM isn't installed in this environment; install it beside llmshrink (on CUDA: pip install vllm), or"
+            " verify with --engine transformers"
+        )
+    if engine.cpu:
+        _refuse_bits_without_cpu_kernel(checkpoint)
+    request = {
+        "model": os.fspath(checkpoint),
+        "dtype": dtype,
+        "prompts": [list(prompt) for prompt in prompts],
+        "max_tokens": max_tokens,
+        "top": TOP,
+    }
+    answer = _ask(request, engine, timeout)
+    return EngineResult(
+        engine=f"vLLM {engine.version}",
+        generations=tuple(
+            Generation(
+                tokens=tuple(generation["tokens"]),
+                top=tuple(dict(step) for step in generation["top"]),
+            )
+            for generation in answer
+        ),
+    )
+
+
+def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
+    """Say at once what the engine would say after half a minute, in words of its kernels."""
+    try:
+        config = json.loads((checkpoint / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{checkpoint}: no readable config.json there; name a checkpoint's folder") from error
+    quantization = config.get("quantization_config")
+    schemes = compressed_tensors.schemes(quantization) if quantization else {}
+    others = sorted({scheme.bits for scheme in schemes.values()} - {4})
+    if others:
+        bits = " and ".join(map(str, others))
+        raise EngineError(
+            f"{checkpoint} has {bits}-bit weights, and vLLM's CPU build serves 4 bits only; verify it where vLLM runs"
+            " on CUDA, or with --engine transformers"
+        )
+
+
+def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[_Said]:
+    """Run the worker on a request and return its generations."""
+    with tempfile.TemporaryDirectory(prefix="llmshrink-vllm-") as folder:
+        question, answer, log = (Path(folder) / name for name in ("question.json", "answer.json", "log.txt"))
+        question.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "llmshrink.serving.vllm.worker", os.fspath(question), os.fspath(answer)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired as expired:
+                raise EngineError(
+                    f"vLLM {engine.version} didn't answer within {timeout:.0f} s for {request['model']}; try again on a"
+                    " less busy machine, or verify with --engine transformers"
+                ) from expired
+            finally:
+                # The worker's own children too, whichever way it ended.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if not answer.is_file():
+            raise EngineError(
+                f"vLLM {engine.version} ended with status {status} for {request['model']}: {_last_line(log)}"
+            )
+        said = json.loads(answer.read_text())
+    if "error" in said:
+        raise EngineError(f"vLLM {engine.version} doesn't serve {request['model']}: {said['error']}")
+    generations: list[_Said] = said["generations"]
+    return generations
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
