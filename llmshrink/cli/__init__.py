@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 PROGRAM = "llmshrink"
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -32,19 +33,18 @@ def run(arguments: Sequence[str]) -> int:
     try:
         result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        # The parser makes 130 of a Ctrl-C; no verb of ours returns it.
+        return _interrupted(arguments) if result == INTERRUPTED else result if isinstance(result, int) else 0
     except RecipeError as error:
         return _refuse(*error.faults)
     except LlmshrinkError as error:
         return _refuse(str(error))
-    except typer.Exit as ending:
-        return ending.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted(arguments)
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted; without this, Python would complain again while it shuts down.
+        # The reader (`| head`) left; without this, Python would complain again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -71,7 +71,7 @@ def _interrupted(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
     print(file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 def _usage_error() -> type[BaseException]:
