@@ -1,0 +1,148 @@
+"""The workspace of a run: locked, journalled, published whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmshrink.errors import OutputError
+from llmshrink.run import disk
+from llmshrink.run.journal import RECORD, Part, Workspace
+
+IDENTITY = {"recipe": "a", "seed": 0}
+
+
+def add(workspace: Workspace, name: str) -> Part:
+    file = f"{name}.safetensors"
+    sha256, size = disk.write_tensors(workspace.checkpoint / file, {name: torch.arange(4)})
+    part = Part(name, {file: {"sha256": sha256, "bytes": size}}, [])
+    workspace.finish_part(part)
+    return part
+
+
+def test_finished_parts_are_found_again(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        assert workspace.begin(IDENTITY) == []
+        parts = [add(workspace, "a"), add(workspace, "b")]
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        assert workspace.begin(IDENTITY) == parts
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_shard_and_all_after_it_are_done_again(tmp_path: Path, damage: str) -> None:
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        workspace.begin(IDENTITY)
+        first = add(workspace, "a")
+        add(workspace, "b")
+        add(workspace, "c")
+        path = workspace.checkpoint / "b.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(data[:-1] + (b"" if damage == "truncate" else bytes([data[-1] ^ 1])))
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        assert workspace.begin(IDENTITY) == [first]
+        assert sorted(p.name for p in workspace.checkpoint.iterdir()) == ["a.safetensors"]
+
+
+def test_half_a_line_at_the_end_is_no_part(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        workspace.begin(IDENTITY)
+        first = add(workspace, "a")
+        journal = workspace.journal
+    with journal.open("ab") as file:
+        file.write(b'{"name": "b", "sha')
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        assert workspace.begin(IDENTITY) == [first]
+    assert journal.read_bytes().endswith(b"\n")
+
+
+def test_another_run_s_state_is_refused_with_what_differs(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        workspace.begin(IDENTITY)
+        add(workspace, "a")
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        with pytest.raises(OutputError, match=r"another seed \(0, now 1\).*--overwrite"):
+            workspace.begin({**IDENTITY, "seed": 1})
+        assert (workspace.checkpoint / "a.safetensors").exists()
+    with Workspace(tmp_path / "out", overwrite=True) as workspace:
+        assert workspace.begin({**IDENTITY, "seed": 1}) == []
+        assert not (workspace.checkpoint / "a.safetensors").exists()
+
+
+def test_two_runs_into_one_output_refuse_each_other(tmp_path: Path) -> None:
+    with (
+        Workspace(tmp_path / "out", overwrite=False),
+        pytest.raises(OutputError, match="another run is writing"),
+        Workspace(tmp_path / "out", overwrite=True),
+    ):
+        raise AssertionError("the second run got in")
+
+
+def test_publish_gives_the_output_its_name_and_leaves_nothing_else(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        workspace.begin(IDENTITY)
+        add(workspace, "a")
+        disk.write_json(workspace.checkpoint / RECORD, {})
+        workspace.publish()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.safetensors", RECORD]
+
+
+def test_a_crash_after_the_rename_is_tidied_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        workspace.begin(IDENTITY)
+        add(workspace, "a")
+        disk.write_json(workspace.checkpoint / RECORD, {})
+        with monkeypatch.context() as patch:
+            patch.setattr(workspace, "_tidy", lambda: None)
+            workspace.publish()
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        assert workspace.begin(IDENTITY) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_of_ours_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / RECORD).write_text(json.dumps({"old": True}))
+    with pytest.raises(OutputError, match="--overwrite"), Workspace(old, overwrite=False) as workspace:
+        workspace.begin(IDENTITY)
+    with Workspace(old, overwrite=True) as workspace:
+        workspace.begin(IDENTITY)
+        add(workspace, "a")
+        assert json.loads((old / RECORD).read_text()) == {"old": True}
+        disk.write_json(workspace.checkpoint / RECORD, {})
+        workspace.publish()
+    assert json.loads((old / RECORD).read_text()) == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    other = tmp_path / "out"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="wasn't written by llmshrink"), Workspace(other, overwrite=True):
+        raise AssertionError("it was let in")
+    assert (other / "thesis.txt").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_shards_are_read_by_the_reference_library(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = {
+        "b": torch.arange(6, dtype=torch.int32).view(2, 3),
+        "a": torch.randn(3, 5).bfloat16(),
+        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "wide": torch.tensor([1, 2], dtype=torch.int64),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+    }
+    disk.write_tensors(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
