@@ -7,6 +7,7 @@ comes from, and a fault says where that was.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -37,20 +38,25 @@ def load_recipe(
     """Read a recipe by its shipped name or from a YAML file, changed by `flags` and then by `sets`.
 
     flags: any of method, bits, group_size, symmetric; None means not given. A change of method drops the fields that
-    only the old method reads. sets: `steps.0.quantize.bits=3`, the value a YAML scalar or flow list.
+    only the old method reads. sets: `steps.0.quantize.bits=3`, the value a YAML scalar or flow list. What they change
+    is added to the recipe's name and summary, which would not be true without it.
     Raises RecipeError with one line for each fault.
     """
     label, text = _find(os.fspath(name_or_path))
     document = _parse(label, text)
+    unchanged = copy.deepcopy(document)
+    flags = {name: value for name, value in (flags or {}).items() if value is not None}
     origins: dict[str, str] = {}
-    faults = _apply_flags(document, flags or {}, origins, label)
+    faults = _apply_flags(document, flags, origins, label)
     for assignment in sets:
         faults += _apply_set(document, assignment, origins)
     recipe, found = _validate(document, label, origins)
     faults += found
     if recipe is None or faults:
         raise RecipeError(faults)
-    return recipe
+    if recipe == _validate(unchanged, label, {})[0]:
+        return recipe
+    return _named_with(recipe, [*(f"{name}={_scalar(value)}" for name, value in flags.items()), *sets])
 
 
 def shipped() -> dict[str, Recipe]:
@@ -81,8 +87,9 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 (hex) of the resolved recipe's canonical JSON; how its YAML was written doesn't change it."""
-    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """sha256 (hex) of what the resolved recipe does; neither its name nor how it was written counts."""
+    document = recipe.model_dump(mode="json", exclude={"name", "summary"})
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -139,10 +146,9 @@ def _parse(label: str, text: str) -> dict[str, Any]:
 
 
 def _apply_flags(
-    document: dict[str, Any], flags: Mapping[str, object], origins: dict[str, str], label: str
+    document: dict[str, Any], given: Mapping[str, object], origins: dict[str, str], label: str
 ) -> list[str]:
     """Put each given flag into the one step that has such a field."""
-    given = {name: value for name, value in flags.items() if value is not None}
     assert given.keys() <= _FLAGS.keys(), given
     steps = document.get("steps")
     places = [
@@ -160,7 +166,7 @@ def _apply_flags(
             for name, value in given.items()
         ]
     step = document["steps"][places[0]]
-    step["quantize"] = switch_method(step["quantize"], given.get("method")) | given
+    step["quantize"] = {**switch_method(step["quantize"], given.get("method")), **given}
     for name in given:
         origins[f"steps[{places[0]}].quantize.{name}"] = _FLAGS[name]
     return []
@@ -197,6 +203,14 @@ def _apply_set(document: dict[str, Any], assignment: str, origins: dict[str, str
         here = here[key]
     origins[joined(_typed(parts))] = said
     return []
+
+
+def _named_with(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """`recipe` with its changes in its name and summary, unless the user gave these himself."""
+    own = {change.partition("=")[0] for change in changes} & {"name", "summary"}
+    said = ", ".join(change for change in changes if change.partition("=")[0] not in own)
+    renamed = {"name": f"{recipe.name} with {said}", "summary": f"{recipe.summary}; with {said}".removeprefix("; ")}
+    return recipe.model_copy(update={name: text for name, text in renamed.items() if said and name not in own})
 
 
 def _typed(parts: Iterable[str]) -> list[str | int]:

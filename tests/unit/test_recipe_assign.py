@@ -123,7 +123,7 @@ def test_what_the_recipe_ignores_stays_without_a_note() -> None:
 )
 def test_a_pattern_that_means_nothing_is_refused(sets: str, says: str) -> None:
     (found,) = faults(None, sets)
-    assert says in found and found.startswith("gptq-w4a16: ")
+    assert says in found and found.startswith("gptq-w4a16 with ")
 
 
 def test_an_override_of_what_is_ignored_is_refused() -> None:

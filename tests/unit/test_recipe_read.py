@@ -195,6 +195,19 @@ def test_flags_change_the_step() -> None:
     )
 
 
+def test_a_changed_recipe_says_so_in_its_name() -> None:
+    changed = load_recipe("gptq-w4a16", flags={"bits": 3, "symmetric": None}, sets=["steps.0.quantize.damp=0.02"])
+    assert changed.name == "gptq-w4a16 with bits=3, steps.0.quantize.damp=0.02"
+    assert changed.summary.endswith("; with bits=3, steps.0.quantize.damp=0.02")
+    assert load_recipe("gptq-w4a16", flags={"bits": 4}) == load_recipe("gptq-w4a16")
+    assert load_recipe("gptq-w4a16", sets=["name=mine"]).name == "mine"
+
+
+def test_the_same_change_by_flag_or_by_set_has_the_same_hash() -> None:
+    by_flag = load_recipe("gptq-w4a16", flags={"bits": 3})
+    assert recipe_hash(by_flag) == recipe_hash(load_recipe("gptq-w4a16", sets=["steps.0.quantize.bits=3"]))
+
+
 def test_another_method_by_flag_brings_its_own_defaults() -> None:
     changed = load_recipe("gptq-w4a16", flags={"method": "rtn"}).quantize
     assert (changed.method, changed.scale_search, changed.act_order, changed.corrected) == ("rtn", "mse", False, 0.0)
