@@ -73,8 +73,11 @@ def transformers_logits(checkpoint: Path) -> Reference:
     """The checkpoint in transformers, in float32, as a reference."""
     from transformers import AutoModelForCausalLM
 
-    with redirect_stderr(StringIO()):  # the progress bars of three libraries; what goes wrong is raised
+    with redirect_stderr(StringIO()), torch.no_grad():  # progress bars of three libraries; what goes wrong is raised
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+        model(
+            torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        )  # weights are decompressed at the first forward
 
     def logits(tokens: Sequence[int]) -> Tensor:
         with torch.no_grad():
