@@ -5,7 +5,7 @@ A spec is one of four things:
 - a local ``.txt``: ONE document, taken as it is (no stripping, no newline translation), read piece by piece;
 - a local ``.jsonl`` or ``.parquet``: one document a record, under the key ``text`` (or ``messages``: a conversation,
   a list of ``{"role", "content"}``), in an order that the seed shuffles;
-- ``demo``: stories of the embedded demo language;
+- ``demo``: stories of the embedded demo language, drawn from the seed;
 - a ``datasets`` name ``name[:config][:split]``, streamed and shuffled by the seed within a buffer.
 
 No spec at all means the demo language for the demo model, and for any other model a public mix of three streams taken
@@ -69,7 +69,7 @@ def load_documents(spec: str | None, *, source_kind: str = "hub") -> Documents:
     if spec is None and source_kind != "demo":
         return Documents(PUBLIC_MIX_NAME, _public_mix)
     if spec is None or spec == "demo":
-        return Documents("demo", _demo, single=True)
+        return Documents("demo", _demo)
     path = Path(spec).expanduser()
     reader = _READERS.get(path.suffix.lower())
     if path.is_file() and reader is None:
@@ -83,10 +83,10 @@ def load_documents(spec: str | None, *, source_kind: str = "hub") -> Documents:
     return Documents(spec, lambda seed: _dataset(spec, seed))
 
 
-def _demo(_seed: int) -> Iterator[Document]:
+def _demo(seed: int) -> Iterator[Document]:
     from llmshrink.demo import language
 
-    return language.stories(DEMO_SEED)
+    return language.stories(DEMO_SEED + seed)
 
 
 def _public_mix(seed: int) -> Iterator[Document]:
@@ -165,15 +165,15 @@ def _dataset(spec: str, seed: int) -> Iterator[Document]:
         # One question first: offline, `datasets` itself would retry for half a minute and log each try.
         huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        records = iter(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
-        first = next(records, None)
+        for record in stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
+            yield _document(record, f"--calibration {spec}: a record")
+    except CalibrationError:
+        raise
     # The package and its transports raise dozens of unrelated types for a name that isn't there or no network.
     except Exception as error:
         raise CalibrationError(
             f"calibration data {spec} can't be fetched ({type(error).__name__}: {_first_line(error)}); {OTHER_WAYS}"
         ) from error
-    for record in itertools.chain([] if first is None else [first], records):
-        yield _document(record, f"--calibration {spec}: a record")
 
 
 def _document(record: Any, where: str) -> Document:

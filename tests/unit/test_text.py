@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from llmshrink.calibration.text import PIECE_CHARACTERS, load_documents
+from llmshrink.errors import CalibrationError
+
+
+def test_a_txt_is_one_document_taken_as_it_is(tmp_path: Path) -> None:
+    content = "  \r\nfirst\r\n" + "é" * (2 * PIECE_CHARACTERS) + "\n\n "
+    (tmp_path / "notes.txt").write_bytes(content.encode())
+    documents = load_documents(str(tmp_path / "notes.txt"))
+    assert documents.single
+    assert documents.name == "notes.txt"
+    assert "".join(str(piece) for piece in documents.stream(0)) == content
+
+
+def test_a_txt_is_read_no_further_than_used(tmp_path: Path) -> None:
+    (tmp_path / "big.txt").write_bytes(b"a" * (4 * PIECE_CHARACTERS) + b"\xff")
+    pieces = load_documents(str(tmp_path / "big.txt")).stream(0)
+    assert next(pieces) == "a" * PIECE_CHARACTERS
+    with pytest.raises(CalibrationError, match=r"not UTF-8 text .* save it as UTF-8"):
+        list(pieces)
+
+
+def _records(path: Path, number: int) -> list[str]:
+    texts = [f"document {index}" for index in range(number)]
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in texts) + "\n\n")
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=7)
+    return texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_records_are_shuffled_by_the_seed_and_none_is_lost(tmp_path: Path, name: str) -> None:
+    texts = _records(tmp_path / name, 40)
+    documents = load_documents(str(tmp_path / name))
+    first = list(documents.stream(1))
+    assert first == list(documents.stream(1))
+    assert first != list(documents.stream(2))
+    assert first != texts
+    assert sorted(map(str, first)) == sorted(texts)
+
+
+def test_messages_come_before_text_in_a_record(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "t", "messages": messages}))
+    assert list(load_documents(str(tmp_path / "a.jsonl")).stream(0)) == [messages]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b"{broken", r"record at byte 0 isn't JSON"),
+        ("a.jsonl", b'{"body": "x"}', r"has \['body'\]; read are a string under text"),
+        ("a.jsonl", b"[1]", "has list; read are"),
+        ("a.parquet", b"no", "not a parquet file"),
+    ],
+)
+def test_a_broken_record_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=says):
+        list(load_documents(str(tmp_path / name)).stream(0))
+
+
+def test_a_file_that_is_not_there_or_not_read_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    for spec, says in (("missing.txt", "no such file"), (str(tmp_path / "a.csv"), "only .txt, .jsonl and .parquet")):
+        with pytest.raises(CalibrationError, match=says):
+            load_documents(spec)
+    with pytest.raises(CalibrationError, match="is a folder"):
+        load_documents(str(tmp_path))
+
+
+def test_the_default_depends_on_the_kind_of_model() -> None:
+    assert load_documents(None, source_kind="demo").name == "demo"
+    assert "fineweb-edu" in load_documents(None, source_kind="folder").name
+    assert load_documents("demo", source_kind="hub").name == "demo"
+    assert len(list(itertools.islice(load_documents("demo").stream(0), 3))) == 3
+
+
+@pytest.mark.parametrize("spec", [None, "some/dataset:config:train"])
+def test_offline_a_data_set_is_one_line_with_the_other_ways(monkeypatch: pytest.MonkeyPatch, spec: str | None) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CalibrationError) as caught:
+        next(load_documents(spec).stream(0))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "--calibration FILE.txt, .jsonl or .parquet, or --calibration demo" in message
+
+
+def test_a_stream_that_breaks_later_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def shuffle(self, **_: object) -> Broken:
+            return self
+
+        def __iter__(self) -> itertools.chain[dict[str, str]]:
+            def fail() -> dict[str, str]:
+                raise ConnectionError("gone\nfor good")
+
+            return itertools.chain([{"content": "one"}], (fail() for _ in range(1)))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Broken())
+    stream = load_documents("some/dataset").stream(0)
+    assert next(stream) == "one"
+    with pytest.raises(CalibrationError, match=r"can't be fetched \(ConnectionError: gone\)"):
+        next(stream)
