@@ -204,10 +204,11 @@ def check_finite(key: str, tensor: Tensor) -> None:
         piece = flat[start : start + CHUNK]
         low, high = (piece.float() if piece.dtype.itemsize == 1 else piece).aminmax()
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            bad = piece.float().isfinite().logical_not_()
-            first = start + int(bad.nonzero()[0])
+            found = piece.float().isfinite().logical_not_().nonzero()
+            first = start + int(found[0])
+            more = f" (and {len(found) - 1:,} more near it)" if len(found) > 1 else ""
             raise CheckpointError(
-                f"{key}: {flat[first].item()} at {_position(first, tensor)} (and {int(bad.sum()) - 1:,} more near it): "
+                f"{key}: {flat[first].item()} at {_position(first, tensor)}{more}: "
                 "the weights are damaged, and no method can work with them; download or export the model again"
             )
 

@@ -1,4 +1,4 @@
-"""What must be true of a model before any work starts, beside its weights: config, tokenizer, length, room on disk.
+"""What must be true before any work starts, beside the weights: configuration, tokenizer, room on disk.
 
 The configuration is read by transformers, which knows every architecture's defaults; what can be refused from the
 plain `config.json` is refused from there first, since transformers would ask for packages, or run the repository's
@@ -93,15 +93,6 @@ def model_limit(config: PretrainedConfig) -> int | None:
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return limit if isinstance(limit, int) else None
-
-
-def check_seq_len(seq_len: int, config: PretrainedConfig) -> None:
-    """Raise SourceError when calibration sequences of `seq_len` tokens are longer than the model can read."""
-    limit = model_limit(config)
-    if limit is not None and seq_len > limit:
-        raise SourceError(
-            f"--seq-len {seq_len}: longer than the model's max_position_embeddings, {limit}; use {limit} or less"
-        )
 
 
 def check_room(folder: Path, needed: int, what: str = "the output") -> None:

@@ -95,13 +95,6 @@ def test_a_broken_tokenizer_is_said(tmp_path: Path) -> None:
         preflight.load_tokenizer(folder(tmp_path))
 
 
-def test_sequences_longer_than_the_model_are_refused(tmp_path: Path) -> None:
-    config = preflight.load_config(folder(tmp_path))
-    preflight.check_seq_len(256, config)
-    with pytest.raises(SourceError, match=r"--seq-len 257: longer than .*, 256; use 256 or less"):
-        preflight.check_seq_len(257, config)
-
-
 def test_a_disk_without_room_is_named_with_the_bytes_needed(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     out = tmp_path / "not" / "there" / "yet"
