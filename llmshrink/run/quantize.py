@@ -90,7 +90,7 @@ class _Run:
     def _streams(self) -> Walk:
         """Both streams at the first block's door: the embedded batches."""
         job = self.job
-        placement = _Placement.choose(job, self.workspace.folder)
+        placement = Placement.choose(job, self.workspace.folder)
         walk = Walk(
             chain=job.chain,
             batches=job.batches,
@@ -190,14 +190,14 @@ def block_tensors(block: SolvedBlock) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Placement:
+class Placement:
     """Where activations live. spill: a folder for the streams, None for memory."""
 
     spill: Path | None
     keep_paused: bool
 
     @classmethod
-    def choose(cls, job: Job, folder: Path) -> _Placement:
+    def choose(cls, job: Job, folder: Path) -> Placement:
         """By what is free: paused forwards in memory, else only the streams in memory, else the streams in files."""
         config = job.chain.skeleton.model.config.get_text_config()
         tokens = sum(batch.input_ids.numel() for batch in job.batches)

@@ -7,7 +7,7 @@ memory, which never agree, are in `timing.json`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,35 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a reload of the checkpoint showed. differences are of next-token log-probabilities, in nats."""
+    """What a reload of the checkpoint showed.
+
+    against: what `engine` was held to. ok: value <= tolerance, where `measure` says what the value is, in nats.
+    mean_difference, max_difference: of next-token log-probabilities, in nats. worst: the prompt that differs most.
+    """
 
     ok: bool
     engine: str
+    against: str
+    measure: str
+    value: float
+    tolerance: float
     positions: int
     mean_difference: float
     max_difference: float
-    tolerance: float
     worst: str
-    details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        verdict = "verified" if self.ok else "NOT VERIFIED"
+        """The report for a person."""
         found = [
-            f"{verdict} with {self.engine}: {self.positions} next-token log-probabilities differ by "
-            f"{self.mean_difference:.2g} on average, {self.max_difference:.2g} at most "
-            f"(tolerance {self.tolerance:g} on average)"
+            f"{'verified' if self.ok else 'NOT VERIFIED'}: {self.engine} against {self.against}: {self.measure} "
+            f"{self.value:.2g} (tolerance {self.tolerance:g}); {self.positions} next-token log-probabilities differ by "
+            f"{self.mean_difference:.2g} on average, {self.max_difference:.2g} at most"
         ]
-        if not self.ok:
-            found.append(f"worst prompt: {self.worst}")
-        return found
+        return found if self.ok else [*found, f"worst prompt: {self.worst}"]
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,15 @@ class QuantizeReport:
 
     @property
     def ok(self) -> bool:
+        """Whether the checkpoint read back as it was computed (or wasn't asked to be verified)."""
         return self.verification is None or self.verification.ok
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
         return {**asdict(self), "output": str(self.output), "ok": self.ok}
 
     def lines(self) -> list[str]:
+        """The closing summary for a person."""
         q = self.quality
         quantized = [row for row in self.sites if row.bits is not None]
         ratio = self.bytes_before / self.bytes_after

@@ -27,6 +27,8 @@ from llmshrink.run.journal import RECORD
 from llmshrink.run.report import VerifyReport
 
 REFERENCE = Path("verify") / "held_out.safetensors"
+ENGINE_PROMPTS = 8
+ENGINE_PROMPT_TOKENS = 32
 SAME_MACHINE = 1e-4
 ELSEWHERE = 2e-2
 """Tolerances on the mean difference of next-token log-probabilities, in nats: with the same versions, device and
@@ -116,14 +118,10 @@ def verify_reload(folder: Path) -> VerifyReport:
     batches = held_out_batches(reference, record["identity"]["batch_size"])
     again = recompute(folder, record, batches, device)
     same = all(record["identity"].get(key) == value for key, value in here(device).items())
-    return compare(
-        folder, reference, again["token_logprobs"], tolerance=SAME_MACHINE if same else ELSEWHERE, engine="transformers"
-    )
+    return compare(folder, reference, again["token_logprobs"], tolerance=SAME_MACHINE if same else ELSEWHERE)
 
 
-def compare(
-    folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolerance: float, engine: str
-) -> VerifyReport:
+def compare(folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolerance: float) -> VerifyReport:
     """Hold next-token log-probabilities (float32 [positions]) to the reference's."""
     expected = reference["token_logprobs"]
     if found.shape != expected.shape:
@@ -135,12 +133,39 @@ def compare(
     mean, worst = float(difference.mean()), int(difference.argmax())
     return VerifyReport(
         ok=mean <= tolerance,
-        engine=engine,
+        engine="the checkpoint reloaded from disk",
+        against="what its run computed",
+        measure="mean difference",
+        value=mean,
+        tolerance=tolerance,
         positions=len(expected),
         mean_difference=mean,
         max_difference=float(difference[worst]),
-        tolerance=tolerance,
         worst=_window_of(folder, reference, worst),
+    )
+
+
+def verify_vllm(folder: Path) -> VerifyReport:
+    """Run the real vLLM on the checkpoint, in its own process, and hold it to transformers on the same checkpoint.
+
+    The prompts are the beginnings of the held-out windows. Raises LlmshrinkError when no vLLM is installed or it
+    refuses the checkpoint.
+    """
+    from llmshrink.serving.vllm.check import compare_with_transformers
+
+    ids = read_reference(folder)["input_ids"][:ENGINE_PROMPTS, :ENGINE_PROMPT_TOKENS]
+    found = compare_with_transformers(folder, ids.tolist())
+    return VerifyReport(
+        ok=found.ok,
+        engine=found.engine,
+        against="transformers on the same checkpoint",
+        measure="KL of the worst prompt",
+        value=found.worst_kl,
+        tolerance=found.tolerance,
+        positions=found.positions,
+        mean_difference=found.mean_abs_diff,
+        max_difference=found.max_abs_diff,
+        worst=_text(folder, found.worst_prompt, ids[found.worst_prompt].tolist()),
     )
 
 
@@ -149,11 +174,14 @@ def _window_of(folder: Path, reference: dict[str, Tensor], position: int) -> str
     mask = reference["mask"].bool()
     ends = (mask[:, 1:] & mask[:, :-1]).sum(1).cumsum(0)
     window = int((ends <= position).sum())
-    ids = reference["input_ids"][window][:16].tolist()
+    return _text(folder, window, reference["input_ids"][window].tolist())
+
+
+def _text(folder: Path, window: int, ids: list[int]) -> str:
     try:
         from transformers import AutoTokenizer
 
-        text = repr(AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids))
+        text = repr(AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids[:16]))
     except (OSError, ValueError):
-        text = f"tokens {ids}"
+        text = f"with tokens {ids[:16]}"
     return f"held-out window {window}, which begins {text}"

@@ -1,0 +1,270 @@
+"""A whole run in process, on tiny models: what it promises of numbers, names and reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import contents, make_model
+from safetensors.torch import load_file, save_file
+
+import llmshrink
+from llmshrink.calibration.activations import batches_of
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError
+from llmshrink.run import job as jobs
+from llmshrink.run import quantize as runs
+
+SMALL: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 32}
+
+
+def dense(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_every_family_loads_in_transformers_as_it_was_computed(
+    family: str, model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    source = model_of(family)
+    report = llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    assert report.ok
+    assert report.verification is not None
+    assert report.verification.mean_difference == 0.0
+    kept = load_file(tmp_path / "out" / "verify" / "held_out.safetensors")
+    with torch.no_grad():
+        logprobs = dense(tmp_path / "out")(kept["input_ids"]).logits.log_softmax(-1)
+    found = logprobs[:, :-1].gather(-1, kept["input_ids"][:, 1:, None]).reshape(-1)
+    # The run computed its blocks in bfloat16; transformers here in float32.
+    assert (found - kept["token_logprobs"]).abs().mean() < 0.05
+
+
+def test_gptq_is_closer_than_rounding_and_more_bits_are_closer(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    kl = {}
+    for recipe, bits in (("gptq-w4a16", 4), ("gptq-w4a16", 3), ("rtn-w4a16", 4), ("rtn-w4a16", 3), ("gptq-w8a16", 8)):
+        out = tmp_path / f"{recipe}-{bits}"
+        options = {**SMALL, "samples": 24, "bits": bits}
+        report = llmshrink.quantize(model_of("llama"), output=out, recipe=recipe, calibration=story, **options)
+        kl[recipe[:3], bits] = report.quality.kl_mean
+    assert kl["gpt", 8] < kl["gpt", 4] < kl["gpt", 3]
+    assert kl["gpt", 4] < kl["rtn", 4]
+    assert kl["gpt", 3] < kl["rtn", 3]
+
+
+def test_same_command_same_bytes(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        llmshrink.quantize(model_of("llama"), output=tmp_path / name, calibration=story, **SMALL)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_rerunning_and_spilling_give_the_same_bytes(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placements = {
+        "kept": runs.Placement(None, True),
+        "rerun": runs.Placement(None, False),
+        "files": runs.Placement(tmp_path / "spill", False),
+    }
+    for name, placement in placements.items():
+        monkeypatch.setattr(runs.Placement, "choose", lambda job, folder, placement=placement: placement)
+        llmshrink.quantize(model_of("llama"), output=tmp_path / name, calibration=story, **SMALL)
+    assert contents(tmp_path / "kept") == contents(tmp_path / "rerun") == contents(tmp_path / "files")
+
+
+def test_each_source_tensor_is_read_at_most_twice(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[CheckpointIndex] = []
+    open_index = CheckpointIndex.open
+
+    def remember(folder: Path) -> CheckpointIndex:
+        opened.append(open_index(folder))
+        return opened[-1]
+
+    monkeypatch.setattr(jobs.CheckpointIndex, "open", remember)
+    llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **SMALL)
+    assert opened[0].folder == model_of("llama").resolve()
+    assert set(opened[0].reads) == set(opened[0].keys())
+    assert max(opened[0].reads.values()) <= 2
+
+
+def test_compressed_prefix_feeds_the_next_block(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    """Block 1's solution must depend on what was done to block 0."""
+    shards = {}
+    for bits in (8, 2):
+        recipe = tmp_path / f"{bits}.yaml"
+        recipe.write_text(
+            "name: x\nsteps:\n  - quantize: {method: gptq, bits: 4, group_size: 32, corrected: 0.0}\n"
+            f'overrides:\n  - {{match: "*.layers.0.*", quantize: {{bits: {bits}}}}}\n'
+        )
+        out = tmp_path / f"out{bits}"
+        llmshrink.quantize(model_of("llama"), output=out, recipe=recipe, calibration=story, samples=6, seq_len=32)
+        shards[bits] = load_file(out / "model-block-00001.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight_packed"
+    assert not torch.equal(shards[8][name], shards[2][name])
+
+
+def test_conservation_of_tensors_that_the_class_does_not_know(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.mtp.0.weight"] = torch.randn(5, 3)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (source / "LICENSE").write_text("do as you like")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# original\n")
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    out = tmp_path / "out"
+    llmshrink.quantize(source, output=out, calibration=story, **SMALL)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert torch.equal(
+        load_file(out / index["model.mtp.0.weight"])["model.mtp.0.weight"], tensors["model.mtp.0.weight"]
+    )
+    assert (out / "LICENSE").read_text() == "do as you like"
+    assert "# original" in (out / "SOURCE_README.md").read_text()
+    assert "license: mit" in (out / "README.md").read_text()
+    assert not (out / "pytorch_model.bin").exists()
+    names = {p.name for p in source.iterdir()} - {"pytorch_model.bin", "model.safetensors"}
+    assert names <= {p.name for p in out.iterdir()}
+
+
+def test_a_small_shard_limit_splits_blocks_and_changes_no_tensor(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    limits = {"whole": "5GB", "split": "10kB"}
+    found = {}
+    for name, limit in limits.items():
+        out = tmp_path / name
+        llmshrink.quantize(model_of("llama"), output=out, calibration=story, max_shard_size=limit, **SMALL)
+        found[name] = {k: v for file in out.glob("model-*.safetensors") for k, v in load_file(file).items()}
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > len(list((tmp_path / "whole").glob("*.safetensors")))
+    assert found["whole"].keys() == found["split"].keys()
+    assert all(torch.equal(found["whole"][k], found["split"][k]) for k in found["whole"])
+    assert llmshrink.verify(tmp_path / "split").ok
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_transformers_decompression_equals_our_reader(
+    asymmetric: bool, model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    from llmshrink.run.verify import Decompressed
+
+    out = tmp_path / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, asymmetric=asymmetric, **SMALL)
+    reader = Decompressed(out, json.loads((out / "config.json").read_text()), torch.bfloat16)
+    model = dense(out).to(torch.bfloat16)
+    ids = torch.arange(1, 25)[None]
+    with torch.no_grad():
+        model(ids)  # the library decompresses at the first forward
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            assert torch.equal(parameter.to(torch.bfloat16), reader.read(name)), name
+
+
+def test_padded_batches_count_real_tokens_only(model_of: Callable[..., Path], tmp_path: Path) -> None:
+    from llmshrink.calibration.tokens import TokenWindows
+
+    ids = torch.arange(1, 33).repeat(3, 1)
+    mask = torch.ones(3, 32, dtype=torch.bool)
+    mask[2, 7:] = False
+    batches = batches_of(TokenWindows(ids, mask, "x", "y"), 2, held_out=False)
+    assert batches[0].mask is None
+    assert batches[1].real(torch.zeros(1, 32, 5)).shape == (7, 5)
+
+
+def test_a_tampered_checkpoint_does_not_verify(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, **SMALL)
+    path = out / "model-block-00000.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight_packed"] ^= 0x11111111
+    save_file(tensors, path, {"format": "pt"})
+    report = llmshrink.verify(out)
+    assert not report.ok
+    assert "held-out window" in report.worst
+    assert report.lines()[-1].startswith("worst prompt: held-out window")
+
+
+def test_inspect_counts_what_is_stored(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, **SMALL)
+    report = llmshrink.inspect(out)
+    assert {row.bits for row in report.sites} == {4}
+    assert report.linear_bits_per_weight == pytest.approx(4.5, abs=0.3)  # bf16 scales of 32, and each shape's 16 bytes
+    source = CheckpointIndex.open(model_of("llama"))
+    assert report.weights == sum(torch.Size(source.entry(key).shape).numel() for key in source)
+    assert all(row.error is not None and 0 < row.error < 0.1 for row in report.sites)
+
+
+def test_one_window_is_enough_and_said(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    report = llmshrink.quantize(
+        model_of("llama", num_hidden_layers=1), output=tmp_path / "out", calibration=story, samples=1, seq_len=32,
+        group_size=32,
+    )  # fmt: skip
+    assert report.ok
+    assert report.blocks == 1
+
+
+def test_an_all_zero_site_and_a_dead_input_are_handled(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()  # so down_proj's inputs are dead as well
+    tensors["model.layers.1.input_layernorm.weight"][3] = 0.0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    assert report.ok
+    assert any("never active" in note for note in report.notes), report.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"bits": 5}, RecipeError, "5"),
+        ({"samples": 100000}, LlmshrinkError, "100000"),
+        ({"seq_len": 4096}, LlmshrinkError, "4096"),
+        ({"recipe": "gptq-w4a61"}, RecipeError, "gptq-w4a16"),
+        ({"device": "cuda:7"}, LlmshrinkError, "cuda:7"),
+        ({"dtype": "float8"}, LlmshrinkError, "float8"),
+        ({"set": ["overrides=[{match: nothing, ignore: true}]"]}, RecipeError, "nothing"),
+        ({"max_shard_size": "big"}, LlmshrinkError, "big"),
+    ],
+)
+def test_bad_input_writes_nothing(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    model_of: Callable[..., Path],
+    story: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **{**SMALL, **options})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_is_said_with_bytes(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OutputError, match=r"out.*bytes|bytes.*out"):
+        llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight"):
+        llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
