@@ -269,3 +269,10 @@ def test_a_flag_and_a_set_are_named_where_their_value_is_wrong() -> None:
 def test_a_set_that_leads_nowhere_is_refused(assignment: str, says: str) -> None:
     (found,) = faults("gptq-w4a16", sets=[assignment])
     assert found.startswith(f"--set {assignment}: ") and says in found
+
+
+def test_a_method_that_is_registered_is_one_that_a_recipe_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmshrink.methods import registry, solver
+
+    monkeypatch.setattr(registry, "_METHODS", {**registry._METHODS, "toy": solver("rtn")})
+    assert load_recipe("gptq-w4a16", flags={"method": "toy"}).quantize.method == "toy"
