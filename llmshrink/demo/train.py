@@ -115,7 +115,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 
 def describe(model: LlamaForCausalLM, folder: Path, steps: int, seconds: float) -> None:
     """Measure the saved weights in float32 against the bound and write the README."""
-    loss, bound = windows.loss_and_bound(model.float().eval(), seed=HELD_OUT_SEED, windows=256, length=POSITIONS)  # type: ignore[arg-type]
+    loss, bound = windows.loss_and_bound(model.float().eval(), seed=HELD_OUT_SEED, windows=256, length=POSITIONS)
     rate, error = language.entropy_rate(20_000)
     line = f"held-out loss {loss:.4f} nats per word, bound {bound:.4f}: {100 * (loss / bound - 1):.1f} % above"
     print(line)

@@ -58,9 +58,7 @@ class Skeleton:
         from transformers import AutoModelForCausalLM
 
         with _parameters_on_meta():
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model: Any = model.eval()
         self.model.config.use_cache = False
         self.reader = reader
