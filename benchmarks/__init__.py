@@ -1,0 +1,1 @@
+"""Benchmarks: time, memory and damage against the peers. None of it ships with the package."""

@@ -1,0 +1,117 @@
+"""How far a compressed model is from its original: `python -m benchmarks.kl ORIGINAL COMPRESSED TEXT`.
+
+Both models see the first `--tokens` tokens of the text in windows of `--window`, in float32; printed are the mean
+KL(original || compressed) over all positions in nats per token and both perplexities, exp(mean nats per predicted
+token).
+
+Both load through transformers. A checkpoint of 2, 3, 5, 6 or 7 bits, which the compressed-tensors library beside vLLM
+can't read, is dequantized by our own reader into a copy of the original, and the output says so; `--own-reader` does
+that for any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """kl: nats per token. original, compressed: perplexities. tokens: positions compared."""
+
+    kl: float
+    original: float
+    compressed: float
+    tokens: int
+
+
+def windows(tokenizer: Any, text: Path, tokens: int, window: int) -> Tensor:
+    """The text's first tokens, int64 [tokens / window, window]."""
+    from llmshrink.calibration.text import load_documents
+    from llmshrink.calibration.tokens import build_windows
+
+    documents = load_documents(str(text))
+    return build_windows(documents, tokenizer, samples=tokens // window, seq_len=window, held_out=0, seed=0)[
+        0
+    ].input_ids
+
+
+@torch.inference_mode()
+def divergence(original: Any, compressed: Any, ids: Tensor) -> Divergence:
+    """KL over every position, losses over the predicted ones. ids: int64 [windows, length]; logits in float32."""
+    kl, losses, predicted = 0.0, [0.0, 0.0], 0
+    for batch in ids.split(BATCH):
+        logs = [
+            model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1) for model in (original, compressed)
+        ]
+        kl += float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).double().sum())
+        target = batch[:, 1:, None]
+        for index, log in enumerate(logs):
+            losses[index] -= float(log[:, :-1].gather(-1, target).double().sum())
+        predicted += target.numel()
+    ppl = [float(torch.tensor(loss / predicted).exp()) for loss in losses]
+    return Divergence(kl / ids.numel(), ppl[0], ppl[1], ids.numel())
+
+
+def load(original: Path, compressed: Path, *, own_reader: bool) -> tuple[Any, bool]:
+    """The compressed model in float32, and whether our own reader made it."""
+    from transformers import AutoModelForCausalLM
+
+    from llmshrink.formats import compressed_tensors
+
+    config = json.loads((compressed / "config.json").read_text())
+    quantization = config.get("quantization_config")
+    bits = {group["weights"]["num_bits"] for group in quantization["config_groups"].values()} if quantization else {4}
+    if bits <= {4, 8} and not own_reader:
+        return AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32).eval(), False
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
+    stored = dict(_stored(compressed))
+    for name, scheme in compressed_tensors.schemes(quantization).items():
+        weight = compressed_tensors.read(name, stored.__getitem__, scheme)
+        model.get_submodule(name).weight.data.copy_(weight.dequantize(torch.float32))
+    for key, parameter in model.named_parameters():
+        if key in stored:
+            parameter.data.copy_(stored[key])
+    return model, True
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    for shard in sorted(folder.glob("*.safetensors")):
+        yield from load_file(shard).items()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("original", type=Path)
+    parser.add_argument("compressed", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--tokens", type=int, default=102_400)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--own-reader", action="store_true")
+    arguments = parser.parse_args()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = windows(AutoTokenizer.from_pretrained(arguments.original), arguments.text, arguments.tokens, arguments.window)
+    original = AutoModelForCausalLM.from_pretrained(arguments.original, dtype=torch.float32).eval()
+    compressed, own = load(arguments.original, arguments.compressed, own_reader=arguments.own_reader)
+    found = divergence(original, compressed, ids)
+    print(
+        f"KL {found.kl:.4f} nats/token, perplexity {found.original:.2f} -> {found.compressed:.2f}"
+        f" over {found.tokens:,} tokens, read by {'our own reader' if own else 'transformers'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What every timed child shares: its wall seconds without imports and its peak resident memory, as one JSON line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+
+def import_everything() -> None:
+    """Import what a run would import while it is timed: our own modules, and transformers' Llama."""
+    import llmshrink
+
+    for module in pkgutil.walk_packages(llmshrink.__path__, "llmshrink."):
+        if not module.name.startswith(("llmshrink.serving", "llmshrink.demo.train", "llmshrink.recipes")):
+            importlib.import_module(module.name)
+    for name in (
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto.modeling_auto",
+        "safetensors.torch",
+    ):
+        importlib.import_module(name)
+
+
+def report(work: Callable[[], object]) -> None:
+    """Run `work` and print {"seconds", "peak_rss"} (seconds of wall, bytes) on stdout's last line."""
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(json.dumps({"seconds": seconds, "peak_rss": peak}), flush=True)
