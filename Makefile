@@ -10,8 +10,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo-w4
-# `make bench PEER_PYTHON=/path/to/python`: the Python of an environment that has llm-compressor.
+# `make bench PEER_PYTHON=/path/to/python`: the Python of an environment that has llm-compressor. BENCH and TORTURE are
+# further options of the two: `make bench BENCH="--model M --calibration TEXT --judge TEXT"`.
 PEER_PYTHON ?=
+BENCH ?=
+TORTURE ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-full demo test test-fast lint format bench torture clean
@@ -53,16 +56,16 @@ format: venv  ## ruff's formatter and its safe fixes
 	$(BIN)/ruff format .
 
 test: venv-full lint  ## Lint, types and every test, those with the real vLLM engine too
-	$(BIN)/python -u -m pytest -m "not torture"
+	$(BIN)/python -u -m pytest
 
 test-fast: venv  ## The tests of a minute: no engine, nothing slow
-	$(BIN)/python -u -m pytest -m "not torture and not engine and not slow"
+	$(BIN)/python -u -m pytest -m "not engine and not slow"
 
 torture: venv  ## A hundred killed runs, a hundred identical results
-	$(BIN)/python -u -m pytest -m torture
+	$(BIN)/python -u -m benchmarks.torture $(TORTURE)
 
 bench: venv  ## Time, memory and damage against the peers
-	$(BIN)/python -m benchmarks $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+	$(BIN)/python -u -m benchmarks $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(BENCH)
 
 clean:  ## What was built, not the environment
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
