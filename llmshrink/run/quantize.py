@@ -15,6 +15,7 @@ from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.formats import compressed_tensors
 from llmshrink.model.sites import sites_of
+from llmshrink.recipe.assign import serving_notes
 from llmshrink.run import disk, heldout
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
@@ -33,6 +34,8 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
     started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         job = prepare(options)
+        for note in serving_notes(list(job.assigned.values())):
+            progress.note(f"note: {note}")
         already = workspace.finished_bytes()
         check_room(options.output, max(0, expected_bytes(job) - already))
         parts = workspace.begin(job.identity())

@@ -89,17 +89,16 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     solved: dict[str, SolvedSite] = {}
     active = [stage for stage in stages if any(site.name in walk.specs for site in stage.sites)]
     taps = [stage.tap for stage in active]
-    last = number == len(chain.blocks) - 1
     with ExitStack() as stack:
         stack.enter_context(pausing_at(block, taps))
         stack.enter_context(pausing_at(twin, taps))
         forwards = _Forwards(walk, number, block, twin)
         for position, stage in enumerate(active):
-            statistics = _gather(walk, stage, forwards, position)
+            statistics = _gather(walk, active, forwards, position)
             for result in _solve_stage(walk, stage, statistics, stored):
                 solved[result.site.key] = result
                 install(twin, result.site.local, result.weight)
-        forwards.finish(discard_calibration=last)
+        forwards.finish_all()
     chain.skeleton.release(chain.name(number))
     return SolvedBlock(solved, stored)
 
@@ -112,8 +111,7 @@ def replay_block(walk: Walk, number: int, weights: Mapping[str, GroupedInt]) -> 
     twin = shared_twin(block)
     for local, weight in weights.items():
         install(twin, local, weight)
-    forwards = _Forwards(walk, number, block, twin)
-    forwards.finish(discard_calibration=number == len(chain.blocks) - 1)
+    _Forwards(walk, number, block, twin).finish_all()
     chain.skeleton.release(chain.name(number))
 
 
@@ -136,49 +134,71 @@ class _Forwards:
 
     def __init__(self, walk: Walk, number: int, block: nn.Module, twin: nn.Module) -> None:
         self._walk, self._number = walk, number
-        self._sides = ((block, walk.original, True), (twin, walk.compressed, False))
+        self._last = number == len(walk.chain.blocks) - 1
+        self._sides = {True: (block, walk.original), False: (twin, walk.compressed)}
         self._paused: dict[tuple[int, bool], PausedForward] = {}
-
-    def _start(self, batch: int, original: bool) -> PausedForward:
-        block, stream, _ = self._sides[0 if original else 1]
-        call = self._walk.chain.calls(self._walk.batches[batch])[self._number]
-        hidden = stream.take(batch) if self._walk.keep_paused else stream.get(batch)
-        return PausedForward(block, call, hidden)
+        self._waiting: dict[int, Tensor] = {}
+        self._done: set[tuple[int, bool]] = set()
 
     def at_tap(self, batch: int, original: bool, position: int) -> Tensor:
         """The input of the `position`-th tap, [batch, tokens, in]."""
-        if self._walk.keep_paused:
-            if position == 0:
-                self._paused[batch, original] = self._start(batch, original)
-            return self._paused[batch, original].advance()
-        forward = self._start(batch, original)
-        for _ in range(position):
-            forward.advance()
-        tap = forward.advance()
-        forward.close()
-        return tap
+        if original and batch in self._waiting:
+            return self._waiting.pop(batch)
+        paused = self._paused.get((batch, original))
+        if paused is None:
+            block, stream = self._sides[original]
+            call = self._walk.chain.calls(self._walk.batches[batch])[self._number]
+            hidden = stream.take(batch) if self._walk.keep_paused else stream.get(batch)
+            paused = self._paused[batch, original] = PausedForward(block, call, hidden)
+            for _ in range(0 if self._walk.keep_paused else position):
+                paused.advance()
+        return paused.advance()
 
-    def finish(self, *, discard_calibration: bool) -> None:
-        """Run all batches to the block's end and store the outputs; after the last block calibration's are dropped."""
-        for block, stream, original in self._sides:
+    def rest(self, batch: int, original: bool, *, ahead: bool = False) -> None:
+        """Between two taps: where half-finished forwards aren't kept, let this one go.
+
+        ahead: the original waits at its next tap instead of at this one.
+        """
+        if not self._walk.keep_paused:
+            self._paused.pop((batch, original)).close()
+        elif ahead:
+            self._waiting[batch] = self._paused[batch, original].advance()
+
+    def finish(self, batch: int, original: bool) -> None:
+        """Run a batch to the block's end and store its output; after the last block nothing reads calibration's."""
+        if (batch, original) in self._done:
+            return
+        self._done.add((batch, original))
+        block, stream = self._sides[original]
+        paused = self._paused.pop((batch, original), None)
+        if self._last and not self._walk.batches[batch].held_out:
+            if paused is not None:
+                paused.close()
+            stream.drop(batch)
+        elif paused is not None:
+            stream.put(batch, paused.advance())
+        else:
+            call = self._walk.chain.calls(self._walk.batches[batch])[self._number]
+            with torch.no_grad():
+                stream.put(batch, call.run(block, stream.get(batch)))
+
+    def finish_all(self) -> None:
+        """Run all that still travels to the block's end."""
+        for original in (True, False):
             for i, batch in enumerate(self._walk.batches):
-                if not self._walk.carries(batch, original=original):
-                    continue
-                paused = self._paused.pop((i, original), None)
-                if discard_calibration and not batch.held_out:
-                    if paused is not None:
-                        paused.close()
-                    stream.drop(i)
-                elif paused is not None:
-                    stream.put(i, paused.advance())
-                else:
-                    call = self._walk.chain.calls(batch)[self._number]
-                    with torch.no_grad():
-                        stream.put(i, call.run(block, stream.get(i)))
+                if self._walk.carries(batch, original=original):
+                    self.finish(i, original)
 
 
-def _gather(walk: Walk, stage: Stage, forwards: _Forwards, position: int) -> Statistics | None:
-    """The statistics at a stage's tap from all calibration batches; None when no method of the stage reads any."""
+def _gather(walk: Walk, stages: Sequence[Stage], forwards: _Forwards, position: int) -> Statistics | None:
+    """The statistics at a stage's tap from all calibration batches; None when no method of the stage reads any.
+
+    Nothing that is solved here changes the original, so it needn't wait for it: from the last tap it goes on to the
+    block's end at once, and from one that isn't narrower than the next it goes on to that. So it doesn't hold the
+    queries, keys and values of all batches together, nor their widest activations.
+    """
+    stage = stages[position]
+    following = stages[position + 1] if position + 1 < len(stages) else None
     if not walk.needs_calibration:
         return None
     specs = [walk.specs[site.name] for site in stage.sites if site.name in walk.specs]
@@ -189,7 +209,14 @@ def _gather(walk: Walk, stage: Stage, forwards: _Forwards, position: int) -> Sta
         if batch.held_out:
             continue
         compressed = batch.real(forwards.at_tap(i, False, position))
-        original = batch.real(forwards.at_tap(i, True, position)) if walk.two_streams else None
+        forwards.rest(i, False)
+        original = None
+        if walk.two_streams:
+            original = batch.real(forwards.at_tap(i, True, position))
+            if following is None:
+                forwards.finish(i, True)
+            else:
+                forwards.rest(i, True, ahead=following.sites[0].in_features <= stage.sites[0].in_features)
         if reads:
             statistics.add(compressed, original if cross else None)
     if not reads:

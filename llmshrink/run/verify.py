@@ -148,13 +148,19 @@ def compare(folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolera
 def verify_vllm(folder: Path) -> VerifyReport:
     """Run the real vLLM on the checkpoint, in its own process, and hold it to transformers on the same checkpoint.
 
-    The prompts are the beginnings of the held-out windows. Raises LlmshrinkError when no vLLM is installed or it
+    The prompts are the beginnings of the held-out windows. A damaged weight reads alike in both, so the reload is held
+    to the run first, and its report returned when it fails. Raises LlmshrinkError when no vLLM is installed or it
     refuses the checkpoint.
     """
     from llmshrink.serving.vllm.check import compare_with_transformers
 
-    ids = read_reference(folder)["input_ids"][:ENGINE_PROMPTS, :ENGINE_PROMPT_TOKENS]
-    found = compare_with_transformers(folder, ids.tolist())
+    reload = verify_reload(folder)
+    if not reload.ok:
+        return reload
+    reference = read_reference(folder)
+    rows = zip(reference["input_ids"].tolist(), reference["mask"].sum(1).tolist(), strict=True)
+    prompts = [ids[: min(ENGINE_PROMPT_TOKENS, real)] for ids, real in rows][:ENGINE_PROMPTS]
+    found = compare_with_transformers(folder, prompts)
     return VerifyReport(
         ok=found.ok,
         engine=found.engine,
@@ -165,7 +171,7 @@ def verify_vllm(folder: Path) -> VerifyReport:
         positions=found.positions,
         mean_difference=found.mean_abs_diff,
         max_difference=found.max_abs_diff,
-        worst=_text(folder, found.worst_prompt, ids[found.worst_prompt].tolist()),
+        worst=_text(folder, found.worst_prompt, prompts[found.worst_prompt]),
     )
 
 
