@@ -17,7 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE = 256
+
+def tile_of(in_features: int) -> int:
+    """The side of a tile: a sixth of the width, so that 7/12 of a full product is computed, but no sliver."""
+    return max(64, (in_features // 6 + 63) // 64 * 64)
 
 
 class Statistics:
@@ -49,9 +52,10 @@ class Statistics:
         total = self.tokens + compressed.shape[0]
         keep, new = self.tokens / total, 1.0 / total
         inputs = compressed.to(self._hessian.dtype)
-        for start in range(0, inputs.shape[1], TILE):
-            tile = self._hessian[start : start + TILE, start:]
-            tile.addmm_(inputs[:, start : start + TILE].T, inputs[:, start:], beta=keep, alpha=new)
+        size = tile_of(inputs.shape[1])
+        for start in range(0, inputs.shape[1], size):
+            tile = self._hessian[start : start + size, start:]
+            tile.addmm_(inputs[:, start : start + size].T, inputs[:, start:], beta=keep, alpha=new)
         if self._cross is not None and original is not None:
             drift = original - compressed
             if compressed.dtype == torch.bfloat16 and self._cross.dtype == torch.float32:
@@ -65,8 +69,9 @@ class Statistics:
     def hessian(self) -> Tensor:
         """H, [in_features, in_features], undamped. It is the accumulator, not a copy: don't write to it."""
         if not self._mirrored:
-            for start in range(0, self._hessian.shape[0], TILE):
-                stop = start + TILE
+            size = tile_of(self._hessian.shape[0])
+            for start in range(0, self._hessian.shape[0], size):
+                stop = start + size
                 diagonal = self._hessian[start:stop, start:stop]
                 # A tile on the diagonal was computed whole, but its two halves may differ in the last bit.
                 diagonal.copy_(torch.triu(diagonal) + torch.triu(diagonal, 1).T)

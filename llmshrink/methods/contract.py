@@ -51,8 +51,8 @@ class QuantizeSpec:
 class SiteStatistics(Protocol):
     """What a method may know of the data at a tap.
 
-    tokens: how many. hessian: float32 [in, in], X~^T X~ / tokens, undamped, where X~ are the inputs after the
-    compressed prefix. cross: float32 [in, in], (X - X~)^T X~ / tokens, where X are the original model's inputs; None
+    tokens: how many. hessian: float32 or float64 [in, in], X~^T X~ / tokens, undamped, where X~ are the inputs after the
+    compressed prefix. cross: [in, in], (X - X~)^T X~ / tokens, where X are the original model's inputs; None
     with one stream.
     """
 
@@ -117,7 +117,7 @@ def measure(weight: Tensor, quantized: GroupedInt, hessian: Tensor | None) -> tu
 
 
 def _energy(rows: Tensor, hessian: Tensor | None) -> Tensor:
-    through = rows if hessian is None else rows @ hessian
+    through = rows if hessian is None else (rows.to(hessian.dtype) @ hessian).to(torch.float32)
     # Rounding can leave a tiny negative number where the truth is zero.
     return torch.einsum("oi,oi->o", through, rows).clamp_min_(0.0)
 

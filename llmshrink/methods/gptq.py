@@ -52,7 +52,7 @@ def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, 
     target = original.index_select(1, order)
     if spec.corrected > 0 and statistics.cross is not None:
         check_finite("the cross term", statistics.cross)
-        target.add_(correction(original, statistics.cross, factor), alpha=spec.corrected)
+        target.add_(correction(original, statistics.cross.to(torch.float32), factor), alpha=spec.corrected)
     columns = target.T.contiguous()
     del target
 

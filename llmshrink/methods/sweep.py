@@ -19,7 +19,7 @@ from torch import Tensor
 from llmshrink.methods.scales import Grid
 from llmshrink.weights import code_range
 
-RUN = 16
+RUN = 8
 
 
 def collect_(weight: Tensor, unit: Tensor, done: int, start: int, stop: int) -> None:

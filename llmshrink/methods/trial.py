@@ -29,11 +29,13 @@ from llmshrink.methods.scales import Grid, fit, stored
 from llmshrink.methods.sweep import RUN, collect_
 from llmshrink.weights import code_range
 
-BUFFER = 1 << 23
+BUFFER = 1 << 22
 MULTIPLES = (0.8, 0.85, 0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.15, 1.2)
 
 
-def trial_sweep_(weight: Tensor, factor: Factor, size: int, spec: QuantizeSpec, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+def trial_sweep_(
+    weight: Tensor, factor: Factor, size: int, spec: QuantizeSpec, dtype: torch.dtype
+) -> tuple[Tensor, Grid]:
     """Quantize group after group, and return codes, int8 [in, rows], and grid, [groups in the factor's order, rows].
 
     weight: float32 [in, rows], transposed and in the factor's order, in which each group's columns must be
@@ -48,15 +50,15 @@ def trial_sweep_(weight: Tensor, factor: Factor, size: int, spec: QuantizeSpec, 
         collect_(weight, factor.unit, 0, start, stop)
         unit = factor.unit[start:stop, start:stop].contiguous()
         guess = fit(weight[start:stop], None, spec, dtype)
-        candidates = _candidates(guess, spec, dtype)
-        chunk = max(1, BUFFER // (size * candidates.scale.shape[0]))
+        tried = candidates(guess, spec, dtype)
+        chunk = max(1, BUFFER // (size * tried.scale.shape[0]))
         for row in range(0, rows, chunk):
             part = slice(row, min(row + chunk, rows))
             best, errors = _try(
                 weight[start:stop, part],
                 unit,
                 factor.importance[start:stop],
-                Grid(candidates.scale[:, part], None if candidates.zero is None else candidates.zero[:, part]),
+                Grid(tried.scale[:, part], None if tried.zero is None else tried.zero[:, part]),
                 spec.bits,
             )
             scale[g, part] = best.scale
@@ -70,7 +72,7 @@ def trial_sweep_(weight: Tensor, factor: Factor, size: int, spec: QuantizeSpec, 
     return codes, Grid(scale, zero)
 
 
-def _candidates(guess: Grid, spec: QuantizeSpec, dtype: torch.dtype) -> Grid:
+def candidates(guess: Grid, spec: QuantizeSpec, dtype: torch.dtype) -> Grid:
     """[candidates, rows]: multiples of the guess, and their negatives when those are allowed."""
     multiples = torch.tensor(MULTIPLES).unsqueeze(1)
     scale = multiples * guess.scale
