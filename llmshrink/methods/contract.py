@@ -51,9 +51,9 @@ class QuantizeSpec:
 class SiteStatistics(Protocol):
     """What a method may know of the data at a tap.
 
-    tokens: how many. hessian: float32 or float64 [in, in], X~^T X~ / tokens, undamped, where X~ are the inputs after the
-    compressed prefix. cross: [in, in], (X - X~)^T X~ / tokens, where X are the original model's inputs; None
-    with one stream.
+    tokens: how many. hessian: float32 or float64 [in, in], X~^T X~ / tokens, undamped, where X~ are the inputs after
+    the compressed prefix. cross: [in, in], (X - X~)^T X~ / tokens, where X are the original model's inputs; None with
+    one stream.
     """
 
     @property

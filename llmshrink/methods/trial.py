@@ -88,8 +88,8 @@ def candidates(guess: Grid, spec: QuantizeSpec, dtype: torch.dtype) -> Grid:
 def _try(weight: Tensor, unit: Tensor, importance: Tensor, grid: Grid, bits: int) -> tuple[Grid, Tensor]:
     """Sweep one group with every candidate.
 
-    weight: float32 [size, rows]. grid: [candidates, rows]. Returns the best scale (and zero) of each row, [rows], and its
-    errors in units of that scale, [size, rows].
+    weight: float32 [size, rows]. grid: [candidates, rows]. Returns the best scale (and zero) of each row, [rows], and
+    its errors in units of that scale, [size, rows].
     """
     low, high = code_range(bits)
     size, rows = weight.shape

@@ -200,7 +200,7 @@ def test_what_float32_can_not_factorise_float64_does() -> None:
 
 def test_a_hessian_that_no_damping_helps_is_refused() -> None:
     given = Given(torch.eye(32) - 3 * torch.ones(32, 32).triu(1) - 3 * torch.ones(32, 32).tril(-1))
-    with pytest.raises(SolveError, match="can't be factorised.*more tokens, or use method rtn"):
+    with pytest.raises(SolveError, match=r"can't be factorised.*more tokens, or use method rtn"):
         solver("gptq").solve(torch.randn(4, 32), given, SPEC, torch.float32)
 
 
