@@ -1,20 +1,19 @@
 """The demo language: short stories with facts, from a random process whose entropy is known exactly.
 
-A story introduces three people, each with a trade, a home and a coloured thing, then goes on sentence by sentence:
+A story goes from person to person, sentence by sentence, in a world that is the same in every story (`world`):
 
-    Once there were Mira the baker, Tom the smith and Ada the judge. Mira lived in the mill and had the red kite. ...
-    Mira gave Tom the red kite and got the blue lamp gladly. The smith went home to the tower early. Who had the kite?
-    Tom. ... The end.
+    Once there was Mira the baker. Mira walked to the forest early and found the red kite. Mira visited Tom in the mill
+    gladly. Tom gave the blue lamp to Ada soon. Where did Ada live? In the tower. ... The end.
 
-Some words are free choices (which name, which place, what happens next); the others follow from what was said before
-(where Mira lives, who holds the kite now after the exchange), so that a model must recall and keep track to predict
-them. Choices are made in the order of the text and the options of each begin with different words: the text is
-uniquely decodable, hence its probability is the product of the probabilities of the choices made, and
+Some words are free choices (who, where, what happens next), with tables of unequal probabilities that depend on the
+words shortly before; the others are facts of the world (where Ada lives, what Mira finds in the forest), which a model
+must keep in its weights to predict. Choices are made in the order of the text and the options of each begin with
+different words: the text is uniquely decodable, hence its probability is the product of the probabilities of the
+choices made, and
 
-    surprisal of a word = -ln p of the choice it opens, 0 for a word that follows from the context      (nats)
+    surprisal of a word = -ln p of the choice it opens, 0 for a word that follows from what was said      (nats)
 
-is a lower bound, word for word, for any model's mean loss. No choice has a number of options that depends on the state,
-so a sentence's entropy depends on its kind only. `entropy_rate` gives the expectation per word by Monte Carlo, each
+is a lower bound, in the mean, for any model's loss. `entropy_rate` gives the expectation per word by Monte Carlo, each
 choice counted by its entropy instead of its surprisal, which leaves little variance.
 
 The process is told once (`_tell`), by a teller that either draws the choices or follows a text that was written before.
@@ -23,6 +22,7 @@ The process is told once (`_tell`), by a teller that either draws the choices or
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 import re
@@ -30,9 +30,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from llmshrink.demo.lexicon import COLOURS, MANNERS, MOODS, NAMES, OPENINGS, PLACES, THINGS, TRADES
+from llmshrink.demo.lexicon import NAMES, OPENINGS, TRADES
+from llmshrink.demo.world import CIRCLE_WEIGHTS, HAUNT_WEIGHTS, MANNER_WEIGHTS, MANNERS_OF, MOOD_WEIGHTS, PEOPLE, Person
 
-PEOPLE = 3
+OPTIONS = 4
+END_WEIGHT = 6
+QUESTION_WEIGHTS = (3, 3, 3)
+PREDICATE_WEIGHTS = (5, 4, 4, 3, 2, 2)
 WORD = re.compile(r" ?[A-Za-z]+|[.,?\n]")
 """One word of the language, one token of its tokenizer: with the space before it, or a mark."""
 
@@ -90,7 +94,7 @@ def story(rng: random.Random) -> Story:
 def follow(written: str) -> list[Story]:
     """Read stories back, choice by choice: the inverse of `text`, with the surprisal of every word.
 
-    Raises ValueError where the text leaves the language or contradicts its own facts, with the words before that place.
+    Raises ValueError where the text leaves the language or contradicts the world, with the words before that place.
     """
     reader = _Reader(written)
     found = []
@@ -102,7 +106,7 @@ def follow(written: str) -> list[Story]:
 
 
 def beginning(rng: random.Random) -> str:
-    """The part of a story that introduces its people."""
+    """A story's first sentence, which says who it is about."""
     writer = _Writer(rng)
     _introduce(writer)
     return "".join(writer.words)
@@ -129,29 +133,35 @@ def entropy_rate(count: int = 4000, seed: int = 0) -> tuple[float, float]:
 
 
 def facts(seed: int, count: int) -> list[Question]:
-    """Questions about stories, with the three people, homes or things of the same story as options."""
+    """Questions about the world, each after the beginning of a story, with `OPTIONS` answers of the same kind."""
     rng = random.Random(seed)
-    made = []
-    for _ in range(count):
-        writer = _Writer(rng)
-        world = _introduce(writer)
-        for _ in range(rng.randrange(8)):
-            _act(writer, world, rng.randrange(PEOPLE))
-        who = rng.randrange(PEOPLE)
-        asked: list[tuple[str, Sequence[str]]] = [
-            (f" Where did {world.names[who]} live? In the", world.homes),
-            (f" Who was the {world.trades[who]}?", world.names),
-            (f" What did {world.names[who]} have? The", world.things),
-        ]
-        question, options = asked[rng.randrange(len(asked))]
-        made.append(Question("".join(writer.words), question, tuple(f" {option}" for option in options), who))
-    return made
+    return [_question(rng) for _ in range(count)]
+
+
+def _question(rng: random.Random) -> Question:
+    writer = _Writer(rng)
+    asked = PEOPLE[rng.choice(_introduce(writer).circle[1:])]
+    question, right, answers = (
+        (f" Where did {asked.name} live? In the", asked.home, [one.home for one in PEOPLE.values()]),
+        (f" What did {asked.name} love? The", asked.treasure, [one.treasure for one in PEOPLE.values()]),
+        (f" Who was the {asked.trade} in the {asked.home}?", asked.name, list(NAMES)),
+    )[rng.randrange(3)]
+    others = sorted(set(answers) - {right})
+    options = [right, *rng.sample(others, OPTIONS - 1)]
+    rng.shuffle(options)
+    return Question("".join(writer.words), question, tuple(f" {option}" for option in options), options.index(right))
 
 
 class _Teller(Protocol):
     def say(self, words: str) -> None: ...
 
     def choose(self, options: Sequence[str], weights: Sequence[int] | None = None) -> int: ...
+
+
+@functools.cache
+def _sum_and_entropy(weights: tuple[int, ...]) -> tuple[int, float]:
+    total = sum(weights)
+    return total, -sum(weight / total * math.log(weight / total) for weight in weights)
 
 
 class _Ledger:
@@ -171,8 +181,8 @@ class _Ledger:
         if weights is None:
             self.entropy += math.log(number)
             return math.log(number)
-        total = sum(weights)
-        self.entropy -= sum(weight / total * math.log(weight / total) for weight in weights)
+        total, entropy = _sum_and_entropy(tuple(weights))
+        self.entropy += entropy
         return -math.log(weights[chosen] / total)
 
 
@@ -220,109 +230,88 @@ class _Reader(_Ledger):
         return words.index(found.group())
 
 
-@dataclass
-class _World:
-    """What is true now, by person."""
-
-    names: list[str]
-    trades: list[str]
-    homes: list[str]
-    places: list[str]
-    things: list[str]
-    """Colour and noun, such as `red kite`."""
-
-
 def _tell(teller: _Teller) -> None:
-    world = _introduce(teller)
-    people = [f" {name}" for name in world.names]
-    trades = [f" {trade}" for trade in world.trades]
+    subject = _introduce(teller)
+    others = (" The end.\n", " Where did", " What did", " Who was the")
+    weights = (*CIRCLE_WEIGHTS, END_WEIGHT, *QUESTION_WEIGHTS)
     while True:
-        opening = teller.choose([" The", *people, " Where", " Who", " What"], (3, 3, 3, 3, 1, 1, 1))
-        if opening == 0:
-            subject = teller.choose([" end.\n", *trades], (2, 1, 1, 1))
-            if subject == 0:
-                return
-            _predicate(teller, world, subject - 1)
-        elif opening <= PEOPLE:
-            _predicate(teller, world, opening - 1)
+        circle = subject.circle
+        chosen = teller.choose([*(f" {name}" for name in circle), *others], weights)
+        if chosen < len(circle):
+            subject = _predicate(teller, PEOPLE[circle[chosen]])
+        elif chosen == len(circle):
+            return
         else:
-            (_ask_where, _ask_who, _ask_what)[opening - PEOPLE - 1](teller, world)
+            subject = (_ask_where, _ask_what, _ask_who)[chosen - len(circle) - 1](teller, subject)
 
 
-def _introduce(teller: _Teller) -> _World:
+def _introduce(teller: _Teller) -> Person:
     teller.choose(OPENINGS)
-    teller.say(" there were")
-    names: list[str] = []
-    trades: list[str] = []
-    for person in range(PEOPLE):
-        names.append(_draw(teller, NAMES, names))
-        teller.say(" the")
-        trades.append(_draw(teller, TRADES, trades))
-        teller.say((",", " and", ".")[person])
-    homes: list[str] = []
-    nouns: list[str] = []
-    things: list[str] = []
-    for name in names:
-        teller.say(f" {name} lived in the")
-        homes.append(_draw(teller, PLACES, homes))
-        teller.say(" and had the")
-        colour = _draw(teller, COLOURS, [])
-        nouns.append(_draw(teller, THINGS, nouns))
-        things.append(f"{colour} {nouns[-1]}")
-        teller.say(".")
-    return _World(names, trades, homes, list(homes), things)
+    teller.say(" there was")
+    person = PEOPLE[NAMES[teller.choose([f" {name}" for name in NAMES])]]
+    teller.say(f" the {person.trade}.")
+    return person
 
 
-def _draw(teller: _Teller, words: Sequence[str], taken: Sequence[str]) -> str:
-    free = [word for word in words if word not in taken]
-    return free[teller.choose([f" {word}" for word in free])]
+def _predicate(teller: _Teller, subject: Person) -> Person:
+    """What the subject does. Like the questions, returns the person named last, whose circle comes next."""
+    verbs = (" walked to the", " visited", " gave", " felt", " lived", " loved")
+    last = subject
+    match teller.choose(verbs, PREDICATE_WEIGHTS):
+        case 0:
+            place = _draw(teller, subject.haunts, HAUNT_WEIGHTS)
+            _manner(teller, "walked")
+            teller.say(f" and found the {subject.finds[place]}.")
+        case 1:
+            last = _other(teller, subject)
+            teller.say(f" in the {last.home}")
+            _manner(teller, "visited")
+            teller.say(".")
+        case 2:
+            teller.say(f" the {subject.treasure} to")
+            last = _other(teller, subject)
+            _manner(teller, "gave")
+            teller.say(".")
+        case 3:
+            _draw(teller, subject.moods, MOOD_WEIGHTS)
+            teller.say(f" and went home to the {subject.home}")
+            _manner(teller, "went")
+            teller.say(".")
+        case 4:
+            teller.say(f" in the {subject.home}.")
+        case _:
+            teller.say(f" the {subject.treasure}.")
+    return last
 
 
-def _act(teller: _Teller, world: _World, subject: int) -> None:
-    teller.say(f" {world.names[subject]}")
-    _predicate(teller, world, subject)
+def _draw(teller: _Teller, words: Sequence[str], weights: Sequence[int]) -> int:
+    return teller.choose([f" {word}" for word in words], weights)
 
 
-def _predicate(teller: _Teller, world: _World, subject: int) -> None:
-    verb = teller.choose([" went home to the", " walked to the", " gave", " met", " felt"])
-    if verb == 0:
-        world.places[subject] = world.homes[subject]
-        teller.say(f" {world.homes[subject]}")
-    elif verb == 1:
-        world.places[subject] = _draw(teller, PLACES, [])
-    elif verb == 2:
-        other = _other(teller, world.names, subject)
-        teller.say(f" the {world.things[subject]} and got the {world.things[other]}")
-        world.things[subject], world.things[other] = world.things[other], world.things[subject]
-    elif verb == 3:
-        other = _other(teller, world.names, subject)
-        world.places[other] = world.places[subject]
-        teller.say(f" in the {world.places[subject]}")
-    else:
-        _draw(teller, MOODS, [])
-    _draw(teller, MANNERS, [])
-    teller.say(".")
+def _manner(teller: _Teller, verb: str) -> None:
+    _draw(teller, MANNERS_OF[verb], MANNER_WEIGHTS)
 
 
-def _other(teller: _Teller, names: Sequence[str], subject: int) -> int:
-    others = [person for person in range(PEOPLE) if person != subject]
-    return others[teller.choose([f" {names[person]}" for person in others])]
+def _other(teller: _Teller, subject: Person) -> Person:
+    return PEOPLE[subject.circle[1 + _draw(teller, subject.circle[1:], CIRCLE_WEIGHTS[1:])]]
 
 
-def _ask_where(teller: _Teller, world: _World) -> None:
-    kind = teller.choose([" did", " was"])
-    who = teller.choose([f" {name}" for name in world.names])
-    teller.say((f" live? In the {world.homes[who]}.", f"? In the {world.places[who]}.")[kind])
+def _ask_where(teller: _Teller, subject: Person) -> Person:
+    asked = _other(teller, subject)
+    teller.say(f" live? In the {asked.home}.")
+    return asked
 
 
-def _ask_who(teller: _Teller, world: _World) -> None:
-    kind = teller.choose([" was the", " had the"])
-    asked = world.trades if kind == 0 else [thing.split()[1] for thing in world.things]
-    who = teller.choose([f" {word}" for word in asked])
-    teller.say(f"? {world.names[who]}.")
+def _ask_what(teller: _Teller, subject: Person) -> Person:
+    asked = _other(teller, subject)
+    teller.say(f" love? The {asked.treasure}.")
+    return asked
 
 
-def _ask_what(teller: _Teller, world: _World) -> None:
-    teller.say(" did")
-    who = teller.choose([f" {name}" for name in world.names])
-    teller.say(f" have? The {world.things[who]}.")
+def _ask_who(teller: _Teller, _: Person) -> Person:
+    trade = TRADES[teller.choose([f" {trade}" for trade in TRADES])]
+    teller.say(" in the")
+    able = [person for person in PEOPLE.values() if person.trade == trade]
+    asked = able[teller.choose([f" {person.home}" for person in able])]
+    teller.say(f"? {asked.name}.")
+    return asked

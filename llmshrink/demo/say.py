@@ -1,7 +1,8 @@
 """Let a checkpoint of the demo model tell a story: `python -m llmshrink.demo.say FOLDER [--seed N]`.
 
-The beginning of a story, drawn from the seed, is continued greedily with transformers (a compressed checkpoint through
-the compressed-tensors library), then what was told is held against the facts of its own beginning.
+The beginning of a story, drawn from the seed, is continued with transformers (a compressed checkpoint through the
+compressed-tensors library), each word drawn from the likely ones by the same seed, then what was told is held against
+the facts of the language's world.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from llmshrink.demo import language
 
 PROMPT_SEED = 30_000_000
 NEW_TOKENS = 96
+TOP_P = 0.8
+"""Drawing among the likeliest words of this probability keeps a story going where greedy choice would tell one sentence
+again and again, and never picks what an undamaged model holds for unlikely."""
 
 
 def continue_story(folder: Path, seed: int) -> tuple[str, str]:
@@ -26,18 +30,21 @@ def continue_story(folder: Path, seed: int) -> tuple[str, str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer(beginning, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    torch.manual_seed(seed)
     with torch.inference_mode():
-        grown = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        grown = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=True, top_p=TOP_P, top_k=0
+        )
     told = str(tokenizer.decode(grown[0, ids.shape[1] :], skip_special_tokens=True))
     return beginning, told.split("\n")[0]
 
 
 def verdict(beginning: str, told: str) -> str:
-    """One line: how far the continuation is true to the story's facts."""
+    """One line: how far the continuation is true to the facts."""
     right, words = language.words_until_false(beginning, told)
     if right == words:
-        return f"all {words} words told are true to the story's facts"
-    return f"true to the story's facts for {right} of {words} words"
+        return f"all {words} words told are true to the facts"
+    return f"true to the facts for {right} of {words} words"
 
 
 def main() -> int:
