@@ -31,7 +31,7 @@ from llmshrink.recipe.assign import Assigned, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, recipe_hash
 from llmshrink.recipe.schema import Recipe
 
-HELD_OUT_TOKENS = 2048
+HELD_OUT_TOKENS = 1024
 """About as many tokens are held out as the closing summary needs to tell a good result from a bad one."""
 BATCH_TOKENS = 2048
 PROBE_TOKENS = 32

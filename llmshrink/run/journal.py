@@ -1,7 +1,7 @@
 """The state of a run is its finished shards; the journal says which they are and what they were made from.
 
 `OUT.partial/journal.jsonl`: the first line is the run's identity (everything that bit-identity depends on: source,
-recipe, calibration, versions, device, threads), each further line one finished part with its shards' checksums and
+recipe, calibration, versions, device, threads) and how many parts the last start kept, each further line one finished part with its shards' checksums and
 what the report will say of it. A line is appended only after its shards are durable. On a restart the identity must
 be equal and the shards are verified; the parts that hold are kept, and the run goes on at the first that doesn't.
 
@@ -119,7 +119,8 @@ class Workspace:
         rest = [p for p in self.folder.iterdir() if p.name not in (LOCK, JOURNAL, self.checkpoint.name)]
         for path in [*rest, *(p for p in self.checkpoint.iterdir() if p.name not in known)]:
             _remove(path)  # leftovers of a crash
-        kept = [json.dumps({"identity": identity})] + [json.dumps(vars(part)) for part in self.parts]
+        head = {"identity": identity, "kept": len(self.parts)}
+        kept = [json.dumps(head)] + [json.dumps(vars(part)) for part in self.parts]
         disk.write_text(self.journal, "\n".join(kept) + "\n")
         return self.parts
 
