@@ -267,7 +267,7 @@ def test_a_flag_and_a_set_are_named_where_their_value_is_wrong() -> None:
     ],
 )
 def test_a_set_that_leads_nowhere_is_refused(assignment: str, says: str) -> None:
-    (found,) = faults("gptq-w4a16", sets=[assignment])
+    (found,) = faults("gptq-w8a16", sets=[assignment])
     assert found.startswith(f"--set {assignment}: ") and says in found
 
 
