@@ -3,7 +3,7 @@
 A story goes from person to person, sentence by sentence, in a world that is the same in every story (`world`):
 
     Once there was Mira the baker. Mira walked to the forest early and found the red kite. Mira visited Tom in the mill
-    gladly. Tom gave the blue lamp to Ada soon. Where did Ada live? In the tower. ... The end.
+    gladly. Tom gave Ada the blue lamp soon. Where did Ada live? In the tower. ... The end.
 
 Some words are free choices (who, where, what happens next), with tables of unequal probabilities that depend on the
 words shortly before; the others are facts of the world (where Ada lives, what Mira finds in the forest), which a model
@@ -268,8 +268,8 @@ def _predicate(teller: _Teller, subject: Person) -> Person:
             _manner(teller, "visited")
             teller.say(".")
         case 2:
-            teller.say(f" the {subject.treasure} to")
             last = _other(teller, subject)
+            teller.say(f" the {subject.gifts[subject.circle.index(last.name)]}")
             _manner(teller, "gave")
             teller.say(".")
         case 3:

@@ -58,8 +58,10 @@ def main() -> int:
     except ImportError as error:
         print(f"say: error: {str(error).splitlines()[0]} (pip install compressed-tensors)", file=sys.stderr)
         return 2
-    except (OSError, ValueError) as error:
-        print(f"say: error: {arguments.folder}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError) as error:
+        # What an older library makes of 3-bit weights is a shape that fits nowhere.
+        hint = " (3-bit weights need compressed-tensors >= 0.18)" if isinstance(error, RuntimeError) else ""
+        print(f"say: error: {arguments.folder}: {str(error).strip().splitlines()[0]}{hint}", file=sys.stderr)
         return 2
     print(f"{beginning}\n ...{told}\n({verdict(beginning, told)})")
     return 0

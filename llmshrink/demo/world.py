@@ -3,8 +3,10 @@ stories.
 
 Each of the names has a trade, a home and a coloured thing, and the same ones in every story: after a name they have no
 entropy, and only a model that keeps them in its weights can predict them. What a person finds in a place depends on
-both, which makes facts that neither word tells alone. The free choices have their tables here too: who comes up next
-after whom, where somebody goes, how somebody feels, each with falling probabilities in an order of the person's own.
+both, and so does what one person gives to another: some nine hundred facts that neither word tells alone.
+
+The free choices have their tables here too: who comes up next after whom, where somebody goes, how somebody feels, each
+with falling probabilities in an order of the person's own.
 
 Only `random.Random.random` is used, the one method whose sequence Python promises to keep.
 """
@@ -22,7 +24,7 @@ T = TypeVar("T")
 
 WORLD_SEED = 1
 CIRCLE_WEIGHTS = (10, 8, 7, 6, 5, 4, 4, 3, 3, 2, 2, 2)
-HAUNT_WEIGHTS = (5, 4, 3, 2, 1, 1)
+HAUNT_WEIGHTS = (6, 5, 4, 4, 3, 3, 2, 2)
 MOOD_WEIGHTS = (5, 4, 3, 2, 1, 1)
 MANNER_WEIGHTS = (8, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 2, 1, 1, 1)
 
@@ -30,7 +32,8 @@ MANNER_WEIGHTS = (8, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 2, 1, 1, 1)
 @dataclass(frozen=True)
 class Person:
     """circle: who is named after this person, this person first. haunts: where this person goes. finds: what is found
-    there, one for each of haunts. treasure and finds are a colour and a noun, such as `red kite`."""
+    there, one for each of haunts. gifts: what each of circle gets from this person, itself nothing (the empty string).
+    treasure, finds and gifts are a colour and a noun, such as `red kite`."""
 
     name: str
     trade: str
@@ -39,6 +42,7 @@ class Person:
     circle: tuple[str, ...]
     haunts: tuple[str, ...]
     finds: tuple[str, ...]
+    gifts: tuple[str, ...]
     moods: tuple[str, ...]
 
 
@@ -65,6 +69,7 @@ def _draw_people() -> dict[str, Person]:
             circle=(name, *others[: len(CIRCLE_WEIGHTS) - 1]),
             haunts=tuple(away[: len(HAUNT_WEIGHTS)]),
             finds=tuple(_shuffled(rng, treasures)[: len(HAUNT_WEIGHTS)]),
+            gifts=("", *_shuffled(rng, treasures)[: len(CIRCLE_WEIGHTS) - 1]),
             moods=tuple(_shuffled(rng, MOODS)[: len(MOOD_WEIGHTS)]),
         )
     return {name: people[name] for name in NAMES}
