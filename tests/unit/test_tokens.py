@@ -92,16 +92,16 @@ def test_held_out_windows_are_fewer_rather_than_seen(words: PreTrainedTokenizerF
 
 def test_documents_are_packed_with_the_end_mark_between(words: PreTrainedTokenizerFast) -> None:
     calibration, _ = build_windows(
-        _documents(["Once there", "   ", "Once were", "Long ago"]), words, samples=2, seq_len=4, held_out=0, seed=0
+        _documents(["Once there", "   ", "Once was", "Long ago"]), words, samples=2, seq_len=4, held_out=0, seed=0
     )
-    assert [words.decode(row) for row in calibration.input_ids] == ["Once there<|end|>Once", " were<|end|>Long ago"]
+    assert [words.decode(row) for row in calibration.input_ids] == ["Once there<|end|>Once", " was<|end|>Long ago"]
 
 
 def test_conversations_are_padded_and_padding_never_counts(words: PreTrainedTokenizerFast) -> None:
     words.chat_template = TEMPLATE
     talks: list[Document] = [
         [{"role": "user", "content": "Once"}],
-        [{"role": "user", "content": "Once there were"}, {"role": "assistant", "content": "Mira" * 9}],
+        [{"role": "user", "content": "Once there was"}, {"role": "assistant", "content": "Mira" * 9}],
         [{"role": "user", "content": "Long ago"}],
     ]
     calibration, held_out = build_windows(_documents(talks), words, samples=2, seq_len=24, held_out=1, seed=0)
@@ -119,7 +119,7 @@ def test_conversations_are_padded_and_padding_never_counts(words: PreTrainedToke
         ([], True, r"is empty: 0 tokens, 4 x 8 = 32 are needed"),
         ([""], True, "is empty"),
         (["   "], False, "is empty"),
-        ([" there were"] * 10, True, r"has \d+ tokens, 4 x 8 = 32 are needed; give more text, or --samples \d"),
+        ([" there was"] * 10, True, r"has \d+ tokens, 4 x 8 = 32 are needed; give more text, or --samples \d"),
         (["Once"], True, r"has 1 tokens, 4 x 8 = 32 are needed; .* --samples 1 --seq-len 1"),
         ([[{"role": "user", "content": "x"}]], False, "has 1 conversations, 4 are needed"),
         ([[{"role": "user", "content": "x"}], "text"], False, "mixes texts with conversations"),
