@@ -92,8 +92,8 @@ def test_kill_9_resumes_to_the_same_bytes(model: Path, story: Path, tmp_path: Pa
     run(model, tmp_path / "undisturbed", story)
     out = tmp_path / "out"
     command = [
-        str(Path(sys.executable).with_name("llmshrink")), "quantize", str(model), "-o", str(out), "--calibration", str(story),
-        "--samples", "2", "--seq-len", "32", "--group-size", "32", "--batch-size", "2",
+        str(Path(sys.executable).with_name("llmshrink")), "quantize", str(model), "-o", str(out),
+        "--calibration", str(story), "--samples", "2", "--seq-len", "32", "--group-size", "32", "--batch-size", "2",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -202,6 +202,42 @@ def test_inspect_counts_what_is_stored(model_of: Callable[..., Path], story: Pat
     assert all(row.error is not None and 0 < row.error < 0.1 for row in report.sites)
 
 
+def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    recipes = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+    assert len(recipes) >= 5
+    for recipe in recipes:
+        report = llmshrink.quantize(
+            model_of("llama"), output=tmp_path / recipe, recipe=recipe, calibration=story, **SMALL
+        )
+        assert report.ok
+        assert {f"w{row.bits}" for row in report.sites} == {recipe.partition("-")[2].removesuffix("a16")}
+
+
+def test_a_method_of_one_s_own_is_a_function_and_a_name(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from llmshrink.methods import registry
+    from llmshrink.methods.rtn import rtn
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    @registry.site_solver("toward-zero", reads=set())
+    def toward_zero(weight: Any, statistics: Any, spec: Any, scale_dtype: Any) -> Any:
+        solved = rtn(weight, statistics, spec, scale_dtype)
+        codes = solved.weight.codes
+        return replace(solved, weight=replace(solved.weight, codes=codes - codes.sign()))
+
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nsteps:\n  - quantize: {method: toward-zero, group_size: 32}\n")
+    report = llmshrink.quantize(
+        model_of("llama"), output=tmp_path / "out", recipe=recipe, calibration=story, samples=2, seq_len=32
+    )
+    assert {row.method for row in report.sites} == {"toward-zero"}
+    assert report.ok
+
+
 def test_one_window_is_enough_and_said(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
     report = llmshrink.quantize(
         model_of("llama", num_hidden_layers=1), output=tmp_path / "out", calibration=story, samples=1, seq_len=32,
