@@ -1,9 +1,10 @@
 """The state of a run is its finished shards; the journal says which they are and what they were made from.
 
 `OUT.partial/journal.jsonl`: the first line is the run's identity (everything that bit-identity depends on: source,
-recipe, calibration, versions, device, threads) and how many parts the last start kept, each further line one finished part with its shards' checksums and
-what the report will say of it. A line is appended only after its shards are durable. On a restart the identity must
-be equal and the shards are verified; the parts that hold are kept, and the run goes on at the first that doesn't.
+recipe, calibration, versions, device, threads) and how many parts the last start kept; each further line is one
+finished part with its shards' checksums and what the report will say of it. A line is appended only after its shards
+are durable. On a restart the identity must be equal and the shards are verified; the parts that hold are kept, and the
+run goes on at the first that doesn't.
 
 The checkpoint grows in `OUT.partial/checkpoint`, which the last step renames to `OUT`. The journal goes after that: a
 crash in between leaves a journal beside a complete `OUT`, and the next start only tidies up.
