@@ -3,7 +3,7 @@
 One undisturbed run gives the reference and its length. Then, again and again: a fresh output folder, the same command
 killed at a seeded random moment of that length (up to three times in a row), then run to its end. After every kill the
 output must not be there, or be whole; at the end every file of it must equal the reference byte for byte, except
-timing.json, which tells how the run went.
+timing.json, which tells how the run went, and nothing may be left beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from llmshrink.run.journal import partial_folder
 
 RUN_RECORDS = {"timing.json"}
 
@@ -63,6 +65,11 @@ def differences(reference: dict[str, bytes], found: dict[str, bytes]) -> list[st
     return sorted(name for name in reference.keys() | found.keys() if reference.get(name) != found.get(name))
 
 
+def done(output: Path) -> bool:
+    """Whether a run is over: its output is there and its workspace gone. The same command would refuse to replace it."""
+    return output.exists() and not partial_folder(output).exists()
+
+
 def torture(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Kill and resume until so many kills were made. Returns a line for every fault."""
     rng = random.Random(arguments.seed)
@@ -76,12 +83,12 @@ def torture(arguments: argparse.Namespace, folder: Path) -> list[str]:
         output = folder / f"run-{runs}"
         line = command(arguments, output)
         for _ in range(rng.randint(1, 3)):
-            if run(line, kill_after=rng.uniform(0, length)) == 0:
+            if done(output) or run(line, kill_after=rng.uniform(0, length)) == 0:
                 break
             kills += 1
             if output.exists() and (wrong := differences(reference, contents(output))):
                 faults.append(f"kill {kills}: {output} was there half-done: {wrong}")
-        if not output.exists():
+        if not done(output):
             run(line)
         if wrong := differences(reference, contents(output)):
             faults.append(f"run {runs}, after {kills} kills: differs in {wrong}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 from llmshrink.demo import language
@@ -54,7 +56,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which story")
     arguments = parser.parse_args()
     try:
-        beginning, told = continue_story(arguments.folder, arguments.seed)
+        with redirect_stderr(StringIO()):  # progress bars of three libraries; what goes wrong is raised
+            beginning, told = continue_story(arguments.folder, arguments.seed)
     except ImportError as error:
         print(f"say: error: {str(error).splitlines()[0]} (pip install compressed-tensors)", file=sys.stderr)
         return 2
