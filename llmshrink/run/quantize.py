@@ -20,6 +20,7 @@ from llmshrink.run import disk, heldout
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
 from llmshrink.run.journal import Part, Workspace
+from llmshrink.run.memory import give_back, without_triton
 from llmshrink.run.progress import Progress
 from llmshrink.run.report import QuantizeReport, SiteRow
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
@@ -33,7 +34,8 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
     """Carry out a whole run. Raises LlmshrinkError for what a user did; what is finished by then is kept."""
     started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
-        job = prepare(options)
+        with without_triton():
+            job = prepare(options)
         for note in serving_notes(list(job.assigned.values())):
             progress.note(f"note: {note}")
         already = workspace.finished_bytes()
@@ -167,6 +169,7 @@ class _Run:
             return found
 
     def _held_out(self, walk: Walk) -> tuple[heldout.Quality, dict[str, Tensor]]:
+        give_back()
         chain = self.job.chain
         numbers = [i for i, batch in enumerate(walk.batches) if batch.held_out]
         # The tail is computed in float32, so that bfloat16 logits don't drown a small divergence.

@@ -24,6 +24,7 @@ from llmshrink.methods import QuantizeSpec, solver
 from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward, pausing_at
 from llmshrink.model.sites import Site, Stage
+from llmshrink.run.memory import give_back
 from llmshrink.weights import GroupedInt
 
 
@@ -94,10 +95,12 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         stack.enter_context(pausing_at(twin, taps))
         forwards = _Forwards(walk, number, block, twin)
         for position, stage in enumerate(active):
+            give_back()
             statistics = _gather(walk, active, forwards, position)
             for result in _solve_stage(walk, stage, statistics, stored):
                 solved[result.site.key] = result
                 install(twin, result.site.local, result.weight)
+        give_back()
         forwards.finish_all()
     chain.skeleton.release(chain.name(number))
     return SolvedBlock(solved, stored)
