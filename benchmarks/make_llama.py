@@ -66,8 +66,8 @@ def write(folder: Path, *, hidden: int, ffn: int, layers: int, shard_layers: int
         save_file(shard, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(shard, name)
         size += sum(tensor.nbytes for tensor in shard.values())
-    index = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    listing = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1))
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",

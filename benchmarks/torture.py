@@ -66,7 +66,7 @@ def differences(reference: dict[str, bytes], found: dict[str, bytes]) -> list[st
 
 
 def done(output: Path) -> bool:
-    """Whether a run is over: its output is there and its workspace gone. The same command would refuse to replace it."""
+    """Whether a run is over: its output is there, its workspace gone. The same command would refuse to replace it."""
     return output.exists() and not partial_folder(output).exists()
 
 
