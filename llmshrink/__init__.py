@@ -10,12 +10,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from llmshrink.errors import LlmshrinkError
+
 if TYPE_CHECKING:
     from llmshrink.api import inspect, quantize, recipes, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "inspect", "quantize", "recipes", "verify"]
+__all__ = ["LlmshrinkError", "__version__", "inspect", "quantize", "recipes", "verify"]
 
 
 def __getattr__(name: str) -> object:

@@ -65,9 +65,10 @@ def window_shape(samples: int | None, seq_len: int | None, *, limit: int | None)
     """
     resolved = DEFAULT_SAMPLES if samples is None else samples
     length = min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN) if seq_len is None else seq_len
-    for flag, value in (("--samples", resolved), ("--seq-len", length)):
-        if value < 1:
-            raise CalibrationError(f"{flag} {value}: must be at least 1")
+    # A window of one token has no next token to be judged by.
+    for flag, value, least in (("--samples", resolved, 1), ("--seq-len", length, 2)):
+        if value < least:
+            raise CalibrationError(f"{flag} {value}: must be at least {least}")
     if limit is not None and length > limit:
         raise CalibrationError(f"--seq-len {length}: the model's limit is {limit} positions; give at most that")
     return resolved, length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Protocol
 
@@ -28,4 +29,13 @@ def show(report: Report, *, as_json: bool) -> None:
 
 def show_json(document: Mapping[str, object] | Sequence[object]) -> None:
     """Print a document as JSON."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    """The same document with null for what JSON has no number for (NaN, infinities)."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -30,7 +30,6 @@ VERSION = "0.17.0"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 """What may stand in place of a linear's `weight`."""
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 @dataclass(frozen=True)

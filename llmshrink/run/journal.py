@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from llmshrink.run import disk
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
+CHECKPOINT = "checkpoint"
+OLD = "old"
+ACTIVATIONS = "activations"
+OURS = (JOURNAL, JOURNAL + ".tmp", LOCK, CHECKPOINT, OLD, ACTIVATIONS)
+"""All that a workspace ever holds; a folder with anything else in it is somebody else's."""
 RECORD = "llmshrink.json"
 
 
@@ -51,38 +57,59 @@ class Workspace:
     """`OUT.partial`, locked for this process, with its journal and the growing checkpoint. Use as a context manager."""
 
     def __init__(self, output: Path, *, overwrite: bool) -> None:
-        self.output = output
-        self.folder = partial_folder(output)
-        self.checkpoint = self.folder / "checkpoint"
+        self.output = Path(os.path.abspath(output))
+        if not self.output.name:
+            raise OutputError(f"output {output} is the root of the disk; name a folder with -o")
+        self.folder = partial_folder(self.output)
+        self.checkpoint = self.folder / CHECKPOINT
         self.overwrite = overwrite
         self.parts: list[Part] = []
         self._lock: int | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> Workspace:
         if not self.journal.exists():
             check_output(self.output, overwrite=self.overwrite)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
+        if self.folder.is_dir() and any(path.name not in OURS for path in self.folder.iterdir()):
             raise OutputError(
-                f"can't write to {self.folder}: {error.strerror}; choose another folder with -o"
-            ) from error
+                f"{self.folder} is in the way and wasn't written by llmshrink; choose another folder with -o"
+            )
+        self._made = [path for path in self.folder.parents if not path.exists()]
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = self._locked()
         except OSError as error:
-            os.close(self._lock)
-            self._lock = None
+            raise OutputError(f"can't write to {self.folder}: {error.strerror}; choose another -o") from error
+        if self._lock is None:
             raise OutputError(
                 f"another run is writing to {self.output}; wait for it to end or choose another folder with -o"
-            ) from error
+            )
         return self
+
+    def _locked(self) -> int | None:
+        """The open lock, or None when another process holds it."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A run that gave up may have removed the folder in between: then this is a lock on nothing.
+                if os.path.samestat(os.fstat(lock), os.stat(self.folder / LOCK)):
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                return None
+            except FileNotFoundError:
+                pass
+            os.close(lock)
 
     def __exit__(self, *exc: object) -> None:
         if self._lock is None:
             return
         if self.folder.is_dir() and not self.journal.exists():
             shutil.rmtree(self.folder)  # nothing was begun, so nothing is left
+            for path in self._made:
+                with suppress(OSError):
+                    path.rmdir()
         os.close(self._lock)
         self._lock = None
 
@@ -103,6 +130,8 @@ class Workspace:
         Raises OutputError when the folder holds another run's unfinished state, or the output exists, and
         `overwrite` isn't set.
         """
+        if self._aside.exists() and not self.output.exists():
+            os.replace(self._aside, self.output)  # a crash in the middle of `publish`
         lines = _read_lines(self.journal)
         differs = _first_difference(lines[0].get("identity", {}), identity) if lines else None
         if lines and differs is None and not self.checkpoint.exists() and is_ours(self.output):
@@ -160,12 +189,10 @@ class Workspace:
 
     @property
     def _aside(self) -> Path:
-        return self.output.with_name(self.output.name + ".old")
+        return self.folder / OLD
 
     def _tidy(self) -> None:
         """Remove what surrounds a published output, the journal last: until then a restart knows that all is done."""
-        if is_ours(self._aside):
-            _remove(self._aside)
         for path in self.folder.iterdir():
             if path != self.journal:
                 _remove(path)
@@ -209,7 +236,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """What differs first, for a message: values that a person can compare are shown, hashes are not."""
     for key in [*new, *old]:
-        if old.get(key) != new.get(key):
-            return f"{key} ({old.get(key)!r}, now {new.get(key)!r})"
+        was, now = old.get(key), new.get(key)
+        if was != now:
+            hashes = any(isinstance(value, str) and len(value) == 64 for value in (was, now))
+            return key if hashes else f"{key} ({was!r}, now {now!r})"
     return None

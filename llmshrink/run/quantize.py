@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +21,7 @@ from llmshrink.recipe.assign import serving_notes
 from llmshrink.run import disk, heldout
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
-from llmshrink.run.journal import Part, Workspace
+from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import give_back, without_triton
 from llmshrink.run.progress import Progress
 from llmshrink.run.report import QuantizeReport, SiteRow
@@ -36,14 +38,18 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         with without_triton():
             job = prepare(options)
-        for note in serving_notes(list(job.assigned.values())):
-            progress.note(f"note: {note}")
         already = workspace.finished_bytes()
         check_room(options.output, max(0, expected_bytes(job) - already))
         parts = workspace.begin(job.identity())
         if parts is None:
             return reread(options.output, seconds=time.perf_counter() - started)
-        return _Run(job, workspace, progress, started).all()
+        for note in serving_notes(list(job.assigned.values())):
+            progress.note(f"note: {note}")
+        run = _Run(job, workspace, progress, started)
+        try:
+            return run.all()
+        finally:
+            run.clear_spill()
 
 
 @dataclass
@@ -57,6 +63,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.spill: Path | None = None
 
     def all(self) -> QuantizeReport:
         job, chain = self.job, self.job.chain
@@ -80,6 +87,11 @@ class _Run:
             kept=kept, started=self.started, seconds=self.seconds, progress=self.progress,
         )  # fmt: skip
 
+    def clear_spill(self) -> None:
+        """Remove the activations that were kept in files."""
+        if self.spill is not None:
+            shutil.rmtree(self.spill, ignore_errors=True)
+
     def _copy_outside(self) -> None:
         """Everything that isn't in a block, byte for byte, as the first part."""
         index, chain = self.job.index, self.job.chain
@@ -96,6 +108,7 @@ class _Run:
         """Both streams at the first block's door: the embedded batches."""
         job = self.job
         placement = Placement.choose(job, self.workspace.folder)
+        self.spill = placement.spill
         walk = Walk(
             chain=job.chain,
             batches=job.batches,
@@ -173,7 +186,7 @@ class _Run:
         chain = self.job.chain
         numbers = [i for i, batch in enumerate(walk.batches) if batch.held_out]
         # The tail is computed in float32, so that bfloat16 logits don't drown a small divergence.
-        chain.load_outside(dtype=torch.float32)
+        chain.load_tail()
         found = heldout.summarize(
             [walk.batches[i] for i in numbers],
             [walk.original.get(i) for i in numbers],
@@ -218,7 +231,11 @@ class Placement:
             return cls(None, True)
         if streams <= budget:
             return cls(None, False)
-        return cls((job.options.work_dir or folder) / "activations", False)
+        if job.options.work_dir is None:
+            return cls(folder / ACTIVATIONS, False)
+        # A folder of its own: other runs may spill into the same work-dir at the same time.
+        name = f"llmshrink-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+        return cls(job.options.work_dir / name, False)
 
 
 def expected_bytes(job: Job) -> int:

@@ -9,6 +9,7 @@ on. At the end both streams hold the block's outputs.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -250,13 +251,18 @@ def _solve_stage(
         for site in sites:
             stop = start + site.out_features
             lost, total = float(result.row_error[start:stop].sum()), float(result.row_energy[start:stop].sum())
+            if not math.isfinite(lost) or not math.isfinite(total):
+                raise CheckpointError(
+                    f"{site.key}: weights of up to {float(stored[site.key].float().abs().max()):.3g} overflow float32 "
+                    "in its output; the checkpoint is damaged: download or export it again"
+                )
             yield SolvedSite(
                 site=site,
                 spec=spec,
                 weight=result.weight.rows(start, stop),
                 error=lost / total if total > 0 else lost,
                 damping=result.damping,
-                events=result.events,
+                events=(*result.events, "all weights are zero") if total == 0.0 else result.events,
                 seconds=seconds * site.out_features / stacked.shape[0],
             )
             start = stop

@@ -61,8 +61,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """llmshrink.json of an output. Raises SourceError when the folder isn't one."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder}: no readable {RECORD} there; name a folder that llmshrink wrote") from error
+        json.loads((folder / "config.json").read_text())
+        assert {"identity", "sites", "quality", "notes", "model", "recipe"} <= record.keys()
+    except (OSError, ValueError, AssertionError, AttributeError) as error:
+        raise SourceError(
+            f"{folder}: no readable {RECORD} and config.json there; name a folder that llmshrink wrote"
+        ) from error
     return record
 
 
@@ -105,7 +109,7 @@ def recompute(
         with torch.no_grad():
             hidden = [chain.calls(batch)[number].run(block, h) for batch, h in zip(batches, hidden, strict=True)]
         chain.skeleton.release(chain.name(number))
-    chain.load_outside(dtype=torch.float32)
+    chain.load_tail()
     return heldout.merge([heldout.reference(batch, h, chain.logits) for batch, h in zip(batches, hidden, strict=True)])
 
 
@@ -114,7 +118,8 @@ def verify_reload(folder: Path) -> VerifyReport:
     from llmshrink.run.job import here, pick_device
 
     record, reference = read_record(folder), read_reference(folder)
-    device = pick_device(None)
+    # On the kind of device that the run was on, where there is one.
+    device = pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
     batches = held_out_batches(reference, record["identity"]["batch_size"])
     again = recompute(folder, record, batches, device)
     same = all(record["identity"].get(key) == value for key, value in here(device).items())

@@ -146,3 +146,41 @@ def test_shards_are_read_by_the_reference_library(tmp_path: Path) -> None:
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_workspace_s_name_taken_by_another_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.partial is in the way"), Workspace(tmp_path / "out", overwrite=True):
+        raise AssertionError("it was let in")
+    assert (tmp_path / "out.partial" / "precious").read_text() == "mine"
+
+
+def test_a_backup_beside_the_output_is_left_alone(tmp_path: Path) -> None:
+    for name in ("out", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RECORD).write_text("{}")
+    with Workspace(tmp_path / "out", overwrite=True) as workspace:
+        workspace.begin(IDENTITY)
+        disk.write_json(workspace.checkpoint / RECORD, {"new": True})
+        workspace.publish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old"]
+
+
+def test_a_crash_while_replacing_gives_the_old_output_back(tmp_path: Path) -> None:
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / RECORD).write_text(json.dumps({"old": True}))
+    with Workspace(old, overwrite=True) as workspace:
+        workspace.begin(IDENTITY)
+        part = add(workspace, "a")
+        old.rename(workspace.folder / "old")  # the crash comes here
+    with Workspace(old, overwrite=True) as workspace:
+        assert workspace.begin(IDENTITY) == [part]
+        assert json.loads((old / RECORD).read_text()) == {"old": True}
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "a" / "b" / "out", overwrite=False):
+        pass
+    assert list(tmp_path.iterdir()) == []

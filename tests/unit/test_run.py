@@ -245,6 +245,7 @@ def test_one_window_is_enough_and_said(model_of: Callable[..., Path], story: Pat
     )  # fmt: skip
     assert report.ok
     assert report.blocks == 1
+    assert any("32 calibration tokens" in note and "singular" in note for note in report.notes), report.notes
 
 
 def test_an_all_zero_site_and_a_dead_input_are_handled(story: Path, tmp_path: Path) -> None:
@@ -256,6 +257,7 @@ def test_an_all_zero_site_and_a_dead_input_are_handled(story: Path, tmp_path: Pa
     report = llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
     assert report.ok
     assert any("never active" in note for note in report.notes), report.notes
+    assert any("all weights are zero" in note for note in report.notes), report.notes
 
 
 @pytest.mark.parametrize(
@@ -269,6 +271,8 @@ def test_an_all_zero_site_and_a_dead_input_are_handled(story: Path, tmp_path: Pa
         ({"dtype": "float8"}, LlmshrinkError, "float8"),
         ({"set": ["overrides=[{match: nothing, ignore: true}]"]}, RecipeError, "nothing"),
         ({"max_shard_size": "big"}, LlmshrinkError, "big"),
+        ({"seq_len": 1}, LlmshrinkError, "at least 2"),
+        ({"work_dir": "/dev/null/x"}, OutputError, "work-dir"),
     ],
 )
 def test_bad_input_writes_nothing(
@@ -304,3 +308,33 @@ def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight"):
         llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_overflow_stop_the_run_by_name(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e30
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight: weights of up to"):
+        llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+
+
+def test_an_output_inside_the_model_s_folder_is_no_side_file(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    for name in ("w4", "w4-again"):
+        llmshrink.quantize(source, output=source / name, calibration=story, **SMALL)
+    assert contents(source / "w4") == contents(source / "w4-again")
+    assert [p.name for p in (source / "w4-again").iterdir() if p.is_dir()] == ["verify"]
+
+
+def test_a_changed_config_is_another_run(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_model(tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    config = json.loads((source / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-3
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OutputError, match="another config"):
+        llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
