@@ -98,7 +98,8 @@ def invert_lower_(lower: Tensor) -> None:
     """
     n = lower.shape[0]
     if n <= 128:
-        lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False))
+        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
         return
     half = n // 2
     first, second, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]

@@ -78,13 +78,14 @@ def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, 
 def column_order(diagonal: Tensor, size: int, spec: QuantizeSpec) -> Tensor:
     """The input that is quantized i-th: int64 [in]. diagonal: of the Hessian, [in]. Ties keep their natural order."""
     if not spec.act_order:
-        return torch.arange(diagonal.shape[0])
+        return torch.arange(diagonal.shape[0], device=diagonal.device)
     if spec.scale_search != "trial":
         return diagonal.argsort(descending=True, stable=True)
     grouped = diagonal.view(-1, size)
     within = grouped.argsort(dim=1, descending=True, stable=True)
     groups = grouped.mean(1).argsort(descending=True, stable=True)
-    return (within + torch.arange(0, diagonal.shape[0], size).unsqueeze(1)).index_select(0, groups).view(-1)
+    first = torch.arange(0, diagonal.shape[0], size, device=diagonal.device)
+    return (within + first.unsqueeze(1)).index_select(0, groups).view(-1)
 
 
 def fixed_scales(

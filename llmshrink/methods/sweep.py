@@ -36,7 +36,7 @@ def sweep_(weight: Tensor, unit: Tensor, grid: Grid, group: Tensor, bits: int, b
     """
     low, high = code_range(bits)
     inputs = weight.shape[0]
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     groups = group.tolist()
     inverse = grid.scale.reciprocal()
     for start in range(0, inputs, block_size):

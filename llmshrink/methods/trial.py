@@ -42,8 +42,8 @@ def trial_sweep_(
     consecutive; overwritten with the errors.
     """
     inputs, rows = weight.shape
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty(inputs // size, rows)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(inputs // size, rows, device=weight.device)
     zero = None if spec.symmetric else torch.empty_like(scale)
     for g, start in enumerate(range(0, inputs, size)):
         stop = start + size
@@ -74,7 +74,7 @@ def trial_sweep_(
 
 def candidates(guess: Grid, spec: QuantizeSpec, dtype: torch.dtype) -> Grid:
     """[candidates, rows]: multiples of the guess, and their negatives when those are allowed."""
-    multiples = torch.tensor(MULTIPLES).unsqueeze(1)
+    multiples = torch.tensor(MULTIPLES, device=guess.scale.device).unsqueeze(1)
     scale = multiples * guess.scale
     if guess.zero is None:
         return Grid(stored(torch.cat([scale, -scale]) if spec.signed else scale, dtype), None)
@@ -94,12 +94,12 @@ def _try(weight: Tensor, unit: Tensor, importance: Tensor, grid: Grid, bits: int
     low, high = code_range(bits)
     size, rows = weight.shape
     candidates = grid.scale.shape[0]
-    errors = torch.empty(size, candidates, rows)
+    errors = torch.empty(size, candidates, rows, device=weight.device)
     flat = errors.view(size, candidates * rows)
     inverse = grid.scale.reciprocal()
-    nearest = torch.empty(candidates * rows)
-    square = torch.empty(RUN, candidates * rows)
-    damage = torch.zeros(candidates * rows)
+    nearest = torch.empty(candidates * rows, device=weight.device)
+    square = torch.empty(RUN, candidates * rows, device=weight.device)
+    damage = torch.zeros(candidates * rows, device=weight.device)
     bounds = None if grid.zero is None else ((low - grid.zero).view(-1), (high - grid.zero).view(-1))
     for run in range(0, size, RUN):
         end = min(run + RUN, size)
