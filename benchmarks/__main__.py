@@ -20,7 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-REFERENCES = ("plain GPTQ loop", "llm-compressor GPTQ")
+REFERENCES = ("plain GPTQ loop", "llm-compressor", "llm-compressor, batched")
+BATCH_TOKENS = 2048
+"""Tokens in a forward of ours; the peer runs once with its default of one window and once with as many."""
 
 
 def contenders(arguments: argparse.Namespace, tokens: Path, folder: Path) -> dict[str, tuple[list[str], Path]]:
@@ -33,7 +35,7 @@ def contenders(arguments: argparse.Namespace, tokens: Path, folder: Path) -> dic
             *("--calibration", str(arguments.calibration)),
         ],
     )
-    outs = [folder / name for name in ("ours", "one-stream", "plain", "peer")]
+    outs = [folder / name for name in ("ours", "one-stream", "plain", "peer", "peer-batched")]
     found = {
         "llmshrink": ([python, "-m", "benchmarks.ours", model, str(outs[0]), *ours], outs[0]),
         "llmshrink, one stream": (
@@ -44,7 +46,9 @@ def contenders(arguments: argparse.Namespace, tokens: Path, folder: Path) -> dic
     }
     if arguments.peer_python:
         script = str(Path(__file__).parent / "peer_llmcompressor.py")
-        found[REFERENCES[1]] = ([arguments.peer_python, script, model, str(tokens), str(outs[3])], outs[3])
+        batched = ["--batch-size", str(max(1, BATCH_TOKENS // arguments.seq_len))]
+        for name, out, more in zip(REFERENCES[1:], outs[3:], ([], batched), strict=True):
+            found[name] = ([arguments.peer_python, script, model, str(tokens), str(out), *more], out)
     return found
 
 
@@ -127,6 +131,7 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for name, (command, _) in field.items():
                 runs[name].append(measure(command))
+                print(f"{name}: {runs[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
         outputs = {name: output for name, (_, output) in field.items()}
         damage = judge(arguments.model, outputs, arguments.judge) if arguments.judge else {}
     print(f"{arguments.model}, {arguments.samples} x {arguments.seq_len} tokens, median of {arguments.repeats}:")

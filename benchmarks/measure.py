@@ -12,18 +12,21 @@ from collections.abc import Callable
 
 
 def import_everything() -> None:
-    """Import what a run would import while it is timed: our own modules, and transformers' Llama."""
+    """Import what a run would import while it is timed, as it does it: our own modules, and transformers' Llama."""
     import llmshrink
+    from llmshrink.run.memory import without_triton
 
     for module in pkgutil.walk_packages(llmshrink.__path__, "llmshrink."):
         if not module.name.startswith(("llmshrink.serving", "llmshrink.demo.train", "llmshrink.recipes")):
             importlib.import_module(module.name)
-    for name in (
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.auto.modeling_auto",
-        "safetensors.torch",
-    ):
-        importlib.import_module(name)
+    with without_triton():
+        for name in (
+            "safetensors.torch",
+            "transformers.models.auto.modeling_auto",
+            "transformers.models.auto.tokenization_auto",
+            "transformers.models.llama.modeling_llama",
+        ):
+            importlib.import_module(name)
 
 
 def report(work: Callable[[], object]) -> None:

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("output")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward; its own default is 1")
     arguments = parser.parse_args()
     import llmcompressor
     import torch
@@ -45,6 +46,7 @@ def main() -> None:
         tokenizer=AutoTokenizer.from_pretrained(arguments.model),
         dataset=data,
         recipe=recipe,
+        batch_size=arguments.batch_size,
         max_seq_length=ids.shape[1],
         num_calibration_samples=ids.shape[0],
         output_dir=arguments.output,
