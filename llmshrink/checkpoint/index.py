@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 from collections import Counter
@@ -32,6 +33,7 @@ INDEX_FILE = "model.safetensors.index.json"
 CHUNK = 16 * 2**20
 """Bytes read, hashed or checked at a time."""
 
+_OWN_PAGES = 2**20
 _SAMPLE = 4096
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -121,7 +123,7 @@ class CheckpointIndex:
         """The tensor in its stored dtype and shape, on the CPU, in fresh memory that the caller owns."""
         entry = self.entry(key)
         self.reads[key] += 1
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = _fresh(entry.nbytes)
         view = buffer.numpy().data
         for start in range(0, entry.nbytes, CHUNK):
             self._fill(entry, view[start : start + CHUNK], start)
@@ -192,6 +194,18 @@ class CheckpointIndex:
             raise CheckpointError(
                 f"{entry.file}: {entry.key} can't be read: {error.strerror or error}; check the disk, or copy it again"
             ) from error
+
+
+def _fresh(nbytes: int) -> Tensor:
+    """uint8 [nbytes]; large ones in pages of their own.
+
+    The heap would take them in and split what they leave behind for small objects, so that the next block's weights,
+    no longer fitting there, touched new memory: a walk over a model would end with all of it resident.
+    """
+    if nbytes < _OWN_PAGES:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def check_finite(key: str, tensor: Tensor) -> None:

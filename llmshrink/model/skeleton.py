@@ -8,8 +8,10 @@ takes them away. Nothing else in llmshrink ever holds more than one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,11 @@ class TensorReader(Protocol):
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside keep their buffers but get parameters without storage."""
+    """Modules built inside keep their buffers but get parameters without storage.
+
+    Linears and embeddings, which own no buffers, never allocate: memory that was given back would leave a hole in the
+    heap for each of them, and weights that are loaded later would touch one hole after another, as if all were held.
+    """
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -36,11 +42,14 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=False)
         register(module, name, param)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
+    def unallocated(init: Any) -> Any:
+        return wraps(init)(lambda *args, **kwargs: init(*args, **{"device": "meta", **kwargs}))
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(nn.Module, "register_parameter", on_meta))
+        for module in (nn.Linear, nn.Embedding):
+            stack.enter_context(patch.object(module, "__init__", unallocated(module.__init__)))
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class Skeleton:
