@@ -1,0 +1,1 @@
+"""Engines other than transformers in this process."""

@@ -1,0 +1,1 @@
+"""What an evaluation leaves to read: table.md and report.html."""

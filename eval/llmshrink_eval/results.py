@@ -1,0 +1,217 @@
+"""results.json: the whole of an evaluation as plain data, written and read back by these types alone.
+
+`Results` is the file. Its models stand in the order in which they were named, the original first where there is one.
+A number that was not measured is None, never 0. The schema's version changes when a key changes its meaning or goes;
+new keys may come without.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class Frozen(BaseModel):
+    """Immutable, and closed: a misspelled field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Perplexity(Frozen):
+    """token: exp(nats_per_token). word: exp(all nats / words). stderr: of nats_per_token, over windows or documents."""
+
+    token: float
+    word: float
+    bits_per_byte: float
+    nats_per_token: float
+    stderr: float
+    stderr_over: Literal["windows", "documents"]
+    tokens: int = Field(description="predicted tokens")
+    words: int
+    bytes: int
+    windows: int
+    excess_nats: float | None = Field(None, description="nats_per_token above the original's on the same windows")
+    excess_stderr: float | None = Field(None, description="of excess_nats, paired by window or document")
+
+
+class WorstContext(Frozen):
+    """A place where the two models disagree most. text: what they read; top: (token, probability), likeliest first."""
+
+    window: int
+    position: int
+    kl: float
+    text: str
+    actual: str
+    original_top: tuple[tuple[str, float], ...]
+    compressed_top: tuple[tuple[str, float], ...]
+
+
+class Divergence(Frozen):
+    """KL(original || compressed) in nats at each position of the same tokens.
+
+    method: "full" over the whole vocabulary; "top-k": over the engine's k likeliest tokens and the rest as one, a lower
+    bound. baseline_error: the largest error in nats/token that the stored form of the original can have put into kl_mean.
+    histogram: counts between consecutive edges (nats, log-spaced; the first bin takes what is below, the last above).
+    """
+
+    kl_mean: float
+    kl_stderr: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    top5_overlap: float
+    positions: int
+    method: str = "full"
+    baseline_error: float = 0.0
+    histogram_edges: tuple[float, ...] = ()
+    histogram_counts: tuple[int, ...] = ()
+    worst: tuple[WorstContext, ...] = ()
+
+
+class Paired(Frozen):
+    """A model against the original on the same items.
+
+    difference: mean(compressed - original). low, high: its 95 % interval (paired bootstrap over items). mcnemar_p: exact,
+    two-sided, where the metric is right or wrong; None otherwise. lost, won: items right only before, only after.
+    flipped: their document ids, lost ones first. recovery: compressed / original, with its own interval.
+    """
+
+    difference: float
+    low: float
+    high: float
+    mcnemar_p: float | None
+    lost: int
+    won: int
+    flipped: tuple[int, ...]
+    recovery: float | None
+    recovery_low: float | None
+    recovery_high: float | None
+
+
+class Task(Frozen):
+    """One downstream task. score: of `metric`, in its own unit. samples: path of the per-item file in the report."""
+
+    metric: str
+    higher_is_better: bool
+    score: float
+    stderr: float | None
+    items: int
+    chance: float | None = Field(None, description="what guessing scores; None when the task doesn't say")
+    metrics: dict[str, float] = Field(default_factory=dict, description="every metric that lm-eval reports")
+    versus_original: Paired | None = None
+    samples: str | None = None
+
+
+class Speed(Frozen):
+    """Tokens per second at a batch size, all sequences together; prompt and new_tokens are lengths in tokens."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+class Cost(Frozen):
+    """What having and running the model costs. bits_per_weight: stored bits / weights of the original architecture."""
+
+    bytes_on_disk: int = Field(description="of the safetensors files")
+    parameters: int
+    bits_per_weight: float
+    bits_per_weight_linears: float | None = Field(description="only the linear layers inside the blocks")
+    load_seconds: float | None = None
+    peak_rss_bytes: int | None = Field(None, description="of the process that ran the model, at its highest")
+    peak_vram_bytes: int | None = None
+    speed: tuple[Speed, ...] = ()
+
+
+class SiteError(Frozen):
+    """What compressing one layer cost: relative squared error of its output, as the compressor recorded it."""
+
+    name: str
+    bits: int | None
+    error: float | None
+
+
+class Generation(Frozen):
+    """A greedy continuation, for side-by-side reading."""
+
+    prompt: str
+    text: str
+
+
+class ModelResult(Frozen):
+    """Everything measured of one model. fingerprint: sha256 of its weights and config."""
+
+    path: str
+    name: str
+    fingerprint: str
+    role: Literal["original", "compressed"]
+    engine: str
+    dtype: str
+    perplexity: Perplexity | None = None
+    divergence: Divergence | None = None
+    tasks: dict[str, Task] = Field(default_factory=dict)
+    cost: Cost | None = None
+    recovery: float | None = Field(None, description="mean over tasks of compressed / original score")
+    site_errors: tuple[SiteError, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    seconds: float = Field(0.0, description="wall time of measuring it, as first measured")
+    cached: tuple[str, ...] = Field((), description="parts that came from the cache in this run")
+
+
+class TextUsed(Frozen):
+    """The text that was scored. fingerprint: sha256 of its token ids and windows."""
+
+    name: str
+    protocol: Literal["gptq", "sliding"]
+    window: int
+    stride: int
+    tokens: int
+    fingerprint: str
+
+
+class Requirement(Frozen):
+    """One condition of --require, held to one model."""
+
+    condition: str
+    model: str
+    value: float | None
+    passed: bool
+
+
+class Results(Frozen):
+    """The file. settings: every option as used; versions: of every package that a number depends on."""
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    command: str | None = None
+    seed: int
+    device: str
+    versions: dict[str, str]
+    settings: dict[str, object]
+    text: TextUsed | None = None
+    models: tuple[ModelResult, ...]
+    requirements: tuple[Requirement, ...] = ()
+    summary: tuple[str, ...] = Field((), description="the plain-language findings, one sentence each")
+
+    @property
+    def original(self) -> ModelResult | None:
+        """The model that the others are held to, if there is one."""
+        return next((model for model in self.models if model.role == "original"), None)
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """What `write` wrote."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
