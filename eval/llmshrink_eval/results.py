@@ -54,8 +54,8 @@ class Divergence(Frozen):
     """KL(original || compressed) in nats at each position of the same tokens.
 
     method: "full" over the whole vocabulary; "top-k": over the engine's k likeliest tokens and the rest as one, a lower
-    bound. baseline_error: the largest error in nats/token that the stored form of the original can have put into kl_mean.
-    histogram: counts between consecutive edges (nats, log-spaced; the first bin takes what is below, the last above).
+    bound. baseline_error: the largest error in nats/token that the stored form of the original can have put into
+    kl_mean. histogram: counts between consecutive edges (nats, log-spaced; the first bin takes what is below, the last above).
     """
 
     kl_mean: float
@@ -76,9 +76,9 @@ class Divergence(Frozen):
 class Paired(Frozen):
     """A model against the original on the same items.
 
-    difference: mean(compressed - original). low, high: its 95 % interval (paired bootstrap over items). mcnemar_p: exact,
-    two-sided, where the metric is right or wrong; None otherwise. lost, won: items right only before, only after.
-    flipped: their document ids, lost ones first. recovery: compressed / original, with its own interval.
+    difference: mean(compressed - original). low, high: its 95 % interval (paired bootstrap over items). mcnemar_p:
+    exact, two-sided, where the metric is right or wrong; None otherwise. lost, won: items right only before, only
+    after. flipped: their document ids, lost ones first. recovery: compressed / original, with its own interval.
     """
 
     difference: float
