@@ -55,7 +55,8 @@ class Divergence(Frozen):
 
     method: "full" over the whole vocabulary; "top-k": over the engine's k likeliest tokens and the rest as one, a lower
     bound. baseline_error: the largest error in nats/token that the stored form of the original can have put into
-    kl_mean. histogram: counts between consecutive edges (nats, log-spaced; the first bin takes what is below, the last above).
+    kl_mean. histogram: counts between consecutive edges (nats, log-spaced; the first bin takes what is below, the last
+    what is above).
     """
 
     kl_mean: float
