@@ -1,0 +1,198 @@
+"""What the measured intervals allow to be said.
+
+Two models are told apart on a task by McNemar's exact test where an item is right or wrong, else by how far the
+bootstrap interval of the difference is from zero. Over the tasks of one model the p-values are corrected by Holm's
+step-down procedure (Holm 1979), which holds the chance of even one false claim at 5 % without assuming anything of how
+the tasks depend on each other. Intervals that are shown are the tasks' own, uncorrected.
+
+A difference that isn't significant is not shown to be absent. `unseen_loss` says how large a loss is compatible with
+the data: the interval's far end or, where hardly any item changed and the bootstrap has nothing to resample, the exact
+bound: if a share q of all items changed, none of n sampled ones would with probability (1 - q)^n, which falls below
+2.5 % at q = 1 - 0.025^(1/n), about 3.7 / n.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+from llmshrink_eval.results import Divergence, ModelResult, Paired, Perplexity, Results, Task
+
+LEVEL = 0.05
+_NORMAL = NormalDist()
+Z = _NORMAL.inv_cdf(1 - LEVEL / 2)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value between the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half its length; for an asymmetric one the mean of both sides."""
+        return (self.high - self.low) / 2
+
+
+@lru_cache
+def _t(units: int) -> float:
+    """The 97.5 % quantile of Student's t for a mean over so many windows or documents."""
+    from scipy.stats import t
+
+    return float(t.ppf(1 - LEVEL / 2, units - 1))
+
+
+def _around(value: float, stderr: float | None, units: int) -> Interval | None:
+    if stderr is None or units < 2 or not (math.isfinite(value) and math.isfinite(stderr)):
+        return None
+    reach = _t(units) * stderr
+    return Interval(value, value - reach, value + reach)
+
+
+def _exponential(interval: Interval | None) -> Interval | None:
+    if interval is None or interval.high > 700:  # exp overflows a float64 above 709
+        return None
+    return Interval(math.exp(interval.value), math.exp(interval.low), math.exp(interval.high))
+
+
+def perplexity_interval(perplexity: Perplexity) -> Interval | None:
+    """Of token perplexity: exp of the interval of nats/token. None for one window, or where it isn't finite."""
+    return _exponential(_around(perplexity.nats_per_token, perplexity.stderr, perplexity.windows))
+
+
+def perplexity_ratio(perplexity: Perplexity) -> Interval | None:
+    """Compressed over original perplexity, from the paired difference in nats/token."""
+    if perplexity.excess_nats is None:
+        return None
+    return _exponential(_around(perplexity.excess_nats, perplexity.excess_stderr, perplexity.windows))
+
+
+def kl_interval(model: ModelResult) -> Interval | None:
+    """Of kl_mean. The number of windows stands with the perplexity of the same pass; without it they count as many."""
+    divergence = model.divergence
+    if divergence is None:
+        return None
+    windows = model.perplexity.windows if model.perplexity else 1000
+    interval = _around(divergence.kl_mean, divergence.kl_stderr, windows)
+    return interval and Interval(interval.value, max(0.0, interval.low), interval.high)
+
+
+def below_resolution(divergence: Divergence) -> bool:
+    """Whether the stored form of the original may account for all of the measured KL."""
+    return divergence.kl_mean <= divergence.baseline_error
+
+
+def task_recovery(paired: Paired | None) -> Interval | None:
+    """Of one task's recovery, as stored."""
+    if paired is None or paired.recovery is None or not math.isfinite(paired.recovery):
+        return None
+    low = paired.recovery if paired.recovery_low is None else paired.recovery_low
+    high = paired.recovery if paired.recovery_high is None else paired.recovery_high
+    return Interval(paired.recovery, low, high)
+
+
+def recovery_interval(model: ModelResult) -> Interval | None:
+    """Of the mean recovery: the tasks' own errors in quadrature, since tasks share no items.
+
+    None where a task that counts into the mean has no interval.
+    """
+    if model.recovery is None or not model.tasks:
+        return None
+    variance = 0.0
+    for task in model.tasks.values():
+        paired = task.versus_original
+        if paired is None or paired.recovery_low is None or paired.recovery_high is None:
+            return None
+        variance += ((paired.recovery_high - paired.recovery_low) / (2 * Z)) ** 2
+    reach = Z * math.sqrt(variance) / len(model.tasks)
+    return Interval(model.recovery, model.recovery - reach, model.recovery + reach) if math.isfinite(reach) else None
+
+
+def p_value(paired: Paired) -> float:
+    """Two-sided, of no difference: McNemar's where there is one, else from the interval as if normal."""
+    if paired.mcnemar_p is not None:
+        return paired.mcnemar_p
+    stderr = (paired.high - paired.low) / (2 * Z)
+    if not stderr > 0:
+        return 1.0 if paired.difference == 0 else 0.0
+    return 2 * (1 - _NORMAL.cdf(abs(paired.difference) / stderr))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: significant at 5 % where below 0.05."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted = [0.0] * len(p_values)
+    running = 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A task of a compressed model held to the original. loss: positive is worse, in the metric's unit.
+
+    outcome: "same" is short for "not told apart". alone: significant by itself, though not among all tasks.
+    unseen_loss: the largest loss that the data don't exclude; None where that can't be said.
+    """
+
+    name: str
+    task: Task
+    paired: Paired
+    loss: Interval
+    p: float
+    adjusted_p: float
+    outcome: str
+    alone: bool
+    unseen_loss: float | None
+
+
+def comparisons(model: ModelResult) -> list[Comparison]:
+    """All tasks of a model that were compared item by item, Holm-corrected among each other."""
+    paired = [(name, task, task.versus_original) for name, task in model.tasks.items() if task.versus_original]
+    p_values = [p_value(versus) for _, _, versus in paired]
+    return [
+        _comparison(name, task, versus, p, adjusted)
+        for (name, task, versus), p, adjusted in zip(paired, p_values, holm(p_values), strict=True)
+    ]
+
+
+def _comparison(name: str, task: Task, paired: Paired, p: float, adjusted: float) -> Comparison:
+    if task.higher_is_better:
+        loss = Interval(-paired.difference, -paired.high, -paired.low)
+    else:
+        loss = Interval(paired.difference, paired.low, paired.high)
+    outcome = "same" if adjusted >= LEVEL else "worse" if loss.value > 0 else "better"
+    return Comparison(
+        name, task, paired, loss, p, adjusted, outcome, p < LEVEL <= adjusted, _unseen_loss(task, paired, loss)
+    )
+
+
+def _unseen_loss(task: Task, paired: Paired, loss: Interval) -> float | None:
+    if paired.mcnemar_p is None:
+        return max(loss.high, 0.0) if loss.high > loss.low else None
+    unchanged = LEVEL / 2
+    return max(loss.high, 1 - math.pow(unchanged, 1 / max(1, task.items)))
+
+
+def at_chance(task: Task) -> bool:
+    """Whether a score isn't told apart from guessing: such a task can't show damage."""
+    if task.chance is None:
+        return False
+    sign = 1 if task.higher_is_better else -1
+    return sign * (task.score - task.chance) <= Z * (task.stderr or 0.0)
+
+
+def labels(results: Results) -> dict[str, str]:
+    """Model name -> what the report calls it: the last part of its path where that is enough to tell models apart."""
+    last = [model.name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] for model in results.models]
+    return {
+        model.name: short if short and last.count(short) == 1 else model.name
+        for model, short in zip(results.models, last, strict=True)
+    }

@@ -1,0 +1,281 @@
+"""The findings in plain language, each claiming no more than its interval allows.
+
+A difference is claimed where it is significant (see `inference`); where it is not, the sentence says so and how large a
+loss would have gone unseen, because "no difference was found" over fifty items means little.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llmshrink_eval.report import inference, numbers
+from llmshrink_eval.report.inference import Comparison, Interval
+from llmshrink_eval.results import ModelResult, Perplexity, Results
+
+Tone = Literal["plain", "good", "bad", "caution"]
+_SHARES = ("acc", "exact_match", "em", "f1", "pass@", "contains")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence. model: the name of the model that it is about; None when it is about several or none."""
+
+    model: str | None
+    tone: Tone
+    text: str
+
+
+def sentences(results: Results) -> tuple[str, ...]:
+    """The findings as they go into results.json: with the model's name before each, where there are several."""
+    labels = inference.labels(results)
+    several = sum(model.role == "compressed" for model in results.models) > 1
+    said = []
+    for finding in findings(results):
+        named = several and finding.model is not None
+        said.append(f"{labels[finding.model or '']}: {_uncapitalised(finding.text)}" if named else finding.text)
+    return tuple(said)
+
+
+def findings(results: Results) -> tuple[Finding, ...]:
+    """Everything worth saying, in the order in which a reader needs it: the gate, the original, model by model."""
+    found = [*_requirements(results), *_original(results)]
+    original = results.original
+    for model in results.models:
+        if model is original:
+            continue
+        for about in (_size(model, original), _perplexity(model), _divergence(model), *_tasks(model), _recovery(model)):
+            if about is not None:
+                tone, text = about
+                found.append(Finding(model.name, tone, text))
+    found += _dominated(results)
+    return tuple(found)
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of items, whose differences are spoken of in percentage points."""
+    return metric.split(",")[0].lower().startswith(_SHARES)
+
+
+def _uncapitalised(text: str) -> str:
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+
+
+def _requirements(results: Results) -> list[Finding]:
+    if not results.requirements:
+        return []
+    labels = inference.labels(results)
+    failed = [requirement for requirement in results.requirements if not requirement.passed]
+    total = len(results.requirements)
+    if not failed:
+        return [Finding(None, "good", f"All of {numbers.plural(total, 'requirement')} met.")]
+    named = [
+        f"{failure.condition} by {labels.get(failure.model, failure.model)} ({numbers.significant(failure.value, 4)})"
+        for failure in failed
+    ]
+    text = f"{len(failed)} of {numbers.plural(total, 'requirement')} failed: {numbers.listed(named, 6)}."
+    return [Finding(None, "bad", text)]
+
+
+def _original(results: Results) -> list[Finding]:
+    """What the original itself shows: the measure of everything after it, and its tasks that can't show damage."""
+    original = results.original
+    if original is None:
+        return []
+    found = []
+    label = inference.labels(results)[original.name]
+    if original.perplexity is not None:
+        found.append(
+            Finding(original.name, "plain", f"The original ({label}): {_absolute_perplexity(original.perplexity)}.")
+        )
+    idle = [name for name, task in original.tasks.items() if inference.at_chance(task)]
+    if idle:
+        they = "it can't show damage" if len(idle) == 1 else "they can't show damage"
+        text = f"The original itself is not told apart from guessing on {numbers.listed(idle)}: {they}."
+        found.append(Finding(original.name, "caution", text))
+    return found
+
+
+def _absolute_perplexity(perplexity: Perplexity) -> str:
+    interval = inference.perplexity_interval(perplexity)
+    over = f"over {numbers.count(perplexity.tokens)} tokens"
+    if interval is None:
+        return f"perplexity {numbers.significant(perplexity.token, 4)} per token {over}, without an interval"
+    decimals = numbers.decimals_for(interval.half_width)
+    within = numbers.span(interval.low, interval.high, decimals)
+    return f"perplexity {numbers.fixed(perplexity.token, decimals)} per token (95 % interval {within}) {over}"
+
+
+def _size(model: ModelResult, original: ModelResult | None) -> tuple[Tone, str] | None:
+    if model.cost is None:
+        return None
+    bits = f"{numbers.fixed(model.cost.bits_per_weight, 2)} bits per weight"
+    size = numbers.size(model.cost.bytes_on_disk)
+    if original is None or original.cost is None:
+        return "plain", f"{size} on disk, {bits}."
+    share = numbers.percent(model.cost.bytes_on_disk / original.cost.bytes_on_disk, 0)
+    return "plain", f"{size} on disk instead of {numbers.size(original.cost.bytes_on_disk)} ({share}), {bits}."
+
+
+def _perplexity(model: ModelResult) -> tuple[Tone, str] | None:
+    perplexity = model.perplexity
+    if perplexity is None:
+        return None
+    if perplexity.excess_nats is None:
+        return "plain", _capitalised(_absolute_perplexity(perplexity)) + "."
+    ratio = inference.perplexity_ratio(perplexity)
+    if ratio is None:
+        change = _change(math.expm1(min(perplexity.excess_nats, 700.0)))
+        return "caution", f"Perplexity {change}, from too few windows for an interval."
+    excess = Interval(*(100 * (end - 1) for end in (ratio.value, ratio.low, ratio.high)))
+    if perplexity.excess_nats == 0 and perplexity.excess_stderr == 0:
+        return "plain", f"Perplexity identical to the original's in all of {perplexity.windows:,} windows."
+    if excess.low <= 0 <= excess.high:
+        decimals = numbers.decimals_for(excess.half_width, 1)
+        text = f"{numbers.fixed(excess.value, decimals)} % ({numbers.span(excess.low, excess.high, decimals)} %)"
+        return "plain", f"Perplexity not told apart from the original's at 95 %: a change of {text}."
+    way, sign = ("higher", 1) if excess.value > 0 else ("lower", -1)
+    low, high = sorted((sign * excess.low, sign * excess.high))
+    decimals = min(numbers.decimals_for(excess.half_width, 1), 3)
+    size, within = numbers.fixed(abs(excess.value), decimals), numbers.span(low, high, decimals)
+    tone: Tone = "bad" if excess.value > 0 else "good"
+    return tone, f"Perplexity {size} % {way} than the original's (95 % interval {within} %)."
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _change(share: float) -> str:
+    size = numbers.significant(100 * abs(share), 2)
+    return f"{size} % {'higher' if share > 0 else 'lower'} than the original's" if share else "as the original's"
+
+
+def _divergence(model: ModelResult) -> tuple[Tone, str] | None:
+    divergence = model.divergence
+    if divergence is None:
+        return None
+    agreement = f"the same first choice in {_agreement(divergence.top1_agreement)} of places"
+    if inference.below_resolution(divergence):
+        if divergence.kl_mean <= 0:
+            return "plain", f"KL divergence from the original is 0; {agreement}."
+        bound = numbers.significant(divergence.baseline_error, 2)
+        text = f"KL divergence below what the stored original resolves ({bound} nats/token)"
+        return "plain", f"{text}; {agreement}."
+    interval = inference.kl_interval(model)
+    if interval is None:
+        value = numbers.significant(divergence.kl_mean)
+    else:
+        reach = inference.Z * divergence.kl_stderr if model.perplexity is None else interval.high - interval.value
+        decimals = numbers.decimals_for(reach, 1)
+        value = f"{numbers.fixed(divergence.kl_mean, decimals)} ± {numbers.fixed(reach, decimals)}"
+    least = "" if divergence.method == "full" else "at least "
+    return "plain", f"KL divergence from the original {least}{value} nats/token; {agreement}."
+
+
+def _agreement(share: float) -> str:
+    """Never 100 % by rounding: that would hide the flips that there are."""
+    text = numbers.percent(share, 0 if share < 0.985 else 1)
+    return "more than 99.9 %" if share < 1 and text.startswith("100") else text
+
+
+def _tasks(model: ModelResult) -> list[tuple[Tone, str]]:
+    compared = inference.comparisons(model)
+    if not compared:
+        return [("plain", _scores(model))] if model.tasks else []
+    said: list[tuple[Tone, str]] = []
+    same = [one for one in compared if one.outcome == "same"]
+    if same:
+        said.append(("plain", _indistinguishable(same, len(compared))))
+    for one in compared:
+        if one.outcome != "same":
+            tone: Tone = "bad" if one.outcome == "worse" else "good"
+            said.append((tone, f"{_capitalised(one.outcome)} on {one.name} by {_difference(one)}."))
+        elif one.alone:
+            way = "worse" if one.loss.value > 0 else "better"
+            text = f"On {one.name} alone it would count as {way} ({_difference(one)})"
+            said.append(("caution", f"{text}, which {len(compared)} comparisons can bring about by chance."))
+    return said
+
+
+def _scores(model: ModelResult) -> str:
+    texts = []
+    for name, task in model.tasks.items():
+        reach = None if task.stderr is None else inference.Z * task.stderr
+        texts.append(f"{name} {score(task.metric, task.score, reach)}")
+    return f"Scores (± 95 %): {numbers.listed(texts)}."
+
+
+def score(metric: str, value: float, reach: float | None = None) -> str:
+    """A task's score with the reach of its interval: in percent for a share, else in the metric's own unit."""
+    scale, unit = (100, " %") if is_share(metric) else (1, "")
+    if reach is None or not reach > 0 or not math.isfinite(reach):
+        return f"{numbers.fixed(100 * value, 1) if unit else numbers.significant(value)}{unit}"
+    decimals = 1 if unit else numbers.decimals_for(scale * reach)
+    return f"{numbers.fixed(scale * value, decimals)} ± {numbers.fixed(scale * reach, decimals)}{unit}"
+
+
+def _indistinguishable(same: list[Comparison], total: int) -> str:
+    names = numbers.listed([one.name for one in same])
+    corrected = f", Holm-corrected for {total}" if total > 1 else ""
+    on = f"on {len(same)} of {total} tasks" if total > 1 else f"on {same[0].name}"
+    text = f"Indistinguishable from the original {on} at 95 %{corrected}"
+    if total > 1:
+        text += f": {names}"
+    unseen = [(one.unseen_loss, one) for one in same if one.unseen_loss is not None]
+    if not unseen:
+        return text + "."
+    shares = [pair for pair in unseen if is_share(pair[1].task.metric)]
+    loss, one = max(shares or unseen, key=lambda pair: pair[0])
+    where = f"on {one.name}, {numbers.plural(one.task.items, 'item')}"
+    return f"{text}; a loss of up to {amount(one.task.metric, loss)} ({where}) would have gone unseen."
+
+
+def _difference(one: Comparison) -> str:
+    """`2.1 points (0.8 to 3.4)`, positive in the direction of the outcome."""
+    sign = 1 if one.loss.value > 0 else -1
+    low, high = sorted((sign * one.loss.low, sign * one.loss.high))
+    scale, unit = (100, " points") if is_share(one.task.metric) else (1, f" {one.task.metric.split(',')[0]}")
+    decimals = 1 if scale == 100 else numbers.decimals_for(one.loss.half_width)
+    value = numbers.fixed(scale * abs(one.loss.value), decimals)
+    return f"{value}{unit} ({numbers.span(scale * low, scale * high, decimals)})"
+
+
+def amount(metric: str, difference: float) -> str:
+    """A difference with its unit: `2.3 points`."""
+    if is_share(metric):
+        return f"{numbers.fixed(100 * difference, 1)} points"
+    return f"{numbers.significant(difference, 2)} {metric.split(',')[0]}"
+
+
+def _recovery(model: ModelResult) -> tuple[Tone, str] | None:
+    if model.recovery is None:
+        return None
+    over = numbers.plural(len(model.tasks), "task")
+    interval = inference.recovery_interval(model)
+    if interval is None:
+        return "plain", f"Recovers {numbers.percent(model.recovery)} of the original's score, mean over {over}."
+    decimals = numbers.decimals_for(100 * interval.half_width, 1)
+    decimals = max(1, min(2, decimals))
+    within = numbers.span(100 * interval.low, 100 * interval.high, decimals)
+    value = numbers.percent(model.recovery, decimals)
+    return "plain", f"Recovers {value} of the original's score, mean over {over} (95 % interval {within} %)."
+
+
+def _dominated(results: Results) -> list[Finding]:
+    """Models that another one beats in size and, with intervals that don't touch, in closeness to the original."""
+    measured = [
+        (model, model.cost.bytes_on_disk, interval)
+        for model in results.models
+        if model.role == "compressed" and model.cost is not None and (interval := inference.kl_interval(model))
+    ]
+    labels = inference.labels(results)
+    found = []
+    for model, size, interval in measured:
+        better = [other for other, less, theirs in measured if less <= size and theirs.high < interval.low]
+        if better:
+            names = numbers.listed([labels[other.name] for other in better], 3)
+            text = f"No smaller than {names} and further from the original."
+            found.append(Finding(model.name, "caution", text))
+    return found
