@@ -5,7 +5,7 @@ bootstrap interval of the difference is from zero. Over the tasks of one model t
 step-down procedure (Holm 1979), which holds the chance of even one false claim at 5 % without assuming anything of how
 the tasks depend on each other. Intervals that are shown are the tasks' own, uncorrected.
 
-A difference that isn't significant is not shown to be absent. `unseen_loss` says how large a loss is compatible with
+A difference that isn't significant is not shown to be absent. `possible_loss` says how large a loss is compatible with
 the data: the interval's far end or, where hardly any item changed and the bootstrap has nothing to resample, the exact
 bound: if a share q of all items changed, none of n sampled ones would with probability (1 - q)^n, which falls below
 2.5 % at q = 1 - 0.025^(1/n), about 3.7 / n.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
+from llmshrink_eval.report import numbers
 from llmshrink_eval.results import Divergence, ModelResult, Paired, Perplexity, Results, Task
 
 LEVEL = 0.05
@@ -139,7 +140,7 @@ class Comparison:
     """A task of a compressed model held to the original. loss: positive is worse, in the metric's unit.
 
     outcome: "same" is short for "not told apart". alone: significant by itself, though not among all tasks.
-    unseen_loss: the largest loss that the data don't exclude; None where that can't be said.
+    possible_loss: the largest loss that the data don't exclude; None where that can't be said.
     """
 
     name: str
@@ -150,7 +151,7 @@ class Comparison:
     adjusted_p: float
     outcome: str
     alone: bool
-    unseen_loss: float | None
+    possible_loss: float | None
 
 
 def comparisons(model: ModelResult) -> list[Comparison]:
@@ -170,11 +171,11 @@ def _comparison(name: str, task: Task, paired: Paired, p: float, adjusted: float
         loss = Interval(paired.difference, paired.low, paired.high)
     outcome = "same" if adjusted >= LEVEL else "worse" if loss.value > 0 else "better"
     return Comparison(
-        name, task, paired, loss, p, adjusted, outcome, p < LEVEL <= adjusted, _unseen_loss(task, paired, loss)
+        name, task, paired, loss, p, adjusted, outcome, p < LEVEL <= adjusted, _possible_loss(task, paired, loss)
     )
 
 
-def _unseen_loss(task: Task, paired: Paired, loss: Interval) -> float | None:
+def _possible_loss(task: Task, paired: Paired, loss: Interval) -> float | None:
     if paired.mcnemar_p is None:
         return max(loss.high, 0.0) if loss.high > loss.low else None
     unchanged = LEVEL / 2
@@ -193,6 +194,6 @@ def labels(results: Results) -> dict[str, str]:
     """Model name -> what the report calls it: the last part of its path where that is enough to tell models apart."""
     last = [model.name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] for model in results.models]
     return {
-        model.name: short if short and last.count(short) == 1 else model.name
+        model.name: numbers.printable(short if short and last.count(short) == 1 else model.name)
         for model, short in zip(results.models, last, strict=True)
     }

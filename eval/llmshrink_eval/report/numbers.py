@@ -92,8 +92,14 @@ def listed(words: list[str], at_most: int = 12) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """At most so many characters, cut in the middle: both ends of a path or a name tell it apart."""
+    """At most so many printable characters, cut in the middle: both ends of a path or a name tell it apart."""
+    text = printable(text)
     if len(text) <= length:
         return text
     head = (length - 1) // 2
     return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
+
+
+def printable(text: str) -> str:
+    """The text on one line, with a sign in place of what can't be shown (and what XML doesn't allow)."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

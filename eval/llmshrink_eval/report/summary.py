@@ -1,7 +1,7 @@
 """The findings in plain language, each claiming no more than its interval allows.
 
 A difference is claimed where it is significant (see `inference`); where it is not, the sentence says so and how large a
-loss would have gone unseen, because "no difference was found" over fifty items means little.
+loss the data leave possible, because "no difference was found" over fifty items means little.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def findings(results: Results) -> tuple[Finding, ...]:
     for model in results.models:
         if model is original:
             continue
-        for about in (_size(model, original), _perplexity(model), _divergence(model), *_tasks(model), _recovery(model)):
+        said = [_size(model, original), _perplexity(model), _divergence(model), *_tasks(model), _recovery(model)]
+        for about in (*said, _beaten(model, results)):
             if about is not None:
                 tone, text = about
                 found.append(Finding(model.name, tone, text))
-    found += _dominated(results)
     return tuple(found)
 
 
@@ -84,11 +84,8 @@ def _original(results: Results) -> list[Finding]:
     if original is None:
         return []
     found = []
-    label = inference.labels(results)[original.name]
     if original.perplexity is not None:
-        found.append(
-            Finding(original.name, "plain", f"The original ({label}): {_absolute_perplexity(original.perplexity)}.")
-        )
+        found.append(Finding(original.name, "plain", f"The original has {_absolute_perplexity(original.perplexity)}."))
     idle = [name for name, task in original.tasks.items() if inference.at_chance(task)]
     if idle:
         they = "it can't show damage" if len(idle) == 1 else "they can't show damage"
@@ -139,8 +136,7 @@ def _perplexity(model: ModelResult) -> tuple[Tone, str] | None:
     low, high = sorted((sign * excess.low, sign * excess.high))
     decimals = min(numbers.decimals_for(excess.half_width, 1), 3)
     size, within = numbers.fixed(abs(excess.value), decimals), numbers.span(low, high, decimals)
-    tone: Tone = "bad" if excess.value > 0 else "good"
-    return tone, f"Perplexity {size} % {way} than the original's (95 % interval {within} %)."
+    return "plain", f"Perplexity {size} % {way} than the original's (95 % interval {within} %)."
 
 
 def _capitalised(text: str) -> str:
@@ -188,14 +184,16 @@ def _tasks(model: ModelResult) -> list[tuple[Tone, str]]:
     same = [one for one in compared if one.outcome == "same"]
     if same:
         said.append(("plain", _indistinguishable(same, len(compared))))
-    for one in compared:
-        if one.outcome != "same":
-            tone: Tone = "bad" if one.outcome == "worse" else "good"
-            said.append((tone, f"{_capitalised(one.outcome)} on {one.name} by {_difference(one)}."))
-        elif one.alone:
-            way = "worse" if one.loss.value > 0 else "better"
-            text = f"On {one.name} alone it would count as {way} ({_difference(one)})"
-            said.append(("caution", f"{text}, which {len(compared)} comparisons can bring about by chance."))
+    outcomes: tuple[tuple[str, Tone], ...] = (("worse", "bad"), ("better", "good"))
+    for outcome, tone in outcomes:
+        there = [f"{one.name} by {_difference(one)}" for one in compared if one.outcome == outcome]
+        if there:
+            said.append((tone, f"{_capitalised(outcome)} on {numbers.listed(there, len(there))}."))
+    for outcome, sign in (("worse", 1), ("better", -1)):
+        alone = [f"{one.name} by {_difference(one)}" for one in same if one.alone and sign * one.loss.value > 0]
+        if alone:
+            text = f"Taken alone it would count as {outcome} on {numbers.listed(alone, len(alone))}"
+            said.append(("caution", f"{text}; over {len(compared)} comparisons chance can bring that about."))
     return said
 
 
@@ -219,17 +217,18 @@ def score(metric: str, value: float, reach: float | None = None) -> str:
 def _indistinguishable(same: list[Comparison], total: int) -> str:
     names = numbers.listed([one.name for one in same])
     corrected = f", Holm-corrected for {total}" if total > 1 else ""
-    on = f"on {len(same)} of {total} tasks" if total > 1 else f"on {same[0].name}"
+    share = f"all {total}" if len(same) == total else f"{len(same)} of {total}"
+    on = f"on {share} tasks" if total > 1 else f"on {same[0].name}"
     text = f"Indistinguishable from the original {on} at 95 %{corrected}"
     if total > 1:
         text += f": {names}"
-    unseen = [(one.unseen_loss, one) for one in same if one.unseen_loss is not None]
-    if not unseen:
+    possible = [(one.possible_loss, one) for one in same if one.possible_loss is not None]
+    if not possible:
         return text + "."
-    shares = [pair for pair in unseen if is_share(pair[1].task.metric)]
-    loss, one = max(shares or unseen, key=lambda pair: pair[0])
+    shares = [pair for pair in possible if is_share(pair[1].task.metric)]
+    loss, one = max(shares or possible, key=lambda pair: pair[0])
     where = f"on {one.name}, {numbers.plural(one.task.items, 'item')}"
-    return f"{text}; a loss of up to {amount(one.task.metric, loss)} ({where}) would have gone unseen."
+    return f"{text}; a loss of up to {amount(one.task.metric, loss)} ({where}) can't be excluded."
 
 
 def _difference(one: Comparison) -> str:
@@ -263,19 +262,35 @@ def _recovery(model: ModelResult) -> tuple[Tone, str] | None:
     return "plain", f"Recovers {value} of the original's score, mean over {over} (95 % interval {within} %)."
 
 
-def _dominated(results: Results) -> list[Finding]:
-    """Models that another one beats in size and, with intervals that don't touch, in closeness to the original."""
-    measured = [
-        (model, model.cost.bytes_on_disk, interval)
-        for model in results.models
-        if model.role == "compressed" and model.cost is not None and (interval := inference.kl_interval(model))
-    ]
+def _beaten(model: ModelResult, results: Results) -> tuple[Tone, str] | None:
+    """When another compressed model is as small and, with intervals that don't touch, closer to the original."""
+    interval = inference.kl_interval(model)
+    if interval is None or model.cost is None:
+        return None
     labels = inference.labels(results)
-    found = []
-    for model, size, interval in measured:
-        better = [other for other, less, theirs in measured if less <= size and theirs.high < interval.low]
-        if better:
-            names = numbers.listed([labels[other.name] for other in better], 3)
-            text = f"No smaller than {names} and further from the original."
-            found.append(Finding(model.name, "caution", text))
-    return found
+    better = [
+        labels[other.name]
+        for other in results.models
+        if other.role == "compressed"
+        and other.cost is not None
+        and other.cost.bytes_on_disk <= model.cost.bytes_on_disk
+        and (theirs := inference.kl_interval(other)) is not None
+        and theirs.high < interval.low
+    ]
+    return (
+        ("caution", f"No smaller than {numbers.listed(better, 3)}, and further from the original.") if better else None
+    )
+
+
+def signed_difference(one: Comparison) -> str:
+    """Compressed less original in the task's unit: `−2.1 points (−3.4 to −0.8)`."""
+    paired = one.paired
+    scale, unit = (100, " points") if is_share(one.task.metric) else (1, "")
+    decimals = 1 if unit else numbers.decimals_for((paired.high - paired.low) / 2)
+    within = numbers.span(scale * paired.low, scale * paired.high, decimals)
+    return f"{numbers.fixed(scale * paired.difference, decimals)}{unit} ({within})"
+
+
+def p_text(p: float) -> str:
+    """A p-value to three decimals; what is smaller is only said to be."""
+    return "< 0.001" if p < 0.001 else numbers.fixed(p, 3)

@@ -1,0 +1,84 @@
+"""Where the labels of points go: beside them, inside their axes, and over nothing that is drawn already."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+# (dx, dy) in points and the alignments that make the label grow away from the point; the first that fits is taken.
+_CANDIDATES = (
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+    (8, 9, "left", "bottom"),
+    (8, -9, "left", "top"),
+    (-8, 9, "right", "bottom"),
+    (-8, -9, "right", "top"),
+    (0, 14, "center", "bottom"),
+    (0, -14, "center", "top"),
+    (8, 26, "left", "bottom"),
+    (-8, 26, "right", "bottom"),
+    (8, -26, "left", "top"),
+    (-8, -26, "right", "top"),
+)
+
+
+def label_points(figure: Figure) -> None:
+    """Place every annotation of the figure; lays the figure out for good, so it comes last."""
+    labels = [(axes, text) for axes in figure.axes for text in _annotations(axes)]
+    for _, text in labels:
+        text.set_in_layout(False)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        mine = [text for holder, text in labels if holder is axes]
+        taken = [_around(axes, text) for text in mine]
+        frame = axes.get_window_extent()
+        for text in mine:
+            best: tuple[float, tuple[float, float, str, str]] | None = None
+            for candidate in _CANDIDATES:
+                _move(text, candidate)
+                box = text.get_window_extent()
+                cost = _outside(box, frame) * 4 + sum(_overlap(box, other) for other in taken)
+                if best is None or cost < best[0]:
+                    best = cost, candidate
+                if cost == 0:
+                    break
+            assert best is not None
+            _move(text, best[1])
+            taken.append(text.get_window_extent())
+
+
+def _annotations(axes: Axes) -> list[Annotation]:
+    from matplotlib.text import Annotation
+
+    return [child for child in axes.get_children() if isinstance(child, Annotation)]
+
+
+def _move(text: Annotation, candidate: tuple[float, float, str, str]) -> None:
+    dx, dy, horizontal, vertical = candidate
+    text.set_anncoords("offset points")
+    text.set_position((dx, dy))
+    text.set(ha=horizontal, va=vertical)
+
+
+def _around(axes: Axes, text: Annotation) -> Bbox:
+    """The box of the marker that a label belongs to, in display units."""
+    from matplotlib.transforms import Bbox
+
+    x, y = axes.transData.transform(text.xy)
+    return Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
+
+
+def _overlap(box: Bbox, other: Bbox) -> float:
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _outside(box: Bbox, frame: Bbox) -> float:
+    return box.width * box.height - _overlap(box, frame)

@@ -1,0 +1,379 @@
+"""The report's plots: what to draw of the results. How a figure becomes part of the page is `figure`'s.
+
+Each is drawn twice, for a wide page and for a telephone: text that is scaled down with its figure can't be read.
+A plot of which nothing was measured doesn't exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmshrink_eval.report import figure, inference, numbers
+from llmshrink_eval.report.figure import GRID, INK, MUTED, PAPER
+from llmshrink_eval.report.inference import Interval
+from llmshrink_eval.report.places import label_points
+from llmshrink_eval.report.sites import Panel, panels
+from llmshrink_eval.report.table import task_names
+from llmshrink_eval.results import ModelResult, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE, NARROW = 1040, 340
+_AT_MOST_PANELS = 12
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot at both widths, as inline SVG."""
+
+    wide: str
+    narrow: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A compressed model as it is drawn everywhere in the report. index: its place among the compressed ones."""
+
+    model: ModelResult
+    label: str
+    index: int
+
+    @property
+    def colour(self) -> str:
+        """Stand-in for its colour."""
+        return figure.model_colour(self.index)
+
+    @property
+    def marker(self) -> str:
+        """Its matplotlib marker."""
+        return figure.marker(self.index)
+
+
+def drawn(results: Results) -> list[Drawn]:
+    """The compressed models in their order."""
+    labels = inference.labels(results)
+    compressed = [model for model in results.models if model.role == "compressed"]
+    return [Drawn(model, labels[model.name], index) for index, model in enumerate(compressed)]
+
+
+def all_plots(results: Results) -> dict[str, Plot]:
+    """Name -> plot, for those of which there is something to draw."""
+    makers = {"quality": _quality, "recovery": _recovery, "histogram": _histogram, "sites": _sites}
+    made = {name: make(results) for name, make in makers.items()}
+    return {name: plot for name, plot in made.items() if plot is not None}
+
+
+def _both(name: str, label: str, height: Callable[[int], int], paint: Callable[[Figure, int], None]) -> Plot:
+    def at(width: int) -> str:
+        return figure.draw(f"{name}-{width}", label, width, height(width), lambda canvas: paint(canvas, width))
+
+    return Plot(wide=at(WIDE), narrow=at(NARROW))
+
+
+# Size against quality
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One way of telling quality. value: of a model, with its interval, or None; better: -1 where less is better."""
+
+    title: str
+    value: Callable[[ModelResult], Interval | None]
+    better: int
+    logarithmic: bool = False
+
+
+def _plain(value: float | None, interval: Interval | None) -> Interval | None:
+    """The interval, or the bare value where it has none."""
+    if interval is None and value is not None and math.isfinite(value):
+        return Interval(value, value, value)
+    return interval
+
+
+def _quality_measures(results: Results) -> list[_Measure]:
+    def perplexity(model: ModelResult) -> Interval | None:
+        measured = model.perplexity
+        return _plain(measured.token, inference.perplexity_interval(measured)) if measured else None
+
+    def kl(model: ModelResult) -> Interval | None:
+        measured = model.divergence
+        positive = measured is not None and measured.kl_mean > 0
+        return _plain(measured.kl_mean, inference.kl_interval(model)) if measured and positive else None
+
+    def recovery(model: ModelResult) -> Interval | None:
+        if model.role == "original" and any(other.recovery is not None for other in results.models):
+            return Interval(1.0, 1.0, 1.0)
+        return _plain(model.recovery, inference.recovery_interval(model))
+
+    measures = [
+        _Measure("KL from the original, nats/token (lower is better)", kl, -1, logarithmic=True),
+        _Measure("Perplexity (lower is better)", perplexity, -1),
+        _Measure("Recovery over tasks (higher is better)", recovery, 1),
+    ]
+    with_size = [model for model in results.models if model.cost]
+    return [measure for measure in measures if sum(measure.value(model) is not None for model in with_size) >= 2]
+
+
+def _quality(results: Results) -> Plot | None:
+    measures = _quality_measures(results)
+    if not measures:
+        return None
+    count = len(measures)
+
+    def paint(canvas: Figure, width: int) -> None:
+        shape = (1, count) if width == WIDE else (count, 1)
+        for axes, measure in zip(canvas.subplots(*shape, squeeze=False).flat, measures, strict=True):
+            _paint_quality(axes, results, measure)
+        label_points(canvas)
+
+    label = (
+        "Size on disk against "
+        + numbers.listed([measure.title.split(" (")[0] for measure in measures])
+        + ", with the Pareto front; the numbers are in the table of models."
+    )
+    return _both("quality", label, lambda width: 330 if width == WIDE else 270 * count, paint)
+
+
+def _paint_quality(axes: Axes, results: Results, measure: _Measure) -> None:
+    indices = {one.model.name: one.index for one in drawn(results)}
+    labels = inference.labels(results)
+    points: list[tuple[float, float]] = []
+    for model in results.models:
+        value = measure.value(model)
+        if value is None or model.cost is None:
+            continue
+        megabytes = model.cost.bytes_on_disk / 1e6
+        points.append((megabytes, value.value))
+        index = indices.get(model.name)
+        colour = INK if index is None else figure.model_colour(index)
+        axes.errorbar(
+            megabytes,
+            value.value,
+            yerr=[[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]],
+            fmt="o" if index is None else figure.marker(index),
+            color=colour,
+            markerfacecolor=PAPER if index is None else colour,
+            markeredgecolor=INK if index is None else PAPER,
+            markeredgewidth=1.8 if index is None else 1.0,
+            markersize=8.5,
+            elinewidth=1.8,
+            zorder=3,
+        )
+        axes.annotate(numbers.shortened(labels[model.name], 22), (megabytes, value.value), color=colour, size=12)
+    front = pareto(points, measure.better)
+    if len(front) > 1:
+        axes.plot(
+            *zip(*front, strict=True),
+            color=MUTED,
+            linewidth=1.4,
+            linestyle=(0, (4, 3)),
+            zorder=2,
+            drawstyle="steps-post",
+        )
+    sizes = [size for size, _ in points]
+    if max(sizes) / min(sizes) > 2:
+        axes.set_xscale("log")
+        axes.set_xlim(min(sizes) / 1.35, max(sizes) * 1.35)
+        figure.plain_log_axis(axes, "x")
+    else:
+        axes.margins(x=0.35)
+    if measure.logarithmic:
+        axes.set_yscale("log")
+        axes.margins(y=0.2)
+        axes.autoscale_view()
+        figure.plain_log_axis(axes, "y")
+    else:
+        axes.margins(y=0.2)
+    axes.grid(axis="x", visible=False)
+    axes.set_title(measure.title, color=MUTED, size=12.5)
+    axes.set_xlabel("size on disk, MB")
+
+
+def pareto(points: list[tuple[float, float]], better: int) -> list[tuple[float, float]]:
+    """Those that no other beats in size and quality at once, smallest first. better: 1 if more quality is better."""
+    front: list[tuple[float, float]] = []
+    for size, quality in sorted(set(points), key=lambda point: (point[0], -better * point[1])):
+        if not front or better * quality > better * front[-1][1]:
+            front.append((size, quality))
+    return front
+
+
+# Recovery per task
+
+
+def _recovery(results: Results) -> Plot | None:
+    shown = drawn(results)
+    rows: list[tuple[str, list[tuple[Drawn, Interval]]]] = []
+    for name in task_names(results):
+        values = [(one, _of_task(one, name)) for one in shown]
+        rows.append((name, [(one, value) for one, value in values if value is not None]))
+    rows = [row for row in rows if row[1]]
+    if not rows:
+        return None
+    means = [(one, inference.recovery_interval(one.model)) for one in shown]
+    if len(rows) > 1:
+        rows.append(("mean", [(one, value) for one, value in means if value is not None]))
+    step = max(44, 14 * len(shown) + 20)
+
+    def paint(canvas: Figure, width: int) -> None:
+        _paint_recovery(canvas.subplots(), rows, len(shown), width)
+
+    label = (
+        f"Recovery of the original's score with 95 % intervals, {numbers.plural(len(rows), 'row')}, "
+        f"{numbers.plural(len(shown), 'model')}; the numbers are in the table that follows."
+    )
+    return _both("recovery", label, lambda width: 60 + (step + (width != WIDE) * 14) * len(rows), paint)
+
+
+def _of_task(one: Drawn, name: str) -> Interval | None:
+    task = one.model.tasks.get(name)
+    return inference.task_recovery(task.versus_original) if task else None
+
+
+def _paint_recovery(axes: Axes, rows: list[tuple[str, list[tuple[Drawn, Interval]]]], models: int, width: int) -> None:
+    ends = [end for _, values in rows for _, value in values for end in (value.low, value.high, value.value)]
+    # A task whose original score is near zero has an interval of any length: it must not squeeze all others.
+    low, high = max(0.0, min(*ends, 0.99)), min(2.0, max(*ends, 1.01))
+    pad = 0.04 * (high - low)
+    axes.set_xlim(100 * (low - pad), 100 * (high + pad))
+    axes.axvline(100, color=INK, linewidth=1.3, zorder=1)
+    spread = 0.6 if width == WIDE else 0.5
+    for row, (name, values) in enumerate(rows):
+        middle = row if width == WIDE else row + 0.12
+        for one, value in values:
+            offset = 0.0 if models == 1 else spread * (one.index / (models - 1) - 0.5)
+            reach = [[100 * max(0.0, value.value - value.low)], [100 * max(0.0, value.high - value.value)]]
+            axes.errorbar(
+                100 * value.value,
+                middle + offset,
+                xerr=reach,
+                fmt=one.marker,
+                color=one.colour,
+                markeredgecolor=PAPER,
+                markersize=7.5,
+                elinewidth=2,
+                zorder=3,
+            )
+        if row:
+            axes.axhline(row - 0.5, color=GRID, linewidth=1)
+        if width != WIDE:
+            axes.annotate(
+                numbers.shortened(name, 40),
+                (0, row - 0.47),
+                xycoords=("axes fraction", "data"),
+                va="top",
+                color=INK,
+                weight="bold" if name == "mean" else "normal",
+            )
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    if width == WIDE:
+        axes.set_yticks(range(len(rows)), [numbers.shortened(name, 34) for name, _ in rows], color=INK)
+        if rows[-1][0] == "mean":
+            axes.get_yticklabels()[-1].set_fontweight("bold")
+    else:
+        axes.set_yticks([])
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("% of the original's score")
+
+
+# How the divergence is spread
+
+
+def _histogram(results: Results) -> Plot | None:
+    shown = [one for one in drawn(results) if one.model.divergence and sum(one.model.divergence.histogram_counts)]
+    if not shown:
+        return None
+
+    def paint(canvas: Figure, width: int) -> None:
+        axes = canvas.subplots()
+        for one in shown:
+            divergence = one.model.divergence
+            assert divergence is not None
+            total = sum(divergence.histogram_counts)
+            shares = [100 * counted / total for counted in divergence.histogram_counts]
+            edges = list(divergence.histogram_edges)
+            axes.stairs(shares, edges, fill=True, color=one.colour, alpha=0.10)
+            axes.stairs(shares, edges, color=one.colour, linewidth=1.8)
+            if divergence.kl_mean > 0:
+                axes.axvline(divergence.kl_mean, color=one.colour, linewidth=1.4, linestyle=(0, (3, 3)))
+                axes.plot(
+                    divergence.kl_mean,
+                    0.965,
+                    marker=one.marker,
+                    color=one.colour,
+                    markeredgecolor=PAPER,
+                    transform=axes.get_xaxis_transform(),
+                    markersize=9,
+                )
+        axes.set_xscale("log")
+        axes.margins(x=0.01)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+        figure.plain_log_axis(axes, "x")
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("KL(original || compressed) at one position, nats")
+        axes.set_title("% of positions", color=MUTED, size=12.5)
+
+    label = f"Histogram of KL per position for {numbers.listed([one.label for one in shown])}, on a logarithmic axis."
+    return _both("histogram", label, lambda width: 330 if width == WIDE else 280, paint)
+
+
+# Error of each layer
+
+
+def _sites(results: Results) -> Plot | None:
+    shown = drawn(results)
+    found = panels([one.model.site_errors for one in shown])[:_AT_MOST_PANELS]
+    if not found:
+        return None
+
+    def grid(width: int) -> tuple[int, int]:
+        columns = min(len(found), 4 if width == WIDE else 2)
+        return math.ceil(len(found) / columns), columns
+
+    def paint(canvas: Figure, width: int) -> None:
+        rows, columns = grid(width)
+        cells = list(canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for axes, panel in zip(cells, found, strict=False):
+            _paint_panel(axes, panel, shown)
+        figure.plain_log_axis(cells[0], "y")
+        for axes in cells[len(found) :]:
+            axes.set_visible(False)
+        for place, axes in enumerate(cells[: len(found)]):
+            below = place + columns < len(found)
+            axes.tick_params(labelbottom=not below)
+            if not below:
+                axes.set_xlabel(found[0].axis)
+
+    label = (
+        f"Relative squared output error of the compressed layers, one panel for each of {len(found)} kinds of layer, "
+        "on a logarithmic axis; the numbers are in the table that follows."
+    )
+    return _both("sites", label, lambda width: grid(width)[0] * (190 if width == WIDE else 160) + 30, paint)
+
+
+def _paint_panel(axes: Axes, panel: Panel, shown: list[Drawn]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for one, points in zip(shown, panel.models, strict=True):
+        if points:
+            places, errors = zip(*points, strict=True)
+            dots = one.marker if len(points) <= 16 else None
+            axes.plot(
+                places,
+                errors,
+                color=one.colour,
+                marker=dots,
+                linewidth=1.6,
+                markersize=5.5,
+                markeredgecolor=PAPER,
+                markeredgewidth=0.6,
+            )
+    axes.set_yscale("log")
+    axes.margins(x=0.06, y=0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_title(numbers.shortened(panel.kind, 24))
