@@ -1,0 +1,132 @@
+"""A checkpoint's safetensors files, and what their headers say: nothing here reads a weight.
+
+A file is `<u64 little-endian: n><n bytes of JSON><data>`; the JSON maps each tensor's key to its dtype, shape and
+`data_offsets` [begin, end), counted from the first byte of the data (https://github.com/huggingface/safetensors,
+"Format"). A file from the network can claim anything, so every size is held to the file's before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TypeGuard
+
+from llmshrink_eval.errors import EvalError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HEADER_LIMIT = 100_000_000
+"""Bytes; the safetensors library's own limit."""
+
+ITEM_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Bits of one element, by the format's names of its types."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header describes it."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors of the checkpoint in `folder`, by name: the single file, or those that its index names.
+
+    Raises EvalError when there are none, when one is missing, or when the index names a path outside the folder.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return (single,)
+    if not index.is_file():
+        raise EvalError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}; name a folder that holds a model")
+    files = tuple(folder / name for name in sorted(set(_weight_map(index).values())))
+    for file in files:
+        if not file.is_file():
+            raise EvalError(f"{file}: missing, though {INDEX_FILE} names it; download or copy it again")
+    return files
+
+
+def read_header(file: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of one file, in the order of its header.
+
+    Raises EvalError, naming the file and what is wrong, when it can't be read or its header breaks the format.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
+                raise _broken(file, f"it claims {length:,} bytes and the file has {size:,}")
+            text = stream.read(length)
+        described = json.loads(text)
+    except OSError as error:
+        raise EvalError(f"{file}: can't be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _broken(file, "it isn't JSON") from error
+    if not isinstance(described, dict):
+        raise _broken(file, "it isn't a JSON object")
+    room = size - 8 - length
+    return tuple(_tensor(file, key, value, room) for key, value in described.items() if key != "__metadata__")
+
+
+def _tensor(file: Path, key: str, value: object, room: int) -> StoredTensor:
+    if not isinstance(value, dict):
+        raise _broken(file, f"{key} isn't described by an object")
+    dtype, shape, span = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    bits = ITEM_BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise _broken(file, f"{key} has the unknown dtype {dtype!r}")
+    if not _sizes(shape):
+        raise _broken(file, f"{key} has the shape {shape!r}, which isn't a list of sizes")
+    if not _sizes(span) or len(span) != 2 or not span[0] <= span[1] <= room:
+        raise _broken(file, f"{key} lies at {span!r}, which isn't within the {room:,} bytes of data")
+    nbytes = math.prod(shape) * bits // 8
+    if span[1] - span[0] != nbytes:
+        raise _broken(file, f"{key}, {dtype} {shape}, takes {nbytes:,} bytes and claims {span[1] - span[0]:,}")
+    return StoredTensor(key, str(dtype), tuple(shape), nbytes)
+
+
+def _sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EvalError(f"{index}: broken index: no weight_map to read; download or copy it again") from error
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not _stays_inside(name):
+            raise EvalError(
+                f"{index}: {key} is said to lie in {name!r}, outside the model's folder: refused; an index names files"
+                " beside it"
+            )
+    return weight_map
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a shard's name is a relative path without a step up; links inside the folder are the user's own."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if not name or "\0" in name or posix.is_absolute() or windows.drive or windows.root:
+        return False
+    return ".." not in windows.parts and ".." not in posix.parts
+
+
+def _broken(file: Path, what: str) -> EvalError:
+    return EvalError(f"{file}: broken safetensors header: {what}; download or copy the file again")
