@@ -14,12 +14,12 @@ from collections.abc import Callable
 def import_everything() -> None:
     """Import what a run would import while it is timed, as it does it: our own modules, and transformers' Llama."""
     import llmshrink
-    from llmshrink.run.memory import without_triton
+    from llmshrink.run.memory import lean_imports
 
     for module in pkgutil.walk_packages(llmshrink.__path__, "llmshrink."):
         if not module.name.startswith(("llmshrink.serving", "llmshrink.demo.train", "llmshrink.recipes")):
             importlib.import_module(module.name)
-    with without_triton():
+    with lean_imports():
         for name in (
             "safetensors.torch",
             "transformers.models.auto.modeling_auto",

@@ -64,6 +64,24 @@ def shipped() -> dict[str, Recipe]:
     return {name: load_recipe(name) for name in shipped_names()}
 
 
+def made_for(name_or_path: str, recipe: Recipe) -> str | None:
+    """The shipped recipe whose other settings were measured at the bits that flags gave `recipe`, if it is another one.
+
+    name_or_path: what `recipe` was made from.
+    """
+    recipes = shipped()
+    asked = recipes.get(name_or_path)
+    kinds = {name: _kind(each) for name, each in recipes.items()}
+    if asked is None or kinds[name_or_path] == _kind(recipe):
+        return None
+    return next((name for name, kind in kinds.items() if kind == _kind(recipe)), None)
+
+
+def _kind(recipe: Recipe) -> list[tuple[str, int, bool]]:
+    steps = [step.quantize for step in recipe.steps]
+    return [(step.method, step.bits, step.symmetric) for step in steps]
+
+
 def shipped_names() -> list[str]:
     """The shipped recipes' names, sorted."""
     return sorted(file.stem for file in _folder().glob("*.yaml"))

@@ -68,6 +68,8 @@ class Workspace:
         self._made: list[Path] = []
 
     def __enter__(self) -> Workspace:
+        with suppress(OSError):
+            self.folder.rmdir()  # empty: the crash came between the last two steps of a finished run
         if not self.journal.exists():
             check_output(self.output, overwrite=self.overwrite)
         if self.folder.is_dir() and any(path.name not in OURS for path in self.folder.iterdir()):
@@ -89,7 +91,10 @@ class Workspace:
         """The open lock, or None when another process holds it."""
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # another run removed the empty folder in between
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # A run that gave up may have removed the folder in between: then this is a lock on nothing.

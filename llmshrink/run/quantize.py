@@ -18,11 +18,12 @@ from llmshrink.checkpoint.preflight import check_room
 from llmshrink.formats import compressed_tensors
 from llmshrink.model.sites import sites_of
 from llmshrink.recipe.assign import serving_notes
+from llmshrink.recipe.read import made_for
 from llmshrink.run import disk, heldout
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
-from llmshrink.run.memory import give_back, without_triton
+from llmshrink.run.memory import give_back, lean_imports
 from llmshrink.run.progress import Progress
 from llmshrink.run.report import QuantizeReport, SiteRow
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
@@ -36,14 +37,18 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
     """Carry out a whole run. Raises LlmshrinkError for what a user did; what is finished by then is kept."""
     started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
-        with without_triton():
+        with lean_imports():
             job = prepare(options)
         already = workspace.finished_bytes()
         check_room(options.output, max(0, expected_bytes(job) - already))
         parts = workspace.begin(job.identity())
         if parts is None:
             return reread(options.output, seconds=time.perf_counter() - started)
-        for note in serving_notes(list(job.assigned.values())):
+        notes = serving_notes(list(job.assigned.values()))
+        other = made_for(options.recipe, job.recipe)
+        if other is not None:
+            notes.append(f"{options.recipe} was measured at other bits; --recipe {other} is the one made for these")
+        for note in notes:
             progress.note(f"note: {note}")
         run = _Run(job, workspace, progress, started)
         try:
@@ -231,6 +236,7 @@ class Placement:
             return cls(None, True)
         if streams <= budget:
             return cls(None, False)
+        check_room(job.options.work_dir or folder, streams, "the activations, which don't fit into memory")
         if job.options.work_dir is None:
             return cls(folder / ACTIVATIONS, False)
         # A folder of its own: other runs may spill into the same work-dir at the same time.

@@ -28,9 +28,6 @@ from llmshrink.model.sites import Site, Stage
 from llmshrink.run.memory import give_back
 from llmshrink.weights import GroupedInt
 
-GIVE_BACK_EVERY = 4
-"""A stage gives freed memory back before every so many batches; more often lowers the peak no further."""
-
 
 @dataclass(frozen=True, eq=False)
 class SolvedSite:
@@ -214,8 +211,7 @@ def _gather(walk: Walk, stages: Sequence[Stage], forwards: _Forwards, position: 
     for i, batch in enumerate(walk.batches):
         if batch.held_out:
             continue
-        if i % GIVE_BACK_EVERY == 0:
-            give_back()
+        give_back()
         compressed = batch.real(forwards.at_tap(i, False, position))
         forwards.rest(i, False)
         original = None

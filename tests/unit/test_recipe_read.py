@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 import llmshrink
 from llmshrink.errors import RecipeError
-from llmshrink.recipe.read import load_recipe, recipe_hash, shipped, shipped_names, to_yaml
+from llmshrink.recipe.read import load_recipe, made_for, recipe_hash, shipped, shipped_names, to_yaml
 from llmshrink.recipe.schema import BUILT_IN, Quantize, QuantizePatch, Recipe, methods
 
 REPOSITORY = Path(__file__).parents[2]
@@ -276,3 +276,11 @@ def test_a_method_that_is_registered_is_one_that_a_recipe_may_name(monkeypatch: 
 
     monkeypatch.setattr(registry, "_METHODS", {**registry._METHODS, "toy": solver("rtn")})
     assert load_recipe("gptq-w4a16", flags={"method": "toy"}).quantize.method == "toy"
+
+
+def test_bits_that_another_recipe_was_made_for_name_it() -> None:
+    assert made_for("gptq-w4a16", load_recipe("gptq-w4a16", flags={"bits": 3})) == "gptq-w3a16"
+    assert made_for("gptq-w4a16", load_recipe("gptq-w4a16", flags={"group_size": 64})) is None
+    assert made_for("gptq-w4a16", load_recipe("gptq-w4a16")) is None
+    assert made_for("rtn-w4a16", load_recipe("rtn-w4a16", flags={"bits": 3})) is None
+    assert made_for("mine.yaml", load_recipe("gptq-w3a16")) is None
