@@ -156,3 +156,45 @@ def add_splits(parts, out, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):  #
     for split in tl.static_range(1, SPLIT_K):
         total += tl.load(parts + split * size.to(tl.int64) + i, mask=inside)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def dequantize(  # type: ignore[no-untyped-def]
+    words,
+    scales,
+    zeros,
+    out,  # [rows, columns]
+    first_row,
+    first_packet,
+    rows,
+    columns,
+    padded_out,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # 0: one group a row
+    SLAB: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """W itself, rounded once: a block of it, from `first_row` and `first_packet` on. A program: BLOCK_N rows, a packet."""
+    FIELDS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < rows
+    n = first_row + row
+    k = tl.arange(0, SLAB)
+    packet = tl.program_id(1)
+    plane = padded_out * SLAB
+    tile = words + (first_packet + packet).to(tl.int64) * (PLANES * plane) + n[:, None] * SLAB + k[None, :]
+    low = tl.load(tile, mask=inside[:, None], other=0)
+    middle = tl.load(tile + plane, mask=inside[:, None], other=0) if PLANES == 3 else low
+    high = tl.load(tile + 2 * plane, mask=inside[:, None], other=0) if PLANES == 3 else low
+    line = out + row.to(tl.int64)[:, None] * columns
+    like = tl.zeros((1,), out.dtype.element_ty)
+    for field in tl.static_range(FIELDS):
+        column = (packet * FIELDS + field) * SLAB + k
+        group = 0 if GROUP == 0 else ((first_packet + packet) * FIELDS + field) * SLAB // GROUP
+        scale = tl.load(scales + group * padded_out + n, mask=inside, other=0.0).to(tl.float32)
+        offset = None if zeros is None else tl.load(zeros + group * padded_out + n, mask=inside, other=0)
+        numbers = weights(low, middle, high, offset, like, BITS, field, ASM)
+        value = (numbers.to(tl.float32) * scale[:, None]).to(out.dtype.element_ty)
+        tl.store(line + column[None, :], value, mask=inside[:, None] & (column < columns)[None, :])

@@ -170,21 +170,23 @@ def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
         for tensor in (packed.scales, packed.zero_points)
     ]
     assert small[0] is not None
-    codes = unpack_rows(packed, 0, packed.out_features)[:, : packed.in_features].contiguous()
+    everything = range(packed.out_features), range(packed.padded_in // packed.packet)
+    codes = unpack_block(packed, *everything)[:, : packed.in_features].contiguous()
     return codes, small[0], small[1]
 
 
-def unpack_rows(packed: PackedWeight, start: int, stop: int) -> Tensor:
-    """The codes of output features start..stop, padding along K included: int8 [stop - start, padded K]."""
+def unpack_block(packed: PackedWeight, rows: range, packets: range) -> Tensor:
+    """The codes of some output features and packets, padding along K included: int8 [rows, packets * packet]."""
     bits = packed.bits
-    words = packed.words.view(-1, planes(bits), packed.padded_out, packed.slab)[:, :, start:stop]
-    codes = torch.empty(stop - start, words.shape[0], fields(bits), packed.slab, dtype=torch.int8, device=words.device)
+    words = packed.words.view(-1, planes(bits), packed.padded_out, packed.slab)
+    words = words[packets.start : packets.stop, :, rows.start : rows.stop]
+    codes = torch.empty(len(rows), len(packets), fields(bits), packed.slab, dtype=torch.int8, device=words.device)
     for field in range(fields(bits)):
         stored = torch.zeros_like(words[:, 0])
         for plane, low, part, size in places(bits, field):
             stored |= ((words[:, plane] >> low) & ((1 << size) - 1)) << part
         codes[:, :, field] = (stored - (1 << (bits - 1))).to(torch.int8).transpose(0, 1)
-    return codes.view(stop - start, -1)
+    return codes.view(len(rows), -1)
 
 
 def _padded(small: Tensor, groups: int, padded_out: int) -> Tensor:
