@@ -58,6 +58,7 @@ _STYLE: dict[str, object] = {
     "xtick.minor.visible": False,
     "ytick.minor.visible": False,
     "xtick.major.size": 0,
+    "xtick.major.pad": 6,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
     "xtick.minor.size": 0,
@@ -156,7 +157,7 @@ def plain_log_axis(axes: Axes, which: str) -> None:
     low, high = sorted(axes.get_xlim() if which == "x" else axes.get_ylim())
     decades = high / low
     steps: tuple[float, ...] = (1.0,) if decades > 300 else (1.0, 3.0) if decades > 30 else (1.0, 2.0, 5.0)
-    if decades < 6:
+    if decades < 12:
         steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
     axis.set_minor_locator(NullLocator())

@@ -26,11 +26,18 @@ def significant(value: float | None, digits: int = 3) -> str:
     """With so many significant digits; in powers of ten where it is tiny or huge."""
     if value is None or not math.isfinite(value) or value == 0:
         return fixed(value, 0)
-    exponent = math.floor(math.log10(abs(value)))
-    if -4 <= exponent < 9:
-        return fixed(value, max(0, digits - 1 - exponent))
-    mantissa, power = f"{value:.{digits - 1}e}".split("e")
-    return f"{mantissa}e{int(power)}".replace("-", "−")
+    # Rounded first: 0.9996 with three digits is 1.00, and its exponent 0.
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    if -4 <= int(exponent) < 9:
+        return fixed(value, max(0, digits - 1 - int(exponent)))
+    return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+
+def general(value: float | None) -> str:
+    """Four digits at most and no zeros at the end: `0.0524`, for a value that stands next to a bound."""
+    if value is None or not math.isfinite(value):
+        return fixed(value, 0)
+    return f"{value:.4g}".replace("-", "−")
 
 
 def decimals_for(half_width: float, digits: int = 2) -> int:

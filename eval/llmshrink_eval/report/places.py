@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,14 +37,14 @@ def label_points(figure: Figure) -> None:
     figure.set_layout_engine("none")
     for axes in figure.axes:
         mine = [text for holder, text in labels if holder is axes]
-        taken = [_around(axes, text) for text in mine]
+        taken = [_around(axes, text) for text in mine] + _lines(axes)
         frame = axes.get_window_extent()
         for text in mine:
             best: tuple[float, tuple[float, float, str, str]] | None = None
             for candidate in _CANDIDATES:
                 _move(text, candidate)
                 box = text.get_window_extent()
-                cost = _outside(box, frame) * 4 + sum(_overlap(box, other) for other in taken)
+                cost = _outside(box, frame) * 4 + sum(_overlap(box, other) for other in taken if box.overlaps(other))
                 if best is None or cost < best[0]:
                     best = cost, candidate
                 if cost == 0:
@@ -72,6 +73,25 @@ def _around(axes: Axes, text: Annotation) -> Bbox:
 
     x, y = axes.transData.transform(text.xy)
     return Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
+
+
+def _lines(axes: Axes) -> list[Bbox]:
+    """Small boxes along every line and error bar, in display units."""
+    import numpy as np
+    from matplotlib.collections import LineCollection
+    from matplotlib.transforms import Bbox
+
+    drawn = [line.get_xydata() for line in axes.lines]
+    drawn += [part for bars in axes.collections if isinstance(bars, LineCollection) for part in bars.get_segments()]
+    boxes = []
+    for line in drawn:
+        points = axes.transData.transform(np.asarray(line))
+        for start, end in pairwise(points):
+            steps = max(1, round(float(np.hypot(*(end - start))) / 6))
+            for share in np.linspace(0, 1, steps + 1):
+                x, y = start + share * (end - start)
+                boxes.append(Bbox.from_extents(x - 2, y - 2, x + 2, y + 2))
+    return boxes
 
 
 def _overlap(box: Bbox, other: Bbox) -> float:

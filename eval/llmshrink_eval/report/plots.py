@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from llmshrink_eval.report import figure, inference, numbers
@@ -160,21 +161,16 @@ def _paint_quality(axes: Axes, results: Results, measure: _Measure) -> None:
             markerfacecolor=PAPER if index is None else colour,
             markeredgecolor=INK if index is None else PAPER,
             markeredgewidth=1.8 if index is None else 1.0,
-            markersize=8.5,
+            markersize=9.5,
             elinewidth=1.8,
             zorder=3,
         )
         axes.annotate(numbers.shortened(labels[model.name], 22), (megabytes, value.value), color=colour, size=12)
     front = pareto(points, measure.better)
     if len(front) > 1:
-        axes.plot(
-            *zip(*front, strict=True),
-            color=MUTED,
-            linewidth=1.4,
-            linestyle=(0, (4, 3)),
-            zorder=2,
-            drawstyle="steps-post",
-        )
+        corners = [corner for here, there in pairwise(front) for corner in (here, (there[0], here[1]))]
+        steps = zip(*corners, front[-1], strict=True)
+        axes.plot(*steps, color=MUTED, linewidth=1.4, linestyle=(0, (4, 3)), zorder=2)
     sizes = [size for size, _ in points]
     if max(sizes) / min(sizes) > 2:
         axes.set_xscale("log")
@@ -255,8 +251,8 @@ def _paint_recovery(axes: Axes, rows: list[tuple[str, list[tuple[Drawn, Interval
                 fmt=one.marker,
                 color=one.colour,
                 markeredgecolor=PAPER,
-                markersize=7.5,
-                elinewidth=2,
+                markersize=9,
+                elinewidth=2.4,
                 zorder=3,
             )
         if row:
@@ -297,7 +293,8 @@ def _histogram(results: Results) -> Plot | None:
             total = sum(divergence.histogram_counts)
             shares = [100 * counted / total for counted in divergence.histogram_counts]
             edges = list(divergence.histogram_edges)
-            axes.stairs(shares, edges, fill=True, color=one.colour, alpha=0.10)
+            if len(shown) <= 3:  # more would only be mud
+                axes.stairs(shares, edges, fill=True, color=one.colour, alpha=0.10)
             axes.stairs(shares, edges, color=one.colour, linewidth=1.8)
             if divergence.kl_mean > 0:
                 axes.axvline(divergence.kl_mean, color=one.colour, linewidth=1.4, linestyle=(0, (3, 3)))
@@ -369,7 +366,7 @@ def _paint_panel(axes: Axes, panel: Panel, shown: list[Drawn]) -> None:
                 color=one.colour,
                 marker=dots,
                 linewidth=1.6,
-                markersize=5.5,
+                markersize=6.5,
                 markeredgecolor=PAPER,
                 markeredgewidth=0.6,
             )

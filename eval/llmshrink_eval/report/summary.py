@@ -71,7 +71,7 @@ def _requirements(results: Results) -> list[Finding]:
     if not failed:
         return [Finding(None, "good", f"All of {numbers.plural(total, 'requirement')} met.")]
     named = [
-        f"{failure.condition} by {labels.get(failure.model, failure.model)} ({numbers.significant(failure.value, 4)})"
+        f"{failure.condition} by {labels.get(failure.model, failure.model)} ({numbers.general(failure.value)})"
         for failure in failed
     ]
     text = f"{len(failed)} of {numbers.plural(total, 'requirement')} failed: {numbers.listed(named, 6)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -10,7 +11,7 @@ from typing import Any
 from llmshrink_eval.report import figure, inference, numbers
 from llmshrink_eval.report.inference import Comparison
 from llmshrink_eval.report.summary import Finding, Tone, findings
-from llmshrink_eval.results import ModelResult, Results
+from llmshrink_eval.results import ModelResult, Results, Speed
 
 _SYMBOLS = dict(zip(figure.MARKERS, "●■▲◆▼✚✖★", strict=True))
 _FLIPS_SHOWN = 3
@@ -58,8 +59,6 @@ class Flip:
 class Flips:
     """The flipped items of one task of one model: all counted, the first ones named, a few shown."""
 
-    model: ModelResult
-    task: str
     comparison: Comparison
     lost_ids: str
     won_ids: str
@@ -109,36 +108,55 @@ def verdict(results: Results) -> Verdict:
 
 
 def findings_by_model(results: Results) -> tuple[list[Finding], list[tuple[ModelResult, list[Finding]]]]:
-    """Those about the whole, and those about each model, in the models' order."""
+    """Those about the whole and the original, and those about each other model, in the models' order."""
     found = findings(results)
-    general = [finding for finding in found if finding.model is None]
-    by_model = [(model, [finding for finding in found if finding.model == model.name]) for model in results.models]
+    original = results.original
+    shared = (None, original.name if original else None)
+    general = [finding for finding in found if finding.model in shared]
+    others = [model for model in results.models if model is not original]
+    by_model = [(model, [finding for finding in found if finding.model == model.name]) for model in others]
     return general, [pair for pair in by_model if pair[1]]
 
 
-def flips(results: Results, samples: Samples) -> list[Flips]:
-    """For every compared task with flipped items, model by model."""
-    original = results.original
+def measured(results: Results) -> list[str]:
+    """What was measured on what, in a few words each: the line under the title."""
+    said = [numbers.plural(sum(model.role == "compressed" for model in results.models), "compressed model")]
+    if results.text is not None:
+        said.append(f"{numbers.count(results.text.tokens)} tokens of {results.text.name}")
+    tasks = {name for model in results.models for name in model.tasks}
+    if tasks:
+        said.append(numbers.plural(len(tasks), "task"))
+    computed = dict.fromkeys(f"{model.dtype} by {model.engine}" for model in results.models)
+    return [*said, f"{numbers.listed(list(computed))} on {results.device}"]
+
+
+def speeds(results: Results) -> tuple[list[tuple[int, int, int]], dict[str, dict[tuple[int, int, int], Speed]]]:
+    """The (batch, prompt, new tokens) at which any model was timed, and each model's times by them."""
+    times = {
+        model.name: {(speed.batch_size, speed.prompt_tokens, speed.new_tokens): speed for speed in model.cost.speed}
+        for model in results.models
+        if model.cost and model.cost.speed
+    }
+    return sorted({point for by_point in times.values() for point in by_point}), times
+
+
+def flips(results: Results, samples: Samples) -> list[tuple[ModelResult, list[Flips]]]:
+    """For each model its compared tasks with flipped items."""
+    by_model = [(model, _flips_of(model, results.original, samples)) for model in results.models]
+    return [pair for pair in by_model if pair[1]]
+
+
+def _flips_of(model: ModelResult, original: ModelResult | None, samples: Samples) -> list[Flips]:
     found = []
-    for model in results.models:
-        for comparison in inference.comparisons(model):
-            paired = comparison.paired
-            if not paired.flipped:
-                continue
-            before = _by_document(original.tasks.get(comparison.name) if original else None, samples)
-            after = _by_document(comparison.task, samples)
-            lost, won = paired.flipped[: paired.lost], paired.flipped[paired.lost :]
-            found.append(
-                Flips(
-                    model,
-                    comparison.name,
-                    comparison,
-                    _ids(lost),
-                    _ids(won),
-                    _shown(lost, before, after),
-                    _shown(won, before, after),
-                )
-            )
+    for comparison in inference.comparisons(model):
+        paired = comparison.paired
+        if not paired.flipped:
+            continue
+        before = _by_document(original.tasks.get(comparison.name) if original else None, samples)
+        after = _by_document(comparison.task, samples)
+        lost, won = paired.flipped[: paired.lost], paired.flipped[paired.lost :]
+        shown = _shown(lost, before, after), _shown(won, before, after)
+        found.append(Flips(comparison, _ids(lost), _ids(won), *shown))
     return found
 
 
@@ -196,10 +214,10 @@ def side_by_side(results: Results) -> list[tuple[str, list[tuple[ModelResult, st
 def _split(reference: str | None, text: str, is_reference: bool) -> tuple[str, str]:
     """The words that agree with the reference from the start, and the rest."""
     if reference is None or is_reference:
-        return text, ""
+        return text.lstrip(), ""
     agreeing = takewhile(lambda pair: pair[0] == pair[1], zip(reference.split(" "), text.split(" "), strict=False))
     same = " ".join(word for word, _ in agreeing)
-    return text[: len(same)], text[len(same) :]
+    return text[: len(same)].lstrip(), text[len(same) :]
 
 
 def visible(token: str) -> str:
@@ -209,4 +227,10 @@ def visible(token: str) -> str:
 
 def tail(text: str, length: int = 320) -> str:
     """The end of a text: what stands nearest to the place in question."""
+    text = text.lstrip()
     return text if len(text) <= length else "…" + text[-length:]
+
+
+def bar(share: float) -> str:
+    """A CSS length for a share, whatever number it is."""
+    return f"{100 * min(1.0, max(0.0, share)):.1f}%" if math.isfinite(share) else "0%"
