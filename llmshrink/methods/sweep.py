@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmshrink.methods import fused
 from llmshrink.methods.scales import Grid
 from llmshrink.weights import code_range
 
@@ -34,29 +35,51 @@ def sweep_(weight: Tensor, unit: Tensor, grid: Grid, group: Tensor, bits: int, b
     weight: float32 [in, rows]; overwritten with the errors. unit: `Factor.unit`. grid: scales [groups, rows]. group:
     int64 [in], the group of each column. block_size: columns between two lazy updates.
     """
-    low, high = code_range(bits)
-    inputs = weight.shape[0]
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    groups = group.tolist()
+    kernels = fused.has_kernels(weight.device)
+    groups = [] if kernels else group.tolist()
     inverse = grid.scale.reciprocal()
-    for start in range(0, inputs, block_size):
-        stop = min(start + block_size, inputs)
+    for start in range(0, weight.shape[0], block_size):
+        stop = min(start + block_size, weight.shape[0])
         collect_(weight, unit, 0, start, stop)
-        for run in range(start, stop, RUN):
-            end = min(run + RUN, stop)
-            collect_(weight, unit, start, run, end)
-            for i in range(run, end):
-                column = weight[i]
-                if i > run:
-                    column.addmv_(weight[run:i].T, unit[run:i, i], alpha=-1.0)
-                g = groups[i]
-                code = torch.mul(column, inverse[g]).round_()
-                if grid.zero is None:
-                    code.clamp_(low, high)
-                    codes[i] = code
-                else:
-                    code.add_(grid.zero[g]).clamp_(low, high)
-                    codes[i] = code
-                    code.sub_(grid.zero[g])
-                column.addcmul_(code, grid.scale[g], value=-1.0)
+        if kernels:
+            from llmshrink_kernels.gptq_block import sweep_block
+
+            block, inside = unit[start:stop, start:stop], group[start:stop]
+            done = sweep_block(weight[start:stop], block, grid.scale, grid.zero, inside, bits=bits)
+            codes[start:stop], weight[start:stop] = done
+        else:
+            _block_(weight, codes, unit, grid, inverse, groups, bits, start, stop)
     return codes
+
+
+def _block_(
+    weight: Tensor,
+    codes: Tensor,
+    unit: Tensor,
+    grid: Grid,
+    inverse: Tensor,
+    groups: list[int],
+    bits: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Quantize columns start..stop, which have collected what the columns before them left, in place."""
+    low, high = code_range(bits)
+    for run in range(start, stop, RUN):
+        end = min(run + RUN, stop)
+        collect_(weight, unit, start, run, end)
+        for i in range(run, end):
+            column = weight[i]
+            if i > run:
+                column.addmv_(weight[run:i].T, unit[run:i, i], alpha=-1.0)
+            g = groups[i]
+            code = torch.mul(column, inverse[g]).round_()
+            if grid.zero is None:
+                code.clamp_(low, high)
+                codes[i] = code
+            else:
+                code.add_(grid.zero[g]).clamp_(low, high)
+                codes[i] = code
+                code.sub_(grid.zero[g])
+            column.addcmul_(code, grid.scale[g], value=-1.0)

@@ -16,6 +16,8 @@ winner's codes are not stored during the trial: they follow from its errors, sin
 w_j / s - sum_{i<j} e_i U_ij / U_ii and e_j is what was left:
 
     q_j = w_j / s - sum_{i<=j} e_i * (U_ij / U_ii).
+
+Where there are kernels (`fused`) a group is one launch, for all rows and candidates, and the winner comes out of it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmshrink.methods import fused
 from llmshrink.methods.contract import QuantizeSpec
 from llmshrink.methods.factor import Factor
 from llmshrink.methods.scales import Grid, fit, stored
@@ -51,6 +54,16 @@ def trial_sweep_(
         unit = factor.unit[start:stop, start:stop].contiguous()
         guess = fit(weight[start:stop], None, spec, dtype)
         tried = candidates(guess, spec, dtype)
+        if fused.has_kernels(weight.device):
+            from llmshrink_kernels.gptq_block import trial_block
+
+            important = factor.importance[start:stop]
+            codes[start:stop], scale[g], best_zero, weight[start:stop] = trial_block(
+                weight[start:stop], unit, important, tried.scale, tried.zero, bits=spec.bits
+            )
+            if zero is not None and best_zero is not None:
+                zero[g] = best_zero
+            continue
         chunk = max(1, BUFFER // (size * tried.scale.shape[0]))
         for row in range(0, rows, chunk):
             part = slice(row, min(row + chunk, rows))
