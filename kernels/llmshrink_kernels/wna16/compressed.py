@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llmshrink_kernels.wna16.prepack import BITS, PackedWeight, prepack, unpack
+from llmshrink_kernels.wna16.prepack import BITS, PackedWeight, prepack, turned, unpack
 
 ROWS_AT_ONCE = 1024
 """Rows that are unpacked together: the integers take up to eight times what the codes will."""
@@ -50,7 +50,7 @@ def prepack_compressed_tensors(
     if weight_zero_point is not None:
         groups = weight_scale.shape[-1]
         _expect("weight_zero_point", weight_zero_point, (words_for(out_features, bits), groups))
-        zero_point = from_stream(weight_zero_point.t().contiguous(), bits, out_features).t().contiguous()
+        zero_point = turned(from_stream(turned(weight_zero_point), bits, out_features))
     codes = from_stream(weight_packed, bits, in_features)
     return prepack(codes, weight_scale, zero_point, bits=bits, group_size=group_size)
 
@@ -58,7 +58,7 @@ def prepack_compressed_tensors(
 def to_compressed_tensors(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
     """(weight_packed, weight_scale, weight_zero_point or None, shape): the inverse of `prepack_compressed_tensors`."""
     codes, scale, zero_point = unpack(packed)
-    stored = None if zero_point is None else to_stream(zero_point.t().contiguous(), packed.bits).t().contiguous()
+    stored = None if zero_point is None else turned(to_stream(turned(zero_point), packed.bits))
     return to_stream(codes, packed.bits), scale, stored, (packed.out_features, packed.in_features)
 
 
@@ -72,7 +72,8 @@ def from_stream(words: Tensor, bits: int, count: int) -> Tensor:
     period, octets = _period(bits)
     codes = torch.empty(words.shape[0], count, dtype=torch.int8, device=words.device)
     for start in range(0, words.shape[0], ROWS_AT_ONCE):
-        stream = words[start : start + ROWS_AT_ONCE].contiguous().view(torch.uint8)
+        part = words[start : start + ROWS_AT_ONCE]
+        stream = part.reshape(-1).view(torch.uint8).view(part.shape[0], -1)
         stream = pad(stream, (0, -stream.shape[1] % octets)).view(stream.shape[0], -1, octets).int()
         whole = sum(stream[:, :, octet] << 8 * octet for octet in range(octets))
         assert isinstance(whole, Tensor)
@@ -95,7 +96,7 @@ def to_stream(codes: Tensor, bits: int) -> Tensor:
         parts = torch.stack([(whole >> 8 * octet) & 0xFF for octet in range(octets)], -1).to(torch.uint8).flatten(1)
         width = min(size, parts.shape[1])
         stream[start : start + ROWS_AT_ONCE, :width] = parts[:, :width]
-    return stream.view(torch.int32)
+    return stream.view(-1).view(torch.int32).view(rows, -1)
 
 
 def _period(bits: int) -> tuple[int, int]:

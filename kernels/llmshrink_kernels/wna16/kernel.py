@@ -175,7 +175,7 @@ def dequantize(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """W itself, rounded once: a block of it, from `first_row` and `first_packet` on. A program: BLOCK_N rows, a packet."""
+    """W itself, rounded once: a block of it, from `first_row` and `first_packet` on."""
     FIELDS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     PLANES: tl.constexpr = 3 if BITS == 3 else 1
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -51,10 +51,6 @@ def _plain(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, in
     )
 
 
-WEIGHT = "Tensor words, Tensor scales, Tensor? zero_points, int bits, int group_size, int out_features, int in_features"
-
-
-@torch.library.custom_op("llmshrink::wna16_matmul", mutates_args=(), schema=f"(Tensor x, {WEIGHT}) -> Tensor")
 def _matmul(x: Tensor, *weight: Any) -> Tensor:
     packed = PackedWeight(*weight)
     if x.shape[0] == 0:
@@ -69,20 +65,15 @@ def _matmul(x: Tensor, *weight: Any) -> Tensor:
     return dequantize.matmul(x, packed)
 
 
-@torch.library.custom_op(
-    "llmshrink::wna16_matmul_transposed", mutates_args=(), schema=f"(Tensor y, {WEIGHT}) -> Tensor"
-)
 def _matmul_transposed(y: Tensor, *weight: Any) -> Tensor:
     return dequantize.matmul_transposed(y.contiguous(), PackedWeight(*weight))
 
 
-@_matmul.register_fake
-def _(x: Tensor, *weight: Any) -> Tensor:
+def _fake(x: Tensor, *weight: Any) -> Tensor:
     return x.new_empty(x.shape[0], PackedWeight(*weight).out_features)
 
 
-@_matmul_transposed.register_fake
-def _(y: Tensor, *weight: Any) -> Tensor:
+def _fake_transposed(y: Tensor, *weight: Any) -> Tensor:
     return y.new_empty(y.shape[0], PackedWeight(*weight).in_features)
 
 
@@ -105,5 +96,24 @@ def _backward_transposed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.llmshrink.wna16_matmul(grad, *_kept(ctx)), *[None] * 7
 
 
-_matmul.register_autograd(_backward, setup_context=_keep)
-_matmul_transposed.register_autograd(_backward_transposed, setup_context=_keep)
+# `torch.library.custom_op` would say the same in fewer lines, but its operators import torch.compile's machinery, and
+# with it Triton, at the first call: seconds that a process which doesn't compile need not wait.
+_LIBRARY = torch.library.Library("llmshrink", "FRAGMENT")
+_WEIGHT = (
+    "Tensor words, Tensor scales, Tensor? zero_points, int bits, int group_size, int out_features, int in_features"
+)
+
+for _name, _schema, _run, _shape, _gradient in (
+    ("wna16_matmul", f"(Tensor x, {_WEIGHT}) -> Tensor", _matmul, _fake, _backward),
+    (
+        "wna16_matmul_transposed",
+        f"(Tensor y, {_WEIGHT}) -> Tensor",
+        _matmul_transposed,
+        _fake_transposed,
+        _backward_transposed,
+    ),
+):
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmshrink::{_name}", _shape, lib=_LIBRARY)
+    torch.library.register_autograd(f"llmshrink::{_name}", _gradient, setup_context=_keep, lib=_LIBRARY)

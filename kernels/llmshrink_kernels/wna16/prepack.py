@@ -166,13 +166,18 @@ def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """(codes, scale, zero_point) as `prepack` took them: int8 [N, K], [N, G], int8 [N, G] or None."""
     groups = 1 if packed.group_size == -1 else -(-packed.in_features // packed.group_size)
     small = [
-        None if tensor is None else tensor[:groups, : packed.out_features].t().contiguous()
+        None if tensor is None else turned(tensor[:groups, : packed.out_features])
         for tensor in (packed.scales, packed.zero_points)
     ]
     assert small[0] is not None
     everything = range(packed.out_features), range(packed.padded_in // packed.packet)
-    codes = unpack_block(packed, *everything)[:, : packed.in_features].contiguous()
+    codes = unpack_block(packed, *everything)[:, : packed.in_features].clone(memory_format=torch.contiguous_format)
     return codes, small[0], small[1]
+
+
+def turned(matrix: Tensor) -> Tensor:
+    """The transpose, in memory of its own and in order (`contiguous` leaves a row that was a column as it is)."""
+    return matrix.t().clone(memory_format=torch.contiguous_format)
 
 
 def unpack_block(packed: PackedWeight, rows: range, packets: range) -> Tensor:

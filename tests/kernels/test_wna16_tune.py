@@ -1,0 +1,171 @@
+"""Plans: where they are kept, who wins, what a search may choose, and what the default must fit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from llmshrink_kernels import device as where
+from llmshrink_kernels import tune
+from llmshrink_kernels.tune import Config, Plan
+from llmshrink_kernels.wna16 import dispatch, launch, prepack
+from llmshrink_kernels.wna16.dispatch import Limits
+from llmshrink_kernels.wna16.prepack import PackedWeight
+from torch import Tensor
+
+CONFIG = Config(16, 64, 256, 4, 3, 2)
+H100 = Limits("NVIDIA H100 80GB HBM3", 232448, 132)
+SMALL = Limits("a small device", 101376, 28)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "SHIPPED", tmp_path / "shipped")
+    tune._tables.cache_clear()
+    where.notice.cache_clear()
+    yield tmp_path / "llmshrink" / "kernels.json"
+    tune._tables.cache_clear()
+
+
+def weight(bits: int = 4, group_size: int = 128, shape: tuple[int, int] = (4096, 4096)) -> PackedWeight:
+    """Of this shape, without memory."""
+    groups = 1 if group_size == -1 else shape[1] // group_size
+    slab = prepack.__globals__["choose_slab"](bits, group_size, shape[1])
+    span = prepack.__globals__["step"](bits, group_size, slab)
+    padded = -(-shape[1] // span) * span, -(-shape[0] // 64) * 64
+    words = torch.empty(padded[0] * bits // 16 // slab, padded[1], slab, dtype=torch.int16, device="meta")
+    scales = torch.empty(groups, padded[1], dtype=torch.float16, device="meta")
+    return PackedWeight(words, scales, None, bits, group_size, *shape)
+
+
+def test_what_is_remembered_is_found_again_and_kept(cache: Path) -> None:
+    assert tune.lookup("one") is None
+    tune.remember("one", CONFIG)
+    tune.remember("two", "dequantize")
+    tune._tables.cache_clear()
+    assert tune.lookup("one") == CONFIG and tune.lookup("two") == "dequantize"
+    assert [path.name for path in cache.parent.iterdir()] == ["kernels.json"]
+
+
+def test_the_users_plan_goes_before_the_shipped_one(cache: Path) -> None:
+    tune.SHIPPED.mkdir()
+    shipped = {"version": 1, "plans": {"one": "dequantize", "two": "dequantize"}}
+    (tune.SHIPPED / "h100.json").write_text(json.dumps(shipped))
+    tune.remember("one", CONFIG)
+    assert tune.lookup("one") == CONFIG and tune.lookup("two") == "dequantize"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"version": 1}', '{"version": 1, "plans": 7}', '{"version": 1, "plans": {"one": {"block_m": 16}}}',
+     '{"version": 1, "plans": {"one": "magic"}}', b"\xff\xfe"],
+)  # fmt: skip
+def test_a_corrupt_cache_is_ignored_with_one_notice(
+    content: str | bytes, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.mkdir()
+    cache.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with caplog.at_level(logging.WARNING, logger="llmshrink_kernels"):
+        assert tune.lookup("one") is None and tune.lookup("one") is None
+    assert len(caplog.records) == 1 and str(cache) in caplog.text
+    tune.remember("one", CONFIG)
+    assert tune.lookup("one") == CONFIG
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_m": 48}, {"split_k": 0}, {"num_warps": 3}, {"block_k": 1.5}, {"block_k": True}]
+)
+def test_numbers_that_no_kernel_takes_are_ignored(change: dict[str, object], cache: Path) -> None:
+    cache.parent.mkdir()
+    entry = {"block_m": 16, "block_n": 64, "block_k": 256, "num_warps": 4, "num_stages": 3, "split_k": 2} | change
+    cache.write_text(json.dumps({"version": 1, "plans": {"one": entry}}))
+    assert tune.lookup("one") is None
+
+
+def test_another_format_is_passed_over(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"version": 2, "plans": {"one": "dequantize"}}))
+    assert tune.lookup("one") is None
+
+
+def test_a_key_tells_devices_versions_and_shape_classes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.float16
+    keys = [
+        dispatch.key(weight(), 1, half, "a"),
+        dispatch.key(weight(), 17, half, "a"),
+        dispatch.key(weight(), 1, torch.bfloat16, "a"),
+        dispatch.key(weight(), 1, half, "b"),
+        dispatch.key(weight(3), 1, half, "a"),
+        dispatch.key(weight(4, 64), 1, half, "a"),
+        dispatch.key(weight(4, 128, (4096, 8192)), 1, half, "a"),
+        dispatch.key(weight(4, 128, (8192, 4096)), 1, half, "a"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert dispatch.key(weight(), 16, half, "a") == keys[0]
+    assert dispatch.key(weight(), 5000, half, "a") == dispatch.key(weight(), 9999, half, "a")
+    monkeypatch.setattr(tune, "version", lambda: "another")
+    assert dispatch.key(weight(), 1, half, "a") not in keys
+
+
+def test_a_wrong_result_is_never_the_fastest() -> None:
+    seconds: dict[Plan, float] = {"quick and wrong": 1.0, "fails": 2.0, "right": 4.0, "right and slow": 8.0}
+
+    def run(plan: Plan) -> Tensor:
+        if plan == "fails":
+            raise MemoryError("registers")
+        return torch.tensor(0 if plan == "quick and wrong" else 1)
+
+    timed: list[float] = []
+
+    def clock(call: Callable[[], object]) -> float:
+        plan = call.args[0]  # type: ignore[attr-defined]
+        timed.append(seconds[plan])
+        return seconds[plan]
+
+    trials = tune.search(list(seconds), run, lambda y: bool(y == 1), clock)
+    assert [trial.plan for trial in trials] == ["right", "right and slow", "quick and wrong", "fails"]
+    assert timed == [4.0, 8.0] and trials[2].refused == "wrong result" and "registers" in trials[3].refused
+    with pytest.raises(RuntimeError, match="none of 1"):
+        tune.search(["fails"], run, bool, clock)
+
+
+@pytest.mark.parametrize("here", [H100, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128, 256])
+def test_the_default_fits_everywhere(bits: int, group_size: int, here: Limits) -> None:
+    for shape in ((4096, 4096), (65, 300 if group_size == -1 else 256), (28672, 8192)):
+        packed = weight(bits, group_size, shape)
+        for rows in (1, 16, 17, 64, 65, 511):
+            found = dispatch.default(packed, rows, here)
+            assert isinstance(found, Config) and dispatch.fits(packed, found, here.shared)
+            launch.check(found, packed)
+        assert dispatch.default(packed, 512, here) == "dequantize"
+        found = dispatch.candidates(packed, 8, here)
+        assert found[0] == dispatch.default(packed, 8, here) and len(found) == len(set(found))
+
+
+def test_few_tiles_are_split_along_the_inputs() -> None:
+    few, many = dispatch.default(weight(), 1, H100), dispatch.default(weight(4, 128, (28672, 8192)), 1, H100)
+    assert isinstance(few, Config) and few.split_k == 2
+    assert isinstance(many, Config) and many.split_k == 1
+
+
+def test_a_filed_plan_overrides_the_default_unless_it_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "limits", lambda device: H100)
+    here, half = torch.device("cpu"), torch.float16
+    filed = dispatch.key(weight(), 8, half, H100.name)
+    assert dispatch.plan(weight(), 8, half, here) == dispatch.default(weight(), 8, H100)
+    tune.remember(filed, CONFIG)
+    assert dispatch.plan(weight(), 8, half, here) == CONFIG
+    tune.remember(filed, "dequantize")
+    assert dispatch.plan(weight(), 8, half, here) == "dequantize"
+    tune.remember(filed, Config(16, 64, 192, 4, 3, 2))
+    assert dispatch.plan(weight(), 8, half, here) == dispatch.default(weight(), 8, H100)
+    assert "doesn't fit" in caplog.text
