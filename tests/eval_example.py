@@ -72,29 +72,28 @@ def example(*, tasks: int = len(TASKS), sites: int = 6, models: int = len(COMPRE
 
 
 def samples_of(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """Per-item rows under the path that each task names, flipped where the task says so."""
+    """Rows of every item that any model flips, under the path that each task names; right and wrong as it says."""
     files: dict[str, list[dict[str, Any]]] = {}
-    flipped = {name: {item for model in results.models for item in _flipped(model, name)} for name, *_ in TASKS}
-    for model in results.models:
-        for name, task in model.tasks.items():
-            if task.samples is None:
-                continue
-            wrong = set(_flipped(model, name))
-            files[task.samples] = [
-                {
-                    "doc_id": item,
-                    "value": float(item not in wrong),
-                    "target": "the red door",
-                    "answer": "the blue door" if item in wrong else "the red door",
-                }
-                for item in sorted(flipped.get(name.split(" ")[0], ()))
-            ]
+    for name in {name: None for model in results.models for name in model.tasks}:
+        models = [(model, model.tasks[name]) for model in results.models if name in model.tasks]
+        flipped = {model.name: _flipped(task) for model, task in models}
+        won_by_any = {item for lost, won in flipped.values() for item in won}
+        for model, task in models:
+            lost, won = flipped[model.name]
+            wrong = (won_by_any - set(won)) | set(lost)
+            items = sorted({item for pair in flipped.values() for part in pair for item in part})
+            files[task.samples or ""] = [_row(item, item in wrong) for item in items]
     return files
 
 
-def _flipped(model: ModelResult, name: str) -> tuple[int, ...]:
-    task = model.tasks.get(name)
-    return task.versus_original.flipped if task and task.versus_original else ()
+def _row(item: int, wrong: bool) -> dict[str, Any]:
+    answer = "the blue door" if wrong else "the red door"
+    return {"doc_id": item, "value": float(not wrong), "target": "the red door", "answer": answer}
+
+
+def _flipped(task: Task) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    paired = task.versus_original
+    return (paired.flipped[: paired.lost], paired.flipped[paired.lost :]) if paired else ((), ())
 
 
 def _required(model: ModelResult) -> list[tuple[str, float | None, bool]]:

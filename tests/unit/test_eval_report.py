@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from eval_example import example, samples_of
 from eval_hostile import EVIL, hostile, hostile_samples
 from llmshrink_eval.report import numbers, sites, write_report
-from llmshrink_eval.report.plots import pareto
+from llmshrink_eval.report.quality import pareto
 from llmshrink_eval.report.table import escaped, markdown
 from llmshrink_eval.report.write import render
 from llmshrink_eval.results import ModelResult, Results
@@ -131,6 +132,7 @@ def test_flipped_items_are_shown_from_the_samples(rich: Results, page: str) -> N
     assert paired is not None
     assert f"item {paired.flipped[0]}" in page
     assert "the red door → <mark>the blue door</mark>" in page
+    assert "the blue door → <mark>the red door</mark>" in page
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -222,6 +224,24 @@ def test_the_same_results_give_the_same_bytes(rich: Results, page: str) -> None:
         assert matplotlib.rcParams["font.size"] == 31
     finally:
         matplotlib.rcdefaults()
+
+
+def test_a_ruined_model_can_be_reported() -> None:
+    results = example(models=1, tasks=2, sites=1)
+    model = results.models[1]
+    assert model.perplexity is not None
+    assert model.divergence is not None
+    perplexity = {"nats_per_token": 90.0, "token": math.exp(90), "excess_nats": 86.6, "excess_stderr": 3.0}
+    ruined = {
+        "perplexity": model.perplexity.model_copy(update=perplexity),
+        "divergence": model.divergence.model_copy(update={"kl_mean": 84.0, "kl_stderr": 2.0, "top1_agreement": 0.0}),
+        "recovery": 0.0,
+    }
+    results = results.model_copy(update={"models": (results.models[0], model.model_copy(update=ruined))})
+    found = render(results, {})
+    assert "1.22e39" in found
+    assert "Perplexity 4.1e37 times the original&#39;s (95\u00a0% interval 1.1e35 to 1.5e40 times)." in found
+    assert "1.22e39 (1.17e39 to 1.27e39)" in markdown(results)
 
 
 @pytest.mark.slow

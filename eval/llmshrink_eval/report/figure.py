@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MODEL_COLOURS = 8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# matplotlib's markers of one size differ in area: how much larger to draw each, to weigh the same to the eye.
+_WEIGHTS = {"^": 1.2, "v": 1.2, "P": 1.15, "X": 1.1, "*": 1.45, "D": 0.9}
 # Stand-ins: colours that no figure would use otherwise.
 INK, MUTED, GRID, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
 _ROLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--card"}
@@ -73,6 +75,11 @@ def model_colour(index: int) -> str:
 def marker(index: int) -> str:
     """The marker that goes with it, so that colour alone never tells two models apart."""
     return MARKERS[(index + index // MODEL_COLOURS) % len(MARKERS)]
+
+
+def marker_size(index: int, size: float) -> float:
+    """The size in points at which that marker looks as large as a disc of `size`."""
+    return size * _WEIGHTS.get(marker(index), 1.0)
 
 
 @contextmanager

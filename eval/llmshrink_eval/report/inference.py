@@ -92,8 +92,9 @@ def task_recovery(paired: Paired | None) -> Interval | None:
     """Of one task's recovery, as stored."""
     if paired is None or paired.recovery is None or not math.isfinite(paired.recovery):
         return None
-    low = paired.recovery if paired.recovery_low is None else paired.recovery_low
-    high = paired.recovery if paired.recovery_high is None else paired.recovery_high
+    low, high = paired.recovery_low, paired.recovery_high
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        low = high = paired.recovery
     return Interval(paired.recovery, low, high)
 
 

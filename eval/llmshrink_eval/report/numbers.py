@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 
 NOT_MEASURED = "–"
+_HUGE = 1e9
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def fixed(value: float | None, decimals: int) -> str:
-    """`1,234.50`, with a true minus sign; nothing is ever `−0.0`."""
+    """`1,234.50`, with a true minus sign; nothing is ever `−0.0`, and from 1e9 on three digits are enough."""
     if value is None or math.isnan(value):
         return NOT_MEASURED
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
+    if abs(value) >= _HUGE:
+        return _scientific(value, 3)
     text = f"{abs(value):,.{decimals}f}"
     negative = value < 0 and any(digit in "123456789" for digit in text)
     return f"−{text}" if negative else text
@@ -27,9 +30,14 @@ def significant(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value) or value == 0:
         return fixed(value, 0)
     # Rounded first: 0.9996 with three digits is 1.00, and its exponent 0.
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
+    if exponent < -4 or abs(value) >= _HUGE:
+        return _scientific(value, digits)
+    return fixed(value, max(0, digits - 1 - exponent))
+
+
+def _scientific(value: float, digits: int) -> str:
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    if -4 <= int(exponent) < 9:
-        return fixed(value, max(0, digits - 1 - int(exponent)))
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
 
 

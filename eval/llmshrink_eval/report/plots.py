@@ -7,196 +7,29 @@ A plot of which nothing was measured doesn't exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from llmshrink_eval.report import figure, inference, numbers
+from llmshrink_eval.report.canvas import WIDE, Drawn, Plot, both, drawn
 from llmshrink_eval.report.figure import GRID, INK, MUTED, PAPER
 from llmshrink_eval.report.inference import Interval
-from llmshrink_eval.report.places import label_points
+from llmshrink_eval.report.quality import quality
 from llmshrink_eval.report.sites import Panel, panels
 from llmshrink_eval.report.table import task_names
-from llmshrink_eval.results import ModelResult, Results
+from llmshrink_eval.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE, NARROW = 1040, 340
 _AT_MOST_PANELS = 12
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot at both widths, as inline SVG."""
-
-    wide: str
-    narrow: str
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A compressed model as it is drawn everywhere in the report. index: its place among the compressed ones."""
-
-    model: ModelResult
-    label: str
-    index: int
-
-    @property
-    def colour(self) -> str:
-        """Stand-in for its colour."""
-        return figure.model_colour(self.index)
-
-    @property
-    def marker(self) -> str:
-        """Its matplotlib marker."""
-        return figure.marker(self.index)
-
-
-def drawn(results: Results) -> list[Drawn]:
-    """The compressed models in their order."""
-    labels = inference.labels(results)
-    compressed = [model for model in results.models if model.role == "compressed"]
-    return [Drawn(model, labels[model.name], index) for index, model in enumerate(compressed)]
 
 
 def all_plots(results: Results) -> dict[str, Plot]:
     """Name -> plot, for those of which there is something to draw."""
-    makers = {"quality": _quality, "recovery": _recovery, "histogram": _histogram, "sites": _sites}
+    makers = {"quality": quality, "recovery": _recovery, "histogram": _histogram, "sites": _sites}
     made = {name: make(results) for name, make in makers.items()}
     return {name: plot for name, plot in made.items() if plot is not None}
-
-
-def _both(name: str, label: str, height: Callable[[int], int], paint: Callable[[Figure, int], None]) -> Plot:
-    def at(width: int) -> str:
-        return figure.draw(f"{name}-{width}", label, width, height(width), lambda canvas: paint(canvas, width))
-
-    return Plot(wide=at(WIDE), narrow=at(NARROW))
-
-
-# Size against quality
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """One way of telling quality. value: of a model, with its interval, or None; better: -1 where less is better."""
-
-    title: str
-    value: Callable[[ModelResult], Interval | None]
-    better: int
-    logarithmic: bool = False
-
-
-def _plain(value: float | None, interval: Interval | None) -> Interval | None:
-    """The interval, or the bare value where it has none."""
-    if interval is None and value is not None and math.isfinite(value):
-        return Interval(value, value, value)
-    return interval
-
-
-def _quality_measures(results: Results) -> list[_Measure]:
-    def perplexity(model: ModelResult) -> Interval | None:
-        measured = model.perplexity
-        return _plain(measured.token, inference.perplexity_interval(measured)) if measured else None
-
-    def kl(model: ModelResult) -> Interval | None:
-        measured = model.divergence
-        positive = measured is not None and measured.kl_mean > 0
-        return _plain(measured.kl_mean, inference.kl_interval(model)) if measured and positive else None
-
-    def recovery(model: ModelResult) -> Interval | None:
-        if model.role == "original" and any(other.recovery is not None for other in results.models):
-            return Interval(1.0, 1.0, 1.0)
-        return _plain(model.recovery, inference.recovery_interval(model))
-
-    measures = [
-        _Measure("KL from the original, nats/token (lower is better)", kl, -1, logarithmic=True),
-        _Measure("Perplexity (lower is better)", perplexity, -1),
-        _Measure("Recovery over tasks (higher is better)", recovery, 1),
-    ]
-    with_size = [model for model in results.models if model.cost]
-    return [measure for measure in measures if sum(measure.value(model) is not None for model in with_size) >= 2]
-
-
-def _quality(results: Results) -> Plot | None:
-    measures = _quality_measures(results)
-    if not measures:
-        return None
-    count = len(measures)
-
-    def paint(canvas: Figure, width: int) -> None:
-        shape = (1, count) if width == WIDE else (count, 1)
-        for axes, measure in zip(canvas.subplots(*shape, squeeze=False).flat, measures, strict=True):
-            _paint_quality(axes, results, measure)
-        label_points(canvas)
-
-    label = (
-        "Size on disk against "
-        + numbers.listed([measure.title.split(" (")[0] for measure in measures])
-        + ", with the Pareto front; the numbers are in the table of models."
-    )
-    return _both("quality", label, lambda width: 330 if width == WIDE else 270 * count, paint)
-
-
-def _paint_quality(axes: Axes, results: Results, measure: _Measure) -> None:
-    indices = {one.model.name: one.index for one in drawn(results)}
-    labels = inference.labels(results)
-    points: list[tuple[float, float]] = []
-    for model in results.models:
-        value = measure.value(model)
-        if value is None or model.cost is None:
-            continue
-        megabytes = model.cost.bytes_on_disk / 1e6
-        points.append((megabytes, value.value))
-        index = indices.get(model.name)
-        colour = INK if index is None else figure.model_colour(index)
-        axes.errorbar(
-            megabytes,
-            value.value,
-            yerr=[[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]],
-            fmt="o" if index is None else figure.marker(index),
-            color=colour,
-            markerfacecolor=PAPER if index is None else colour,
-            markeredgecolor=INK if index is None else PAPER,
-            markeredgewidth=1.8 if index is None else 1.0,
-            markersize=9.5,
-            elinewidth=1.8,
-            zorder=3,
-        )
-        axes.annotate(numbers.shortened(labels[model.name], 22), (megabytes, value.value), color=colour, size=12)
-    front = pareto(points, measure.better)
-    if len(front) > 1:
-        corners = [corner for here, there in pairwise(front) for corner in (here, (there[0], here[1]))]
-        steps = zip(*corners, front[-1], strict=True)
-        axes.plot(*steps, color=MUTED, linewidth=1.4, linestyle=(0, (4, 3)), zorder=2)
-    sizes = [size for size, _ in points]
-    if max(sizes) / min(sizes) > 2:
-        axes.set_xscale("log")
-        axes.set_xlim(min(sizes) / 1.35, max(sizes) * 1.35)
-        figure.plain_log_axis(axes, "x")
-    else:
-        axes.margins(x=0.35)
-    if measure.logarithmic:
-        axes.set_yscale("log")
-        axes.margins(y=0.2)
-        axes.autoscale_view()
-        figure.plain_log_axis(axes, "y")
-    else:
-        axes.margins(y=0.2)
-    axes.grid(axis="x", visible=False)
-    axes.set_title(measure.title, color=MUTED, size=12.5)
-    axes.set_xlabel("size on disk, MB")
-
-
-def pareto(points: list[tuple[float, float]], better: int) -> list[tuple[float, float]]:
-    """Those that no other beats in size and quality at once, smallest first. better: 1 if more quality is better."""
-    front: list[tuple[float, float]] = []
-    for size, quality in sorted(set(points), key=lambda point: (point[0], -better * point[1])):
-        if not front or better * quality > better * front[-1][1]:
-            front.append((size, quality))
-    return front
 
 
 # Recovery per task
@@ -223,7 +56,7 @@ def _recovery(results: Results) -> Plot | None:
         f"Recovery of the original's score with 95 % intervals, {numbers.plural(len(rows), 'row')}, "
         f"{numbers.plural(len(shown), 'model')}; the numbers are in the table that follows."
     )
-    return _both("recovery", label, lambda width: 60 + (step + (width != WIDE) * 14) * len(rows), paint)
+    return both("recovery", label, lambda width: 60 + (step + (width != WIDE) * 14) * len(rows), paint)
 
 
 def _of_task(one: Drawn, name: str) -> Interval | None:
@@ -238,7 +71,7 @@ def _paint_recovery(axes: Axes, rows: list[tuple[str, list[tuple[Drawn, Interval
     pad = 0.04 * (high - low)
     axes.set_xlim(100 * (low - pad), 100 * (high + pad))
     axes.axvline(100, color=INK, linewidth=1.3, zorder=1)
-    spread = 0.6 if width == WIDE else 0.5
+    spread = 0.6 if width == WIDE else 0.46
     for row, (name, values) in enumerate(rows):
         middle = row if width == WIDE else row + 0.12
         for one, value in values:
@@ -251,7 +84,7 @@ def _paint_recovery(axes: Axes, rows: list[tuple[str, list[tuple[Drawn, Interval
                 fmt=one.marker,
                 color=one.colour,
                 markeredgecolor=PAPER,
-                markersize=9,
+                markersize=figure.marker_size(one.index, 8.5),
                 elinewidth=2.4,
                 zorder=3,
             )
@@ -305,7 +138,7 @@ def _histogram(results: Results) -> Plot | None:
                     color=one.colour,
                     markeredgecolor=PAPER,
                     transform=axes.get_xaxis_transform(),
-                    markersize=9,
+                    markersize=figure.marker_size(one.index, 8.5),
                 )
         axes.set_xscale("log")
         axes.margins(x=0.01)
@@ -316,7 +149,7 @@ def _histogram(results: Results) -> Plot | None:
         axes.set_title("% of positions", color=MUTED, size=12.5)
 
     label = f"Histogram of KL per position for {numbers.listed([one.label for one in shown])}, on a logarithmic axis."
-    return _both("histogram", label, lambda width: 330 if width == WIDE else 280, paint)
+    return both("histogram", label, lambda width: 330 if width == WIDE else 280, paint)
 
 
 # Error of each layer
@@ -350,7 +183,7 @@ def _sites(results: Results) -> Plot | None:
         f"Relative squared output error of the compressed layers, one panel for each of {len(found)} kinds of layer, "
         "on a logarithmic axis; the numbers are in the table that follows."
     )
-    return _both("sites", label, lambda width: grid(width)[0] * (190 if width == WIDE else 160) + 30, paint)
+    return both("sites", label, lambda width: grid(width)[0] * (190 if width == WIDE else 160) + 30, paint)
 
 
 def _paint_panel(axes: Axes, panel: Panel, shown: list[Drawn]) -> None:
@@ -366,7 +199,7 @@ def _paint_panel(axes: Axes, panel: Panel, shown: list[Drawn]) -> None:
                 color=one.colour,
                 marker=dots,
                 linewidth=1.6,
-                markersize=6.5,
+                markersize=figure.marker_size(one.index, 6.0),
                 markeredgecolor=PAPER,
                 markeredgewidth=0.6,
             )

@@ -125,6 +125,9 @@ def _perplexity(model: ModelResult) -> tuple[Tone, str] | None:
     if ratio is None:
         change = _change(math.expm1(min(perplexity.excess_nats, 700.0)))
         return "caution", f"Perplexity {change}, from too few windows for an interval."
+    if ratio.low >= 10:
+        times, least, most = (numbers.significant(end, 2) for end in (ratio.value, ratio.low, ratio.high))
+        return "plain", f"Perplexity {times} times the original's (95 % interval {least} to {most} times)."
     excess = Interval(*(100 * (end - 1) for end in (ratio.value, ratio.low, ratio.high)))
     if perplexity.excess_nats == 0 and perplexity.excess_stderr == 0:
         return "plain", f"Perplexity identical to the original's in all of {perplexity.windows:,} windows."
@@ -251,15 +254,16 @@ def amount(metric: str, difference: float) -> str:
 def _recovery(model: ModelResult) -> tuple[Tone, str] | None:
     if model.recovery is None:
         return None
-    over = numbers.plural(len(model.tasks), "task")
+    names = list(model.tasks)
+    where = f", mean over {len(names)} tasks" if len(names) != 1 else f" on {names[0]}"
     interval = inference.recovery_interval(model)
     if interval is None:
-        return "plain", f"Recovers {numbers.percent(model.recovery)} of the original's score, mean over {over}."
+        return "plain", f"Recovers {numbers.percent(model.recovery)} of the original's score{where}."
     decimals = numbers.decimals_for(100 * interval.half_width, 1)
     decimals = max(1, min(2, decimals))
     within = numbers.span(100 * interval.low, 100 * interval.high, decimals)
     value = numbers.percent(model.recovery, decimals)
-    return "plain", f"Recovers {value} of the original's score, mean over {over} (95 % interval {within} %)."
+    return "plain", f"Recovers {value} of the original's score{where} (95 % interval {within} %)."
 
 
 def _beaten(model: ModelResult, results: Results) -> tuple[Tone, str] | None:

@@ -11,10 +11,10 @@ from typing import Any
 from llmshrink_eval.report import figure, inference, numbers
 from llmshrink_eval.report.inference import Comparison
 from llmshrink_eval.report.summary import Finding, Tone, findings
-from llmshrink_eval.results import ModelResult, Results, Speed
+from llmshrink_eval.results import ModelResult, Results, Speed, Task
 
 _SYMBOLS = dict(zip(figure.MARKERS, "●■▲◆▼✚✖★", strict=True))
-_FLIPS_SHOWN = 3
+_FLIPS_SHOWN = 2
 _IDS_SHOWN = 12
 _FIELD_LENGTH = 400
 
@@ -160,7 +160,7 @@ def _flips_of(model: ModelResult, original: ModelResult | None, samples: Samples
     return found
 
 
-def _by_document(task: Any, samples: Samples) -> dict[int, Mapping[str, Any]]:
+def _by_document(task: Task | None, samples: Samples) -> dict[int, Mapping[str, Any]]:
     rows = samples.get(task.samples, ()) if task is not None and task.samples else ()
     return {row["doc_id"]: row for row in rows}
 

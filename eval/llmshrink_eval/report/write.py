@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmshrink_eval.report import inference, numbers, sites, summary, table, view
-from llmshrink_eval.report.plots import all_plots, drawn
+from llmshrink_eval.report.canvas import drawn
+from llmshrink_eval.report.plots import all_plots
 from llmshrink_eval.results import Results
 
 _TEMPLATES = Path(__file__).with_name("templates")
