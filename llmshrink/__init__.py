@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from llmshrink.errors import LlmshrinkError
 
 if TYPE_CHECKING:
-    from llmshrink.api import inspect, quantize, recipes, verify
+    from llmshrink.api import compare, eval, inspect, quantize, recipes, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["LlmshrinkError", "__version__", "inspect", "quantize", "recipes", "verify"]
+__all__ = ["LlmshrinkError", "__version__", "compare", "eval", "inspect", "quantize", "recipes", "verify"]
 
 
 def __getattr__(name: str) -> object:

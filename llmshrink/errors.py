@@ -6,7 +6,11 @@ alone on stderr and exits with 2. `assert` is for what only a bug can do, these 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+
+PathLike = str | os.PathLike[str]
+"""How every verb takes a path, in its Python twin."""
 
 
 class LlmshrinkError(ValueError):

@@ -34,8 +34,10 @@ class Perplexity(Frozen):
     words: int
     bytes: int
     windows: int
-    excess_nats: float | None = Field(None, description="nats_per_token above the original's on the same windows")
-    excess_stderr: float | None = Field(None, description="of excess_nats, paired by window or document")
+    excess_nats: float | None = Field(
+        default=None, description="nats_per_token above the original's on the same windows"
+    )
+    excess_stderr: float | None = Field(default=None, description="of excess_nats, paired by window or document")
 
 
 class WorstContext(Frozen):
@@ -102,7 +104,7 @@ class Task(Frozen):
     score: float
     stderr: float | None
     items: int
-    chance: float | None = Field(None, description="what guessing scores; None when the task doesn't say")
+    chance: float | None = Field(default=None, description="what guessing scores; None when the task doesn't say")
     metrics: dict[str, float] = Field(default_factory=dict, description="every metric that lm-eval reports")
     versus_original: Paired | None = None
     samples: str | None = None
@@ -126,7 +128,7 @@ class Cost(Frozen):
     bits_per_weight: float
     bits_per_weight_linears: float | None = Field(description="only the linear layers inside the blocks")
     load_seconds: float | None = None
-    peak_rss_bytes: int | None = Field(None, description="of the process that ran the model, at its highest")
+    peak_rss_bytes: int | None = Field(default=None, description="of the process that ran the model, at its highest")
     peak_vram_bytes: int | None = None
     speed: tuple[Speed, ...] = ()
 
@@ -159,11 +161,11 @@ class ModelResult(Frozen):
     divergence: Divergence | None = None
     tasks: dict[str, Task] = Field(default_factory=dict)
     cost: Cost | None = None
-    recovery: float | None = Field(None, description="mean over tasks of compressed / original score")
+    recovery: float | None = Field(default=None, description="mean over tasks of compressed / original score")
     site_errors: tuple[SiteError, ...] = ()
     generations: tuple[Generation, ...] = ()
-    seconds: float = Field(0.0, description="wall time of measuring it, as first measured")
-    cached: tuple[str, ...] = Field((), description="parts that came from the cache in this run")
+    seconds: float = Field(default=0.0, description="wall time of measuring it, as first measured")
+    cached: tuple[str, ...] = Field(default=(), description="parts that came from the cache in this run")
 
 
 class TextUsed(Frozen):
@@ -199,7 +201,7 @@ class Results(Frozen):
     text: TextUsed | None = None
     models: tuple[ModelResult, ...]
     requirements: tuple[Requirement, ...] = ()
-    summary: tuple[str, ...] = Field((), description="the plain-language findings, one sentence each")
+    summary: tuple[str, ...] = Field(default=(), description="the plain-language findings, one sentence each")
 
     @property
     def original(self) -> ModelResult | None:

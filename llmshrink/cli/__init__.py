@@ -25,6 +25,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Carry out one command line (without the program's name); returns the exit code. Never raises for bad input."""
     import typer
+    from llmshrink_eval.errors import EvalError, EvalFailed
 
     from llmshrink.cli.app import command
     from llmshrink.errors import LlmshrinkError, RecipeError
@@ -37,8 +38,11 @@ def run(arguments: Sequence[str]) -> int:
         return _interrupted(arguments) if result == INTERRUPTED else result if isinstance(result, int) else 0
     except RecipeError as error:
         return _refuse(*error.faults)
-    except LlmshrinkError as error:
+    except (LlmshrinkError, EvalError) as error:
         return _refuse(str(error))
+    except EvalFailed as error:
+        _refuse(str(error))
+        return 1
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted(arguments)
     except BrokenPipeError:
@@ -62,15 +66,13 @@ def _refuse(*lines: str) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> int:
-    print(f"{PROGRAM}: interrupted", end="", file=sys.stderr)
-    if arguments and arguments[0] == "quantize":
-        again = shlex.join([PROGRAM, *arguments])
-        print(
-            f"; every finished block is kept: go on from there with the same command:\n  {again}",
-            end="",
-            file=sys.stderr,
+    kept = {"quantize": "every finished block", "eval": "what was measured", "compare": "what was measured"}
+    verb = arguments[0] if arguments else ""
+    if verb in kept:
+        again = (
+            f"; {kept[verb]} is kept: go on from there with the same command:\n  {shlex.join([PROGRAM, *arguments])}"
         )
-    print(file=sys.stderr)
+    print(f"{PROGRAM}: interrupted{again if verb in kept else ''}", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
+from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.header import read_header
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, SourceError
-from llmshrink.formats import compressed_tensors
 from llmshrink.model.chain import Chain
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run import heldout
@@ -33,28 +33,6 @@ SAME_MACHINE = 1e-4
 ELSEWHERE = 2e-2
 """Tolerances on the mean difference of next-token log-probabilities, in nats: with the same versions, device and
 threads the sums are the same; elsewhere bfloat16 sums in another order."""
-
-
-class Decompressed:
-    """A reader of a compressed checkpoint that answers with the dense names. dtype: of the dequantized weights."""
-
-    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
-        self._index = CheckpointIndex.open(folder)
-        self._dtype = dtype
-        quantization = config.get("quantization_config")
-        self._schemes = compressed_tensors.schemes(quantization) if quantization else {}
-        packed = {f"{name}.{suffix}" for name in self._schemes for suffix in compressed_tensors.SUFFIXES}
-        self._keys = [key for key in self._index if key not in packed]
-        self._keys += [f"{name}.weight" for name in self._schemes]
-
-    def keys(self) -> list[str]:
-        return self._keys
-
-    def read(self, key: str) -> Tensor:
-        name = key.removesuffix(".weight")
-        if name not in self._schemes:
-            return self._index.read(key)
-        return compressed_tensors.read(name, self._index.read, self._schemes[name]).dequantize(self._dtype)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

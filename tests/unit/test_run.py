@@ -153,7 +153,7 @@ def test_a_small_shard_limit_splits_blocks_and_changes_no_tensor(
 def test_transformers_decompression_equals_our_reader(
     asymmetric: bool, model_of: Callable[..., Path], story: Path, tmp_path: Path
 ) -> None:
-    from llmshrink.run.verify import Decompressed
+    from llmshrink.checkpoint.decompressed import Decompressed
 
     out = tmp_path / "out"
     llmshrink.quantize(model_of("llama"), output=out, calibration=story, asymmetric=asymmetric, **SMALL)

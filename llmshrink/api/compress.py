@@ -1,4 +1,4 @@
-"""The verbs as functions: what the command line does, with the same names and defaults, for notebooks and scripts."""
+"""`llmshrink.quantize`: the twin of `llmshrink quantize`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from llmshrink.errors import LlmshrinkError, SourceError
+from llmshrink.errors import LlmshrinkError, PathLike
 
 if TYPE_CHECKING:
-    from llmshrink.recipe.schema import Recipe
-    from llmshrink.run.inspect import InspectReport
     from llmshrink.run.progress import Progress
-    from llmshrink.run.report import QuantizeReport, VerifyReport
-
-PathLike = str | os.PathLike[str]
+    from llmshrink.run.report import QuantizeReport
 
 
 def quantize(
@@ -90,32 +86,6 @@ def quantize(
     return run(options, progress or Silent())
 
 
-def inspect(path: PathLike) -> InspectReport:
-    """Describe a checkpoint that llmshrink wrote: bits, group, bytes and error of every site."""
-    from llmshrink.run.inspect import inspect as look
-
-    return look(_folder(path))
-
-
-def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transformers") -> VerifyReport:
-    """Reload a checkpoint from disk and compare its next-token log-probabilities.
-
-    engine: "transformers" reads the packed weights back into transformers' modules, a block at a time, and compares
-    with what the run that made the checkpoint computed; "vllm" runs the real engine in its own process and compares
-    it with transformers on the same checkpoint.
-    """
-    from llmshrink.run.verify import verify_reload, verify_vllm
-
-    return verify_vllm(_folder(path)) if engine == "vllm" else verify_reload(_folder(path))
-
-
-def recipes() -> dict[str, Recipe]:
-    """The shipped recipes by name."""
-    from llmshrink.recipe.read import shipped
-
-    return shipped()
-
-
 def parse_size(text: str | int) -> int:
     """Bytes of "5GB", "500MB", "2GiB" or a number. Raises LlmshrinkError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
@@ -123,10 +93,3 @@ def parse_size(text: str | int) -> int:
         raise LlmshrinkError(f"--max-shard-size {text}: not a size; for example 5GB or 500MB")
     power = " kmgt".index(match[2].lower() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def _folder(path: PathLike) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder; name one that llmshrink wrote")
-    return folder

@@ -1,0 +1,84 @@
+"""What was measured before: results by what they depend on, and work that was interrupted.
+
+A part's key names everything that its numbers depend on (fingerprints of model and text, settings, versions, device);
+its sha256 is the file's name. An entry that is torn, was changed, or belongs to another key is as good as absent. Work
+that takes long (a pass over the text, the original's stored answers) has a folder under the same name, in which it goes
+on where it stood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmshrink_eval.errors import EvalError
+
+Key = Mapping[str, object]
+
+
+def default_folder() -> Path:
+    """Where results are kept when nobody says: the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "llmshrink" / "eval"
+
+
+class Cache:
+    """Entries under one folder, which is made when something is first kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+
+    def get(self, part: str, key: Key) -> Any | None:
+        """What `put` kept, or None."""
+        try:
+            entry = json.loads(self._file(part, key).read_text(encoding="utf-8"))
+            whole = entry["sha256"] == _digest(entry["value"]) and entry["key"] == json.loads(_canonical(key))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return entry["value"] if whole else None
+
+    def put(self, part: str, key: Key, value: Any) -> None:
+        """Keep a JSON value, whole or not at all. Raises EvalError when the folder can't be written."""
+        path = self._file(part, key)
+        text = json.dumps({"key": json.loads(_canonical(key)), "sha256": _digest(value), "value": value})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as unfinished:
+                unfinished.write(text)
+            os.replace(unfinished.name, path)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def folder(self, part: str, key: Key) -> Path:
+        """A folder for long work under this key; made if need be."""
+        path = self._file(part, key).with_suffix("")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return path
+
+    def drop_folder(self, part: str, key: Key) -> None:
+        """Remove what `folder` made: its result is kept by now."""
+        shutil.rmtree(self._file(part, key).with_suffix(""), ignore_errors=True)
+
+    def _file(self, part: str, key: Key) -> Path:
+        return self.root / part / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()[:40]}.json"
+
+    def _unwritable(self, error: OSError) -> EvalError:
+        reason = error.strerror or str(error)
+        return EvalError(f"{self.root}: can't be written: {reason}; choose another folder with --cache")
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()

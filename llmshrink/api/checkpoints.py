@@ -1,0 +1,46 @@
+"""What can be asked of a checkpoint that is there: `llmshrink.inspect`, `llmshrink.verify`; and `llmshrink.recipes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from llmshrink.errors import PathLike, SourceError
+
+if TYPE_CHECKING:
+    from llmshrink.recipe.schema import Recipe
+    from llmshrink.run.inspect import InspectReport
+    from llmshrink.run.report import VerifyReport
+
+
+def inspect(path: PathLike) -> InspectReport:
+    """Describe a checkpoint that llmshrink wrote: bits, group, bytes and error of every site."""
+    from llmshrink.run.inspect import inspect as look
+
+    return look(_folder(path))
+
+
+def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transformers") -> VerifyReport:
+    """Reload a checkpoint from disk and compare its next-token log-probabilities.
+
+    engine: "transformers" reads the packed weights back into transformers' modules, a block at a time, and compares
+    with what the run that made the checkpoint computed; "vllm" runs the real engine in its own process and compares
+    it with transformers on the same checkpoint.
+    """
+    from llmshrink.run.verify import verify_reload, verify_vllm
+
+    return verify_vllm(_folder(path)) if engine == "vllm" else verify_reload(_folder(path))
+
+
+def recipes() -> dict[str, Recipe]:
+    """The shipped recipes by name."""
+    from llmshrink.recipe.read import shipped
+
+    return shipped()
+
+
+def _folder(path: PathLike) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such folder; name one that llmshrink wrote")
+    return folder

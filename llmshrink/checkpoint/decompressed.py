@@ -1,0 +1,34 @@
+"""A compressed checkpoint, read as if it were dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.formats import compressed_tensors
+
+
+class Decompressed:
+    """A reader of a compressed checkpoint that answers with the dense names. dtype: of the dequantized weights."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+        self._index = CheckpointIndex.open(folder)
+        self._dtype = dtype
+        quantization = config.get("quantization_config")
+        self._schemes = compressed_tensors.schemes(quantization) if quantization else {}
+        packed = {f"{name}.{suffix}" for name in self._schemes for suffix in compressed_tensors.SUFFIXES}
+        self._keys = [key for key in self._index if key not in packed]
+        self._keys += [f"{name}.weight" for name in self._schemes]
+
+    def keys(self) -> list[str]:
+        return self._keys
+
+    def read(self, key: str) -> Tensor:
+        name = key.removesuffix(".weight")
+        if name not in self._schemes:
+            return self._index.read(key)
+        return compressed_tensors.read(name, self._index.read, self._schemes[name]).dequantize(self._dtype)

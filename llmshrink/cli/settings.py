@@ -1,0 +1,98 @@
+"""The options that `eval` and `compare` share, declared once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import typer
+
+Output = Annotated[
+    str, typer.Option("--output", "-o", metavar="REPORT", help="The folder for results.json, table.md, report.html.")
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="A .txt (one document), .jsonl or .parquet file, a `datasets` name as wikitext:wikitext-2-raw-v1:test, or"
+        " `demo`."
+    ),
+]
+Protocol = Annotated[
+    Literal["gptq", "sliding"],
+    typer.Option(help="gptq: windows that don't overlap, as in the paper; sliding: each token once, more context."),
+]
+Window = Annotated[int | None, typer.Option(min=2, help="Tokens in a window (2048, or the model's limit).")]
+Stride = Annotated[int | None, typer.Option(min=1, help="sliding: tokens from window to window (half a window).")]
+MaxTokens = Annotated[int | None, typer.Option(min=2, help="Read no more of the text than its first so many tokens.")]
+Tasks = Annotated[
+    str | None, typer.Option(help="Tasks of lm-eval by name, comma-separated; `demo` for those of the demo language.")
+]
+TasksDir = Annotated[str | None, typer.Option(help="A folder with tasks of your own, in lm-eval's YAML.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task (its first ones); left out: all.")]
+NumFewshot = Annotated[
+    int | None, typer.Option(min=0, help="Examples in the prompt, instead of the task's own number.")
+]
+ChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", help="Ask as in a chat.")]
+Engine = Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model; vllm in its own process.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; left out: the fastest that is there.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16 (the model's own on a GPU; a CPU takes float32).")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences in a forward; left out: chosen by their length.")]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Stream the weights from disk, a layer at a time: little memory, more time.")
+]
+Speed = Annotated[
+    str | None, typer.Option(metavar="SIZES", help="Batch sizes to time prefill and decode at (1,8); or `none`.")
+]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="Show what each model says to this. Repeatable; else the text's.")
+]
+Require = Annotated[
+    str | None, typer.Option(help="Conditions, as 'recovery>=0.98,kl<=0.02': exit code 1 when one isn't met.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap and of few-shot examples.")]
+CacheFolder = Annotated[
+    str | None, typer.Option("--cache", metavar="FOLDER", help="Where measurements are kept and found again.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything anew, whatever the cache holds.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own Python here.")
+]
+
+
+def settings(
+    text: Text = None,
+    protocol: Protocol = "gptq",
+    window: Window = None,
+    stride: Stride = None,
+    max_tokens: MaxTokens = None,
+    tasks: Tasks = None,
+    tasks_dir: TasksDir = None,
+    limit: Limit = None,
+    num_fewshot: NumFewshot = None,
+    apply_chat_template: ChatTemplate = False,
+    engine: Engine = "transformers",
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    offload: Offload = False,
+    speed: Speed = None,
+    prompts: Prompts = None,
+    require: Require = None,
+    seed: Seed = 0,
+    cache: CacheFolder = None,
+    fresh: Fresh = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Never called: its signature is what `with_settings` gives a verb."""
+
+
+def with_settings(verb: Callable[..., int]) -> Callable[..., int]:
+    """Give a verb that takes `**settings` the options of `settings`, after its own, as the parser reads them."""
+    own, shared = (inspect.signature(each, eval_str=True).parameters.values() for each in (verb, settings))
+    together = [*(one for one in own if one.kind is not one.VAR_KEYWORD), *shared]
+    verb.__signature__ = inspect.Signature(together, return_annotation=int)  # type: ignore[attr-defined]
+    verb.__annotations__ = {one.name: one.annotation for one in together} | {"return": int}
+    return verb

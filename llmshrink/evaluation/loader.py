@@ -1,0 +1,131 @@
+"""Checkpoints that transformers can't read by itself, decompressed by our own reader.
+
+transformers reads `pack-quantized` through the compressed-tensors library, and the version that lives beside vLLM
+(0.17) packs bits that don't divide 32 in another way than vLLM does: 2-, 3-, 5-, 6- and 7-bit checkpoints come
+through here. The model is built without parameters and filled module by module, so that the compressed and the dense
+form are never whole in memory together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.formats import compressed_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from llmshrink_eval.model import LoadOptions
+    from torch import Tensor
+
+READ_BY_TRANSFORMERS = frozenset({4, 8})
+SHARD_BYTES = 500_000_000
+
+
+def packed(folder: Path) -> bool:
+    """Whether `folder` holds `pack-quantized` weights, which our reader reads."""
+    return _quantization(folder).get("format") == "pack-quantized"
+
+
+def needed(folder: Path) -> bool:
+    """Whether it holds some that only our reader reads."""
+    if not packed(folder):
+        return False
+    schemes = compressed_tensors.schemes(_quantization(folder)).values()
+    return not {scheme.bits for scheme in schemes} <= READ_BY_TRANSFORMERS
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    """What config.json says of the quantization; empty where it says nothing, or isn't there: others refuse that."""
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def load(path: str, options: LoadOptions) -> Any:
+    """The dense transformers model, in `options.dtype` on `options.device`.
+
+    With `options.offload` the dense form is written there once, and loaded from there as any other model is. Raises
+    CheckpointError when the checkpoint doesn't fit its config.
+    """
+    import torch
+
+    from llmshrink.model.skeleton import Skeleton
+
+    folder = Path(path)
+    if options.offload is not None:
+        return _load_offloaded(folder, options, options.offload)
+    config, reader = _opened(folder, options.dtype, trust_remote_code=options.trust_remote_code)
+    skeleton = Skeleton(
+        config,
+        reader,
+        device=torch.device(options.device),
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    for name, module in list(skeleton.model.named_modules()):
+        if any(parameter is not None for parameter in module._parameters.values()):
+            skeleton.load(name)
+    skeleton.model.tie_weights()
+    skeleton.model.config.use_cache = True
+    return skeleton.model
+
+
+def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
+    """A copy of the checkpoint in `folder` without its compression, every floating-point tensor in `dtype`."""
+    from safetensors.torch import save_file
+
+    config, reader = _opened(folder, dtype, trust_remote_code=trust_remote_code)
+    target.mkdir(parents=True, exist_ok=True)
+    index: dict[str, str] = {}
+    size = 0
+    for number, tensors in enumerate(_shards(reader, dtype)):
+        name = f"model-{number:05}.safetensors"
+        save_file(tensors, target / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    document = {"metadata": {"total_size": size}, "weight_map": index}
+    (target / "model.safetensors.index.json").write_text(json.dumps(document))
+    config.dtype = dtype
+    config.save_pretrained(target)
+    for code in folder.glob("*.py"):
+        shutil.copy2(code, target)
+
+
+def _opened(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> tuple[Any, Decompressed]:
+    """The dense model's config and a reader that answers with its tensors."""
+    from transformers import AutoConfig
+
+    raw = json.loads((folder / "config.json").read_text())
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config, Decompressed(folder, raw, dtype)
+
+
+def _shards(reader: Decompressed, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    names = reader.keys()
+    for key in names:
+        tensor = reader.read(key)
+        shard[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if sum(each.nbytes for each in shard.values()) >= SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def _load_offloaded(folder: Path, options: LoadOptions, offload: Path) -> Any:
+    from llmshrink_eval.model import load_model
+
+    dense = offload / "dense"
+    write_dense(folder, dense, options.dtype, trust_remote_code=options.trust_remote_code)
+    return load_model(str(dense), replace(options, offload=offload / "weights"))

@@ -1,0 +1,201 @@
+"""From what a user names to what `llmshrink_eval` measures: models to folders, `demo` to its text and tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmshrink.errors import LlmshrinkError, OutputError
+from llmshrink.evaluation import loader
+
+if TYPE_CHECKING:
+    from llmshrink_eval.options import ModelSpec, Options
+    from llmshrink_eval.progress import Progress
+    from llmshrink_eval.results import Results, SiteError
+    from llmshrink_eval.text import Text
+
+DEMO = "demo"
+DEMO_TEXT_SEED = 40_000
+"""Far from the seeds of training, calibration and the tests, so that what is scored was never seen."""
+DEMO_CHARACTERS = 120_000
+REPORT = "results.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that `eval` and `compare` share, with their defaults; `llmshrink eval --help` says what each does."""
+
+    text: str | None = None
+    protocol: Literal["gptq", "sliding"] = "gptq"
+    window: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    tasks: str | Sequence[str] | None = None
+    tasks_dir: str | os.PathLike[str] | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    engine: Literal["transformers", "vllm"] = "transformers"
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int | None = None
+    offload: bool = False
+    speed: str | Sequence[int] | None = None
+    prompts: Sequence[str] | None = None
+    require: str | None = None
+    seed: int = 0
+    cache: str | os.PathLike[str] | None = None
+    fresh: bool = False
+    trust_remote_code: bool = False
+
+
+def evaluate(
+    original: str | None,
+    models: Sequence[str],
+    output: Path,
+    settings: Settings,
+    *,
+    command: str | None,
+    progress: Progress | None,
+) -> Results:
+    """Measure and write the report. Raises LlmshrinkError or EvalError for bad input, EvalFailed for a NaN."""
+    from llmshrink_eval.evaluate import evaluate as measure
+
+    check_report_folder(output)
+    specs = [spec_of(model, settings) for model in models]
+    first = None if original is None else spec_of(original, settings)
+    with tempfile.TemporaryDirectory(prefix="llmshrink-offload-") as scratch:
+        options = options_of(settings, Path(scratch), command=command)
+        found = measure(first, specs, options, progress)
+    found.write(output)
+    return found.results
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse a folder whose results.json isn't a report's. Raises OutputError."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name a folder for the report with -o")
+    written = folder / REPORT
+    if not written.exists():
+        return
+    try:
+        schema = json.loads(written.read_text(encoding="utf-8"))["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        schema = None
+    if not isinstance(schema, int):
+        raise OutputError(f"{written} is there and no report of llmshrink's; choose another folder with -o")
+
+
+def spec_of(model: str, settings: Settings) -> ModelSpec:
+    """A model by the name that a user gives it. Raises SourceError when there is none."""
+    from llmshrink_eval.options import ModelSpec
+
+    from llmshrink.checkpoint.source import resolve
+
+    source = resolve(model, trust_remote_code=settings.trust_remote_code)
+    name = f"{source.name}@{source.revision[:12]}" if source.revision else source.name
+    streamed = settings.offload and loader.packed(source.folder)
+    own = loader.load if loader.needed(source.folder) or streamed else None
+    return ModelSpec(name=name, folder=source.folder, loader=own, site_errors=_site_errors(source.folder))
+
+
+def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Options:
+    """The evaluation's options. scratch: a folder for what streaming writes.
+
+    Raises LlmshrinkError for a device that isn't there, and for what is no list of batch sizes.
+    """
+    from llmshrink_eval.cache import default_folder
+    from llmshrink_eval.options import Options, Running, Scoring
+
+    from llmshrink.demo.tasks import write_tasks
+    from llmshrink.run.job import pick_device
+
+    device = "cpu" if settings.engine == "vllm" and settings.device is None else str(pick_device(settings.device))
+    cache = default_folder() if settings.cache is None else Path(settings.cache)
+    tasks = _names(settings.tasks)
+    folders = [] if settings.tasks_dir is None else [Path(settings.tasks_dir)]
+    if DEMO in tasks:
+        folders.append(cache / "demo-tasks")
+        write_tasks(folders[-1])
+    return Options(
+        scoring=Scoring(
+            text=_text(settings.text),
+            protocol=settings.protocol,
+            window=settings.window,
+            stride=settings.stride,
+            max_tokens=settings.max_tokens,
+        ),
+        running=Running(
+            engine=settings.engine,
+            device=device,
+            dtype=settings.dtype or "auto",
+            batch_size=settings.batch_size,
+            offload=scratch if settings.offload else None,
+            trust_remote_code=settings.trust_remote_code,
+        ),
+        tasks=tasks,
+        tasks_dir=tuple(folders),
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        apply_chat_template=settings.apply_chat_template,
+        speed=_speed(settings),
+        prompts=tuple(settings.prompts) if settings.prompts else (() if settings.offload else None),
+        require=settings.require,
+        seed=settings.seed,
+        cache=cache,
+        fresh=settings.fresh,
+        command=command,
+    )
+
+
+def _text(spec: str | None) -> Text | None:
+    from llmshrink_eval.text import Text, load_text
+
+    if spec is None:
+        return None
+    if spec != DEMO:
+        return load_text(spec)
+    from llmshrink.demo import language
+
+    documents: list[str] = []
+    for story in language.stories(DEMO_TEXT_SEED):
+        documents.append(story)
+        if sum(map(len, documents)) >= DEMO_CHARACTERS:
+            return Text(DEMO, ("".join(documents),))
+    raise AssertionError("the demo language has no end")
+
+
+def _names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
+    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+def _speed(settings: Settings) -> tuple[int, ...]:
+    """Batch sizes to time. Streamed from disk a model reads everything again for each token: then only when asked."""
+    speed = settings.speed
+    if speed is None:
+        return () if settings.offload else (1, 8)
+    if isinstance(speed, str):
+        words = [] if speed == "none" else speed.split(",")
+        if not all(word.strip().isdigit() for word in words):
+            raise LlmshrinkError(f"--speed {speed}: batch sizes as 1,8, or none")
+        speed = [int(word) for word in words]
+    if any(size < 1 for size in speed):
+        raise LlmshrinkError(f"--speed {','.join(map(str, speed))}: a batch has at least one sequence")
+    return tuple(speed)
+
+
+def _site_errors(folder: Path) -> tuple[SiteError, ...]:
+    """What the compressor recorded of each layer, where it was llmshrink."""
+    from llmshrink_eval.results import SiteError
+
+    try:
+        sites: list[dict[str, Any]] = json.loads((folder / "llmshrink.json").read_text())["sites"]
+        return tuple(SiteError(name=site["name"], bits=site["bits"], error=site["error"]) for site in sites)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
