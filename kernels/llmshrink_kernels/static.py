@@ -11,6 +11,7 @@ TRITON_INTERPRET must not have been set when the kernel was imported: an interpr
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -52,6 +53,35 @@ class Facts:
         return self.loop_length / weights
 
 
+@dataclass(frozen=True)
+class Case:
+    """A kernel and what it is to be compiled for, in words that survive JSON.
+
+    kernel: "module:function". capability: 80, 90, 100. arguments: the function's runtime arguments in order, name ->
+    Triton's type ("*fp16", "i32"), or None for a pointer that isn't given; pointers are taken as aligned to 16 bytes
+    and integers as multiples of 16, unless the type ends in "?". constants: its constexpr arguments.
+    """
+
+    kernel: str
+    capability: int
+    arguments: Mapping[str, str | None]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def compile(self) -> Facts:
+        """Compile, and count."""
+        module, name = self.kernel.split(":")
+        return compile_for(
+            self.capability,
+            getattr(importlib.import_module(module), name),
+            self.arguments,
+            self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+
 def compile_for(
     capability: int,
     function: Any,
@@ -63,9 +93,7 @@ def compile_for(
 ) -> Facts:
     """Compile `function` for compute capability `capability` (80, 90, 100) and count.
 
-    arguments: its runtime arguments in order, name -> Triton's type ("*fp16", "i32"), or None for a pointer that isn't
-    given. Pointers are taken as aligned to 16 bytes and integers as multiples of 16, unless the type ends in "?".
-    constants: its constexpr arguments.
+    The arguments are those of a `Case`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -83,7 +111,7 @@ def compile_for(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     instructions, main = _read(compiled.asm["sass"])
     registers, stack = _resources(compiled.asm["cubin"])
-    return Facts(compiled.metadata.shared, registers, stack, Counter(instructions), Counter(main))
+    return Facts(compiled.metadata.shared, registers, stack, dict(Counter(instructions)), dict(Counter(main)))
 
 
 def _read(sass: str) -> tuple[list[str], list[str]]:

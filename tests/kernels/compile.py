@@ -1,13 +1,11 @@
 """Cases on stdin, facts on stdout, both JSON: kernels compiled for targets that needn't be here.
 
-A case: {"kernel": "module:function", "capability": 90, "arguments": {...}, "constants": {...}, "num_warps": 4,
-"num_stages": 3}, as `llmshrink_kernels.static.compile_for` takes them.
+A case has the fields of `llmshrink_kernels.static.Case`, facts those of `llmshrink_kernels.static.Facts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -17,20 +15,9 @@ def main() -> None:
     # What ptxas and its companions print is not an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from llmshrink_kernels import static
+    from llmshrink_kernels.static import Case
 
-    facts = []
-    for case in json.load(sys.stdin):
-        module, name = case["kernel"].split(":")
-        found = static.compile_for(
-            case["capability"],
-            getattr(importlib.import_module(module), name),
-            case["arguments"],
-            case["constants"],
-            num_warps=case["num_warps"],
-            num_stages=case["num_stages"],
-        )
-        facts.append(dataclasses.asdict(found))
+    facts = [dataclasses.asdict(Case(**case).compile()) for case in json.load(sys.stdin)]
     json.dump(facts, answers)
     answers.close()
 

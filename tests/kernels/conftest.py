@@ -7,19 +7,19 @@ own library is decorated too: an import of Triton before this one would leave ha
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from llmshrink_kernels.static import Case, Facts
 
-ROOT = Path(__file__).parents[2]
 INTERPRETED = not torch.cuda.is_available()
 
 
@@ -50,22 +50,18 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def compiled() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Cases for compile.py -> their facts. In a process of its own: an interpreted kernel can't be compiled."""
+def compiled() -> Callable[[Sequence[Case]], list[Facts]]:
+    """Cases -> their facts, from compile.py in a process of its own: an interpreted kernel can't be compiled."""
 
-    def run(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, str(ROOT / "tests" / "kernels" / "compile.py")]
+    def run(cases: Sequence[Case]) -> list[Facts]:
         done = subprocess.run(
-            command,
-            input=json.dumps(cases),
+            [sys.executable, str(Path(__file__).with_name("compile.py"))],
+            input=json.dumps([dataclasses.asdict(case) for case in cases]),
             capture_output=True,
             text=True,
-            env=environment | {"PYTHONPATH": str(ROOT / "kernels")},
+            env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        facts: list[dict[str, Any]] = json.loads(done.stdout)
-        assert len(facts) == len(cases)
-        return facts
+        return [Facts(**facts) for facts in json.loads(done.stdout)]
 
     return run

@@ -12,9 +12,9 @@ import torch
 from llmshrink_kernels import device as where
 from llmshrink_kernels import tune
 from llmshrink_kernels.tune import Config, Plan
-from llmshrink_kernels.wna16 import dispatch, launch, prepack
+from llmshrink_kernels.wna16 import dispatch, launch
 from llmshrink_kernels.wna16.dispatch import Limits
-from llmshrink_kernels.wna16.prepack import PackedWeight
+from llmshrink_kernels.wna16.prepack import PackedWeight, empty
 from torch import Tensor
 
 CONFIG = Config(16, 64, 256, 4, 3, 2)
@@ -34,13 +34,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def weight(bits: int = 4, group_size: int = 128, shape: tuple[int, int] = (4096, 4096)) -> PackedWeight:
     """Of this shape, without memory."""
-    groups = 1 if group_size == -1 else shape[1] // group_size
-    slab = prepack.__globals__["choose_slab"](bits, group_size, shape[1])
-    span = prepack.__globals__["step"](bits, group_size, slab)
-    padded = -(-shape[1] // span) * span, -(-shape[0] // 64) * 64
-    words = torch.empty(padded[0] * bits // 16 // slab, padded[1], slab, dtype=torch.int16, device="meta")
-    scales = torch.empty(groups, padded[1], dtype=torch.float16, device="meta")
-    return PackedWeight(words, scales, None, bits, group_size, *shape)
+    kind = {"scale_dtype": torch.float16, "zero_points": False, "device": "meta"}
+    return empty(*shape, bits=bits, group_size=group_size, **kind)
 
 
 def test_what_is_remembered_is_found_again_and_kept(cache: Path) -> None:

@@ -43,15 +43,7 @@ def matmul(x: Tensor, packed: PackedWeight, config: Config, out: Tensor | None =
             packed.out_features,
             packed.padded_out,
             packed.padded_in,
-            BITS=packed.bits,
-            GROUP=max(packed.group_size, 0),
-            SLAB=packed.slab,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            SPLIT_K=split,
-            ASM=assembly,
-            WIDE=wide,
+            **constants(packed, config, assembly=assembly, wide=wide),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -59,6 +51,21 @@ def matmul(x: Tensor, packed: PackedWeight, config: Config, out: Tensor | None =
             size = target.numel()
             kernel.add_splits[(-(-size // ADDED),)](parts, target, size, SPLIT_K=split, BLOCK=ADDED)
     return result.copy_(target) if wide else result
+
+
+def constants(packed: PackedWeight, config: Config, *, assembly: bool, wide: bool) -> dict[str, int | bool]:
+    """What the fused kernel is compiled for."""
+    return {
+        "BITS": packed.bits,
+        "GROUP": max(packed.group_size, 0),
+        "SLAB": packed.slab,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SPLIT_K": config.split_k,
+        "ASM": assembly,
+        "WIDE": wide,
+    }
 
 
 def dequantize_block(packed: PackedWeight, rows: range, packets: range, columns: int, dtype: torch.dtype) -> Tensor:

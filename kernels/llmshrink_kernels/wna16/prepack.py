@@ -128,6 +128,33 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in (self.words, self.scales, self.zero_points) if tensor is not None)
 
 
+def empty(
+    out_features: int,
+    in_features: int,
+    *,
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    zero_points: bool,
+    device: torch.device | str,
+) -> PackedWeight:
+    """A packed weight of this shape and kind with nothing in it; on the "meta" device, its shapes alone."""
+    slab = choose_slab(bits, group_size, in_features)
+    span = step(bits, group_size, slab)
+    padded_in, padded_out = -(-in_features // span) * span, -(-out_features // ROWS) * ROWS
+    count = padded_in // (fields(bits) * slab) * planes(bits)
+    groups = 1 if group_size == -1 else padded_in // group_size
+    return PackedWeight(
+        torch.empty(count, padded_out, slab, dtype=torch.int16, device=device),
+        torch.empty(groups, padded_out, dtype=scale_dtype, device=device),
+        torch.empty(groups, padded_out, dtype=torch.int8, device=device) if zero_points else None,
+        bits,
+        group_size,
+        out_features,
+        in_features,
+    )
+
+
 def prepack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, group_size: int) -> PackedWeight:
     """Bring a weight of grouped integers into the kernel's layout; `unpack` is the exact inverse.
 
@@ -137,29 +164,28 @@ def prepack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: in
     argument that is none of this. The result is on the device of `codes`.
     """
     group_size = _checked(codes, scale, zero_point, bits, group_size)
-    out_features, in_features = codes.shape
-    slab = choose_slab(bits, group_size, in_features)
-    span = step(bits, group_size, slab)
-    padded_in, padded_out = -(-in_features // span) * span, -(-out_features // ROWS) * ROWS
-    count, width = planes(bits), fields(bits)
-    words = torch.zeros(padded_in // (width * slab), count, padded_out, slab, dtype=torch.int16, device=codes.device)
-    whole = torch.zeros(padded_out, padded_in, dtype=torch.int8, device=codes.device)
-    whole[:out_features, :in_features] = codes
-    slabs = whole.view(padded_out, -1, width, slab)
-    for field in range(width):
+    rows, columns = codes.shape
+    packed = empty(
+        rows,
+        columns,
+        bits=bits,
+        group_size=group_size,
+        scale_dtype=scale.dtype,
+        zero_points=zero_point is not None,
+        device=codes.device,
+    )
+    padded = torch.zeros(packed.padded_out, packed.padded_in, dtype=torch.int8, device=codes.device)
+    padded[:rows, :columns] = codes
+    slabs = padded.view(packed.padded_out, -1, fields(bits), packed.slab)
+    words = packed.words.zero_().view(-1, planes(bits), packed.padded_out, packed.slab)
+    for field in range(fields(bits)):
         stored = slabs[:, :, field].transpose(0, 1).to(torch.int16) + (1 << (bits - 1))
         for plane, low, part, size in places(bits, field):
             words[:, plane] |= ((stored >> part) & ((1 << size) - 1)) << low
-    groups = 1 if group_size == -1 else padded_in // group_size
-    return PackedWeight(
-        words.view(-1, padded_out, slab),
-        _padded(scale, groups, padded_out),
-        None if zero_point is None else _padded(zero_point, groups, padded_out),
-        bits,
-        group_size,
-        out_features,
-        in_features,
-    )
+    for small, given in ((packed.scales, scale), (packed.zero_points, zero_point)):
+        if small is not None and given is not None:
+            small.zero_()[: given.shape[1], :rows] = given.t()
+    return packed
 
 
 def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -192,13 +218,6 @@ def unpack_block(packed: PackedWeight, rows: range, packets: range) -> Tensor:
             stored |= ((words[:, plane] >> low) & ((1 << size) - 1)) << part
         codes[:, :, field] = (stored - (1 << (bits - 1))).to(torch.int8).transpose(0, 1)
     return codes.view(len(rows), -1)
-
-
-def _padded(small: Tensor, groups: int, padded_out: int) -> Tensor:
-    """[N, G] -> [groups, padded N], zeros where there was nothing."""
-    result = torch.zeros(groups, padded_out, dtype=small.dtype, device=small.device)
-    result[: small.shape[1], : small.shape[0]] = small.t()
-    return result
 
 
 def _checked(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> int:
