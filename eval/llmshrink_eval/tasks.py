@@ -1,0 +1,203 @@
+"""Downstream tasks, run by lm-eval on a model that is already loaded, and compared item by item.
+
+lm-eval (Gao et al., github.com/EleutherAI/lm-evaluation-harness) builds the prompts, runs the model and scores; the
+counts are its own. What is kept of a run, and by which metric items are compared, is told in `taskrun`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmshrink_eval.errors import EvalError
+from llmshrink_eval.paired import compare_items
+from llmshrink_eval.results import Paired, Task
+from llmshrink_eval.taskrun import Item, TaskRun, collect
+from llmshrink_eval.taskset import TaskOptions, TaskSet, check_tasks, fingerprint_tasks, load_tasks, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Item",
+    "TaskOptions",
+    "TaskRun",
+    "check_tasks",
+    "compare_tasks",
+    "fingerprint_tasks",
+    "run_lm_tasks",
+    "run_tasks",
+]
+
+LOGITS_BYTES = 1 << 30
+LENGTH_AT_HAND = 1024
+LARGEST_BATCH = 32
+
+Progress = Callable[[int, int], None]
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TaskOptions,
+    on_progress: Progress | None = None,
+) -> dict[str, TaskRun]:
+    """Run the tasks on a loaded model, as it stands: device and dtype are its own. See `run_lm_tasks`."""
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = load_tasks(options)
+    with quiet():
+        # lm-eval gives a tokenizer without a padding token one: not to the caller's.
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=options.batch_size or fitting_batch_size(model),
+        )
+        if model.device.type == "meta":  # offloaded: the weights come to where the hooks run the model
+            hooked: Any = model
+            lm._device = hooked._hf_hook.execution_device
+    return run_lm_tasks(lm, options, on_progress, loaded)
+
+
+def run_lm_tasks(
+    lm: Any, options: TaskOptions, on_progress: Progress | None = None, loaded: TaskSet | None = None
+) -> dict[str, TaskRun]:
+    """Run the tasks on any `lm_eval.api.model.LM`, in the order in which they were named.
+
+    on_progress(done, total) counts requests. Raises EvalError where `load_tasks` does, EvalFailed where the model's
+    log-probabilities are not numbers.
+    """
+    from lm_eval.evaluator import evaluate
+
+    loaded = load_tasks(options) if loaded is None else loaded
+    _seed(options.seed)
+    heard = _Heard()
+    hook, models = lm.cache_hook, logging.getLogger("lm_eval.models")
+    with quiet():
+        models.addHandler(heard)
+        models.setLevel(logging.WARNING)
+        propagate, models.propagate = models.propagate, False
+        if on_progress is not None:
+            lm.cache_hook = _Counting(loaded, on_progress)
+        try:
+            results = evaluate(
+                lm,
+                {"tasks": loaded.tasks, "groups": loaded.groups},
+                limit=options.limit,
+                bootstrap_iters=0,
+                apply_chat_template=options.apply_chat_template,
+                fewshot_as_multiturn=options.apply_chat_template,
+            )
+        finally:
+            lm.cache_hook, models.propagate = hook, propagate
+            models.removeHandler(heard)
+            models.setLevel(logging.NOTSET)
+    return collect(results, loaded, options, heard.lines())
+
+
+def compare_tasks(
+    original: Mapping[str, TaskRun] | None, compressed: Mapping[str, TaskRun], *, seed: int
+) -> dict[str, Task]:
+    """As results have it; held to the original's items where there is an original.
+
+    Items are matched by the hash of their document. Raises EvalError when the two runs are of other tasks, metrics or
+    documents.
+    """
+    return {
+        name: Task(
+            metric=run.metric,
+            higher_is_better=run.higher_is_better,
+            score=run.score,
+            stderr=run.stderr,
+            items=run.documents,
+            chance=run.chance,
+            metrics=run.metrics,
+            versus_original=None if original is None else _versus(name, original, run, seed),
+        )
+        for name, run in compressed.items()
+    }
+
+
+def fitting_batch_size(model: PreTrainedModel) -> int:
+    """lm-eval keeps the logits of a whole batch: as many prompts of usual length as leave them within 1 GiB."""
+    config = model.config.get_text_config()
+    length = min(LENGTH_AT_HAND, getattr(config, "max_position_embeddings", None) or LENGTH_AT_HAND)
+    return max(1, min(LARGEST_BATCH, LOGITS_BYTES // (4 * length * int(config.vocab_size))))
+
+
+class _Counting:
+    """Stands where lm-eval's models report each finished request to a cache."""
+
+    def __init__(self, loaded: TaskSet, on_progress: Progress) -> None:
+        self._loaded, self._tell, self._done = loaded, on_progress, 0
+
+    def add_partial(self, _kind: str, _request: object, _answer: object) -> None:
+        self._done += 1
+        total = sum(request.repeats for task in self._loaded.tasks.values() for request in task.instances)
+        self._tell(self._done, total)
+
+
+class _Heard(logging.Handler):
+    """Warnings of lm-eval's models, alike ones once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._first: dict[str, str] = {}
+        self._counts: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = re.sub(r"\d+", "#", record.getMessage())
+        self._first.setdefault(kind, " ".join(record.getMessage().split()))
+        self._counts[kind] += 1
+
+    def lines(self) -> tuple[str, ...]:
+        return tuple(f"{count} times: {self._first[kind]}" for kind, count in self._counts.items())
+
+
+def _seed(seed: int) -> None:
+    """As lm-eval does before a run: what samples when it generates is repeatable."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _versus(name: str, original: Mapping[str, TaskRun], run: TaskRun, seed: int) -> Paired | None:
+    before = original.get(name)
+    if before is None:
+        raise EvalError(f"task {name}: the original wasn't run on it")
+    if before.metric != run.metric:
+        raise EvalError(f"task {name}: scored by {before.metric} for the original and by {run.metric} here")
+    if not before.items and not run.items:
+        return None
+    first, second = _by_document(before), _by_document(run)
+    if first.keys() != second.keys():
+        other = len(first.keys() ^ second.keys())
+        raise EvalError(f"task {name}: not the original's items ({other} documents differ): same data, same limit?")
+    pairs = [(item, second[key]) for key, item in first.items()]
+    values = [item.value for pair in pairs for item in pair]
+    return compare_items(
+        [item.value for item, _ in pairs],
+        [item.value for _, item in pairs],
+        ids=[item.doc_id for item, _ in pairs],
+        seed=seed,
+        binary=set(values) <= {0.0, 1.0},
+        higher_is_better=run.higher_is_better,
+    )
+
+
+def _by_document(run: TaskRun) -> dict[tuple[str, int], Item]:
+    """Items by the hash of their document; equal documents are told apart by their order."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for item in run.items:
+        found[item.doc_hash, seen[item.doc_hash]] = item
+        seen[item.doc_hash] += 1
+    return found
