@@ -51,7 +51,7 @@ class Usage:
         gc.collect()  # what the model before this one has left behind isn't this one's
         for device in _cuda_devices():
             _cuda().reset_peak_memory_stats(device)
-        self._mark = _high_water()
+        self._mark = high_water()
         self._done = threading.Event()
         self._sampler = threading.Thread(target=self._sample, name="memory sampler", daemon=True)
         self._started = time.perf_counter()
@@ -62,7 +62,7 @@ class Usage:
         self.seconds = time.perf_counter() - self._started
         self._done.set()
         self._sampler.join()
-        mark = _high_water()
+        mark = high_water()
         if mark is not None and self._mark is not None and mark > self._mark:
             self.peak_rss_bytes = mark
         devices = _cuda_devices()
@@ -77,7 +77,7 @@ class Usage:
                 return
 
 
-def _high_water() -> int | None:
+def high_water() -> int | None:
     """The process's high-water mark of resident memory in bytes, where the kernel keeps one that can be read."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:

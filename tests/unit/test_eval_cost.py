@@ -159,7 +159,7 @@ def test_a_rise_too_short_for_the_sampler_is_seen_where_the_kernel_keeps_a_mark(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(running, "SAMPLE_SECONDS", 3600.0)
-    mark = running._high_water()
+    mark = running.high_water()
     if mark is None:
         pytest.skip("needs a kernel that keeps VmHWM")
     over = mark - psutil.Process().memory_info().rss + 64 * 2**20
