@@ -31,6 +31,8 @@ WORST = 10
 CONTEXT_TOKENS = 24
 CELLS = 1 << 18
 """Vocabulary entries in float64 at a time: 2 MB a copy, which the processor's cache holds."""
+CELLS_ELSEWHERE = 1 << 24
+"""On an accelerator, where small operations cost more than memory: 128 MB a copy."""
 
 EDGES = tuple(10.0 ** (exponent / 4) for exponent in range(-32, 9))
 """Of the histogram: 1e-8 to 100 nats, four bins a decade."""
@@ -83,7 +85,8 @@ def score_rows(logits: Tensor, targets: Tensor, original: Tensor | None) -> Rows
     logits: float32 [rows, vocabulary]; original: the same of the original model, or None. targets: int64 [rows], the
     next token, negative where none is scored. A logit of -inf is a token that can't come; NaN and inf are no numbers.
     """
-    step = max(1, CELLS // logits.shape[-1])
+    cells = CELLS if logits.device.type == "cpu" else CELLS_ELSEWHERE
+    step = max(1, cells // logits.shape[-1])
     parts = range(0, len(logits), step)
     if original is None:
         pieces = [_nats(logits[i : i + step].double(), targets[i : i + step]) for i in parts]

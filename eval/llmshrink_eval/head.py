@@ -57,12 +57,17 @@ class Head:
 
 
 class Splitter:
-    """A model as two steps: `hidden` (everything before the output layer), and `head` (the rest)."""
+    """A model as two steps: `hidden` (everything before the output layer), and `head` (the rest).
 
-    def __init__(self, model: Any, tail: Tail) -> None:
+    width, dtype: of a row of hidden states.
+    """
+
+    def __init__(self, model: Any, tail: Tail, width: int, dtype: torch.dtype) -> None:
         self._model = model
         self._layer = model.get_output_embeddings()
         self._tail = tail
+        self.width = width
+        self.dtype = dtype
 
     def hidden(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         """input_ids: int64 [batch, length]; mask: the same shape, or None without padding. [batch, length, width]."""
@@ -80,8 +85,7 @@ class Splitter:
     def head(self) -> Iterator[Head]:
         """The output layer's weights, for as long as the context is open: an offloaded one is read for it."""
         with _on_device(self._layer):
-            bias = getattr(self._layer, "bias", None)
-            yield Head(self._layer.weight.detach(), None if bias is None else bias.detach(), self._tail)
+            yield _head(self._layer, self._tail)
 
 
 def split(model: Any, input_ids: Tensor) -> Splitter | None:
@@ -93,15 +97,28 @@ def split(model: Any, input_ids: Tensor) -> Splitter | None:
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
         return None
-    own = model(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1)
-    rows = Splitter(model, Tail()).hidden(input_ids, None)[0]
-    for tail in _tails(model.config.get_text_config()):
-        splitter = Splitter(model, tail)
-        with splitter.head() as head:
-            made = head(rows)
-        if made.shape == own.shape and _same(made.log_softmax(-1), own, rows.dtype):
-            return splitter
+    read: list[Tensor] = []
+    forward = layer.forward
+
+    def look(states: Tensor, *arguments: Any, **named: Any) -> Any:
+        read.append(states)
+        return forward(states, *arguments, **named)
+
+    with _forward_replaced(layer, look):
+        own = model(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1)
+    if len(read) != 1:
+        return None
+    rows = read[0][0]
+    with _on_device(layer):
+        for tail in _tails(model.config.get_text_config()):
+            made = _head(layer, tail)(rows)
+            if made.shape == own.shape and _same(made.log_softmax(-1), own, rows.dtype):
+                return Splitter(model, tail, rows.shape[-1], rows.dtype)
     return None
+
+
+def _head(layer: torch.nn.Linear, tail: Tail) -> Head:
+    return Head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), tail)
 
 
 def _same(made: Tensor, own: Tensor, dtype: torch.dtype) -> bool:
@@ -110,7 +127,8 @@ def _same(made: Tensor, own: Tensor, dtype: torch.dtype) -> bool:
     NaN is no difference here: whoever reads the logits says where it is.
     """
     tolerance = PROOF_TOLERANCE if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    return bool(((made - own).abs() <= tolerance * own.abs().clamp(min=1)).logical_or(own.isnan()).all())
+    close = (made - own).abs() <= tolerance * own.abs().clamp(min=1)
+    return bool((close | (made == own) | own.isnan()).all())
 
 
 def _tails(config: Any) -> Iterator[Tail]:
@@ -124,7 +142,8 @@ def _tails(config: Any) -> Iterator[Tail]:
 
 @contextlib.contextmanager
 def _forward_replaced(layer: torch.nn.Module, forward: Any) -> Iterator[None]:
-    """accelerate and compressed-tensors put forwards of their own on the instance: what was there comes back."""
+    """Meanwhile the layer runs this. accelerate and compressed-tensors put forwards of their own on the instance: one
+    that was there comes back."""
     before = layer.__dict__.get("forward")
     layer.forward = forward
     try:
@@ -138,6 +157,7 @@ def _forward_replaced(layer: torch.nn.Module, forward: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_device(layer: torch.nn.Module) -> Iterator[None]:
+    """Where the layer's weights are nowhere until it runs (accelerate's offload), have them here meanwhile."""
     if not hasattr(layer, "_hf_hook"):
         yield
         return

@@ -139,9 +139,10 @@ class _Runner:
         if self._splitter is None:
             width = int(self._model(input_ids=first, use_cache=False).logits.shape[-1])
             return Baseline.create(folder, self._windows, head=None, width=width, dtype=torch.float16)
-        hidden = self._splitter.hidden(first, None)
         with self._splitter.head() as head:
-            return Baseline.create(folder, self._windows, head=head, width=int(hidden.shape[-1]), dtype=hidden.dtype)
+            return Baseline.create(
+                folder, self._windows, head=head, width=self._splitter.width, dtype=self._splitter.dtype
+            )
 
     def run(self, batch: list[int], pending: set[int]) -> Iterator[WindowRecord]:
         """One forward, and the records of those of its windows that are pending."""
@@ -208,10 +209,12 @@ class _Runner:
             self.keep.write(window, (rows[start : start + step].float().log_softmax(-1) for start in starts))
 
     def _refuse(self, window: int, position: int) -> None:
-        ids = self._windows.input_ids[window, max(0, position + 1 - SNIPPET_TOKENS) : position + 1].tolist()
+        # A NaN that attention reads reaches the whole window: then its beginning is what can be shown.
+        end = min(max(position + 1, SNIPPET_TOKENS), int(self._windows.lengths[window]))
+        ids = self._windows.input_ids[window, max(0, end - SNIPPET_TOKENS) : end].tolist()
         raise EvalFailed(
-            f"NaN or infinite logits in window {window} of {len(self._windows)}, at its token {position}, after"
-            f" {self._tokenizer.decode(ids)!r}: the model is broken, or its weights don't fit their type"
+            f"NaN or infinite logits in window {window} of {len(self._windows)}, from its token {position} on"
+            f" ({self._tokenizer.decode(ids)!r}): the model is broken, or its weights don't fit their type"
         )
 
 
