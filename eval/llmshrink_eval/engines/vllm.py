@@ -13,7 +13,6 @@ asked for, or the config's own.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +112,8 @@ class VllmEngine:
         """Run lm-eval's tasks."""
         from llmshrink_eval.tasks import TaskRun
 
-        asked = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+        folders = [str(folder.absolute()) for folder in options.folders]
+        asked = {**dataclasses.asdict(options), "tasks_dir": folders}
         found = self._running_process().ask("tasks", progress.step, options=asked)
         return {name: TaskRun.from_dict(made) for name, made in found.items()}
 

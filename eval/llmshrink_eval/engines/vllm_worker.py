@@ -10,6 +10,7 @@ and whatever it has started.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -125,14 +126,14 @@ class Worker:
         """lm-eval's tasks by its own class for vLLM."""
         from unittest.mock import patch
 
-        from lm_eval.models import vllm_causallms
-
         from llmshrink_eval.tasks import TaskOptions, run_lm_tasks
 
-        folder = options["tasks_dir"]
-        made = TaskOptions(
-            **{**options, "names": tuple(options["names"]), "tasks_dir": None if folder is None else Path(folder)}
-        )
+        # lm-eval asks for the version of a distribution named `vllm`; the CPU build has another name.
+        with patch.object(importlib.metadata, "version", _version):
+            from lm_eval.models import vllm_causallms
+
+        folders = tuple(map(Path, options["tasks_dir"]))
+        made = TaskOptions(**{**options, "names": tuple(options["names"]), "tasks_dir": folders})
         # The class makes an engine of its own; it is given the one that runs.
         with patch.object(vllm_causallms, "LLM", return_value=self._llm):
             lm = vllm_causallms.VLLM(
@@ -146,6 +147,15 @@ class Worker:
 
     def _progress(self, done: int, total: int, state: str = "") -> None:
         self._tell({"progress": [done, total, state]})
+
+
+def _version(distribution: str) -> str:
+    """importlib.metadata's, but vLLM is told by its module."""
+    if distribution != "vllm":
+        return importlib.metadata.distribution(distribution).version
+    import vllm
+
+    return str(vllm.__version__)
 
 
 def _peak_vram() -> int | None:
