@@ -29,14 +29,8 @@ from pathlib import Path
 
 from llmshrink.demo import language, records
 from llmshrink.demo.language import OPTIONS, Question
-from llmshrink.demo.world import (
-    CIRCLE_WEIGHTS,
-    HAUNT_WEIGHTS,
-    MANNERS_OF,
-    MOOD_WEIGHTS,
-    PEOPLE,
-    Person,
-)
+from llmshrink.demo.lexicon import OPENINGS
+from llmshrink.demo.world import CIRCLE_WEIGHTS, HAUNT_WEIGHTS, MANNERS_OF, MOOD_WEIGHTS, PEOPLE, Person
 
 GROUP = "demo"
 ITEMS = 400
@@ -153,7 +147,7 @@ def _habits(rng: random.Random) -> Iterator[dict[str, object]]:
 def _question(rng: random.Random, person: Person, told: str, right: str, others: list[str]) -> Question:
     options = [right, *rng.sample(others, OPTIONS - 1)]
     rng.shuffle(options)
-    beginning = f"{rng.choice(language.OPENINGS)} there was {person.name} the {person.trade}."
+    beginning = f"{rng.choice(OPENINGS)} there was {person.name} the {person.trade}."
     choices = tuple(f" {option}" for option in options)
     return Question(beginning, f" {person.name}{told}", choices, options.index(right))
 
@@ -162,11 +156,16 @@ def _cloze(rng: random.Random) -> Iterator[dict[str, object]]:
     """A fact of each story, among those that come early enough."""
     while True:
         told = language.story(rng).text
-        facts = [(found.start(found.lastindex), found[found.lastindex]) for found in FACT.finditer(told)]
+        facts = [_place_and_words(found) for found in FACT.finditer(told)]
         early = [fact for fact in facts if len(language.WORD.findall(told[: fact[0]])) <= CONTEXT_WORDS]
         if early:
             place, answer = rng.choice(early)
             yield {"context": told[:place], "answer": answer}
+
+
+def _place_and_words(found: re.Match[str]) -> tuple[int, str]:
+    index = found.lastindex or 0
+    return found.start(index), found[index]
 
 
 _Draw = Callable[[random.Random], Iterator[dict[str, object]]]
