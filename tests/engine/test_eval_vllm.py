@@ -180,6 +180,19 @@ def test_cost_is_that_of_vllms_own_process(plain: dict[str, Asked]) -> None:
     assert all(speed["prefill_tokens_per_second"] > speed["decode_tokens_per_second"] > 0 for speed in found["speed"])
 
 
+def test_reading_leaves_nothing_on_the_model(plain: dict[str, Asked]) -> None:
+    """A hook that stayed would keep the hidden states of every step of the tasks after it."""
+    engine = plain["vllm"].engine
+    assert isinstance(engine, VllmEngine)
+    plain["vllm"].read(_windows(*GPTQ), "gptq")
+    worker = psutil.Process(engine._running_process()._process.pid)
+    prompt, rows = list(range(2, 200)), 120
+    engine._running_process().ask("generations", prompts=[prompt] * 10, new_tokens=[8] * 10, stop=[])
+    before = worker.memory_info().rss
+    engine._running_process().ask("generations", prompts=[prompt] * rows, new_tokens=[8] * rows, stop=[])
+    assert worker.memory_info().rss - before < rows * len(prompt) * 128 * 4 / 2
+
+
 def test_an_interrupted_pass_goes_on(plain: dict[str, Asked]) -> None:
     windows = _windows(*SLIDING)
     whole = plain["vllm"].read(windows, "whole")

