@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch.utils import _triton
 
-SLACK = 24_000_000
+SLACK = 12_000_000
 """Bytes that the process may grow by before it is worth giving any back."""
 
 
