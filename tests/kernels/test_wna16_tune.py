@@ -11,10 +11,11 @@ import pytest
 import torch
 from llmshrink_kernels import device as where
 from llmshrink_kernels import tune
-from llmshrink_kernels.tune import Config, Plan
+from llmshrink_kernels.tune import Config, Plan, Trial
 from llmshrink_kernels.wna16 import dispatch, launch
 from llmshrink_kernels.wna16.dispatch import Limits
-from llmshrink_kernels.wna16.prepack import PackedWeight, empty
+from llmshrink_kernels.wna16.prepack import PackedWeight, empty, prepack
+from llmshrink_kernels.wna16.search import search
 from torch import Tensor
 
 CONFIG = Config(16, 64, 256, 4, 3, 2)
@@ -164,3 +165,28 @@ def test_a_filed_plan_overrides_the_default_unless_it_does_not_fit(
     tune.remember(filed, Config(16, 64, 192, 4, 3, 2))
     assert dispatch.plan(weight(), 8, half, here) == dispatch.default(weight(), 8, H100)
     assert "doesn't fit" in caplog.text
+
+
+def test_a_search_files_the_fastest_right_plan(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    packed = prepack(
+        torch.randint(-8, 8, (64, 512), dtype=torch.int8).to(device),
+        torch.ones(64, 4).half().to(device),
+        None,
+        bits=4,
+        group_size=128,
+    )
+    wrong, best = Config(16, 64, 256, 4, 2, 1), Config(16, 64, 256, 4, 3, 2)
+    real = launch.matmul
+
+    def broken(x: Tensor, packed: PackedWeight, config: Config) -> Tensor:
+        return real(x, packed, config) + (config == wrong)
+
+    def clock(call: Callable[[], object]) -> float:
+        return 1.0 if call.args[0] == best else 2.0  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(launch, "matmul", broken)
+    trials = search(packed, 20, torch.float16, here=H100, clock=clock)
+    assert trials[0].plan == best and trials[-1] == Trial(wrong, None, "wrong result")
+    assert any(trial.plan == "dequantize" and trial.seconds == 2.0 for trial in trials)
+    assert tune.lookup(dispatch.key(packed, 20, torch.float16, H100.name)) == best

@@ -4,10 +4,11 @@ A measured plan (tune.py: the user's cache, then what is shipped) goes first. Wi
 are reasoned, NOT YET MEASURED on any GPU:
 
     rows of x    way
-    1..16        fused, tile of 16: bound by memory, so two programs or more on a multiprocessor, and the inputs split
-                 until there are programs for at least three quarters of the multiprocessors
+    1..16        fused, tile of 16: bound by memory, so two programs or more on a multiprocessor if two stages do,
+                 and the inputs split until there are programs for at least three quarters of the multiprocessors
     17..64       fused, tile of 32 or 64: still (nearly) bound by memory; each weight is turned into a number once
-    65..511      fused, tile of up to 128: each weight is turned into a number once for every 128 rows
+    65..511      fused, tiles of 64: a thread has no registers for two accumulators (a group's, the total) of more; with
+                 one group a row there is one, and tiles are 128
     512..        dequantize, then the vendor's library: bringing b bits back costs b/8 + 2 bytes a weight (written; read
                  from the cache), about 0.6 ps at 4.3 TB/s, and the product 2.5 fs a weight and row at 790 TFLOP/s, so
                  that from some 500 rows on it adds less than half: less than a fused kernel is likely to lose
@@ -84,13 +85,15 @@ def default(packed: PackedWeight, rows: int, here: Limits) -> Plan:
     """The reasoned plan (see the module)."""
     if rows >= DEQUANTIZE_FROM:
         return "dequantize"
-    block_m = min(128, max(DECODE, 1 << (rows - 1).bit_length()))
+    block_m = min(widest(packed), max(DECODE, 1 << (rows - 1).bit_length()))
     while True:
         # A taller tile of W halves how often x is read and is worth two warp groups, once a tile of x is large.
         block_n = 128 if block_m >= 64 and packed.padded_out % 128 == 0 else 64
         warps = block_n // 16
-        room = here.shared // 2 - RESERVED if rows <= DECODE else here.shared
-        stages = min(4, room // stage_bytes(packed, block_m, block_n, packed.step))
+        size = stage_bytes(packed, block_m, block_n, packed.step)
+        stages = min(4, here.shared // size)
+        if rows <= DECODE:
+            stages = min(stages, max(2, (here.shared // 2 - RESERVED) // size))
         if stages >= 2 or block_m == DECODE:
             break
         block_m //= 2
@@ -102,9 +105,14 @@ def default(packed: PackedWeight, rows: int, here: Limits) -> Plan:
     return Config(block_m, block_n, packed.step, warps, max(1, stages), split)
 
 
+def widest(packed: PackedWeight) -> int:
+    """The tallest tile of x whose accumulators stay in registers (128 by 128 outputs on 256 threads are 64 each)."""
+    return 128 if packed.group_size == -1 else 64
+
+
 def candidates(packed: PackedWeight, rows: int, here: Limits) -> list[Plan]:
     """What a search tries, the default first."""
-    block_m = min(128, max(DECODE, 1 << (rows - 1).bit_length()))
+    block_m = min(widest(packed), max(DECODE, 1 << (rows - 1).bit_length()))
     steps = [packed.step * n for n in (1, 2) if packed.padded_in % (packed.step * n) == 0]
     tried: dict[Plan, None] = {default(packed, rows, here): None}
     for m in {block_m, max(DECODE, block_m // 2)}:
