@@ -5,7 +5,7 @@ what they are made of: the final hidden states, exact, in the dtype that the mod
 makes logits of them (`head.Head`). Where a model has no such head its log-probabilities are kept in float16, and every
 comparison states how much that can have changed its result (`rounding_bound`).
 
-    header.json        what is kept and of which windows
+    header.json        what is kept and of which windows, with checksums of itself and of the head
     head.safetensors   weight, bias; in bfloat16 where that holds them exactly
     rows.bin           [all compared positions, width], windows one after the other, raw, in the machine's byte order
     done.jsonl         a line for each window whose rows are there, with their CRC-32
@@ -34,7 +34,8 @@ from llmshrink_eval.head import Head, Tail
 from llmshrink_eval.protocol import Windows
 from llmshrink_eval.records import CheckedLines
 
-VERSION = 1
+VERSION = 2
+HEAD_FILE = "head.safetensors"
 READ_BYTES = 1 << 22
 HALF_STEP = 2.0**-11
 """Largest relative error of rounding to float16 (11 bits of significand), from its smallest normal number on."""
@@ -44,7 +45,10 @@ HALF_TINY = 2.0**-25
 
 @dataclass(frozen=True)
 class Header:
-    """kind: "hidden" or "logprobs". dtype: of the rows. width: of a row. windows: their fingerprint."""
+    """kind: "hidden" or "logprobs". dtype: of the rows. width: of a row. windows: their fingerprint.
+
+    head_crc32: of head.safetensors; 0 where there is none.
+    """
 
     kind: str
     dtype: str
@@ -52,6 +56,7 @@ class Header:
     windows: str
     tail: Tail
     version: int = VERSION
+    head_crc32: int = 0
 
 
 class Baseline:
@@ -91,8 +96,9 @@ class Baseline:
         name = str(dtype).removeprefix("torch.")
         header = Header(kind, name, width, windows.fingerprint, Tail() if head is None else head.tail)
         rows = folder / "rows.bin"
-        if _read_header(folder) == header and rows.is_file():
-            return cls(folder, windows, header, head)
+        found = _read_header(folder)
+        if found is not None and dataclasses.replace(found, head_crc32=0) == header and rows.is_file():
+            return cls(folder, windows, found, head)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         size = int(windows.compared.sum()) * width * dtype.itemsize
@@ -103,11 +109,13 @@ class Baseline:
                 " for fewer tokens (--max-tokens) or another cache folder"
             )
         if head is not None:
-            _write_head(folder / "head.safetensors", head)
+            _write_head(folder / HEAD_FILE, head)
+            header = dataclasses.replace(header, head_crc32=_crc32(folder / HEAD_FILE))
         with rows.open("wb") as file:
             file.truncate(size)
         unfinished = folder / "header.json.part"
-        unfinished.write_text(json.dumps(dataclasses.asdict(header)))
+        made = dataclasses.asdict(header)
+        unfinished.write_text(json.dumps({**made, "crc32": _header_crc32(made)}))
         unfinished.replace(folder / "header.json")
         return cls(folder, windows, header, head)
 
@@ -121,7 +129,7 @@ class Baseline:
         if header.kind == "hidden":
             from safetensors.torch import load_file
 
-            tensors = load_file(folder / "head.safetensors")
+            tensors = load_file(folder / HEAD_FILE)
             dtype = getattr(torch, header.dtype)
             bias = tensors.get("bias")
             head = Head(
@@ -144,6 +152,14 @@ class Baseline:
 
     def check(self, window: int) -> None:
         """Raises EvalFailed if the window's rows aren't those that were written."""
+        if not self.holds(window):
+            raise EvalFailed(
+                f"the original's pass, kept in {self._folder}, is damaged at window {window}; run again, and it is"
+                " made anew"
+            )
+
+    def holds(self, window: int) -> bool:
+        """Whether the window's rows are those that were written."""
         checksum, offset = 0, self._starts[window] * self._row_bytes
         end = offset + self._counts[window] * self._row_bytes
         with (self._folder / "rows.bin").open("rb") as file:
@@ -152,11 +168,7 @@ class Baseline:
                 if not data:
                     break
                 checksum, offset = zlib.crc32(data, checksum), offset + len(data)
-        if checksum != self.done.get(window):
-            raise EvalFailed(
-                f"the original's pass, kept in {self._folder}, is damaged at window {window}; delete that folder and"
-                " run again"
-            )
+        return checksum == self.done.get(window)
 
     def logits(self, window: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """The original's logits (or log-probabilities: the same distribution) at a window's rows start to stop.
@@ -192,12 +204,35 @@ def rounding_bound(stored: Tensor, compressed: Tensor) -> Tensor:
     return torch.where(s.isneginf(), 0.0, bound).sum(-1)
 
 
+def intact(folder: Path, windows: Windows) -> bool:
+    """Whether a whole pass over these windows lies there, as it was written. Reads all of it."""
+    kept = Baseline.open(folder, windows)
+    return kept is not None and kept.complete and all(kept.holds(window) for window in range(len(windows)))
+
+
 def _read_header(folder: Path) -> Header | None:
+    """None where there is none, or it or the head isn't what was written."""
     try:
         made: dict[str, Any] = json.loads((folder / "header.json").read_text())
-        return Header(**{**made, "tail": Tail(**made["tail"])}) if made["version"] == VERSION else None
+        if made.pop("crc32") != _header_crc32(made) or made["version"] != VERSION:
+            return None
+        header = Header(**{**made, "tail": Tail(**made["tail"])})
+        whole = header.kind != "hidden" or _crc32(folder / HEAD_FILE) == header.head_crc32
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    return header if whole else None
+
+
+def _header_crc32(made: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(made, sort_keys=True).encode())
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while data := file.read(READ_BYTES):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
 
 
 def _write_head(path: Path, head: Head) -> None:

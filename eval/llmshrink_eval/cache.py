@@ -21,6 +21,9 @@ from llmshrink_eval.errors import EvalError
 
 Key = Mapping[str, object]
 
+VERSION = 1
+"""Goes up when the way in which something is measured or kept changes: what was kept before isn't found then."""
+
 
 def default_folder() -> Path:
     """Where results are kept when nobody says: the user's cache folder."""
@@ -69,7 +72,7 @@ class Cache:
         shutil.rmtree(self._file(part, key).with_suffix(""), ignore_errors=True)
 
     def _file(self, part: str, key: Key) -> Path:
-        return self.root / part / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()[:40]}.json"
+        return self.root / part / f"{_digest([VERSION, key])[:40]}.json"
 
     def _unwritable(self, error: OSError) -> EvalError:
         reason = error.strerror or str(error)

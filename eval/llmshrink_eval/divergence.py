@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink_eval.perplexity import stderr
+from llmshrink_eval.perplexity import clusters, stderr
 from llmshrink_eval.protocol import Windows
 from llmshrink_eval.results import Divergence, WorstContext
 
@@ -174,6 +174,7 @@ def divergence(
         top1_agreement=sum(part.same_top1 for part in parts) / positions,
         top5_overlap=sum(part.shared_top5 for part in parts) / (top * positions),
         positions=positions,
+        kl_units=len(clusters(windows)[1].unique()),
         method=method,
         baseline_error=math.fsum(part.error for part in parts) / positions,
         histogram_edges=EDGES,

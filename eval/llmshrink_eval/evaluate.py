@@ -2,22 +2,27 @@
 
 The original goes first, since the others are held to what it said: its pass over the text is kept on disk, its answers
 to the tasks item by item. One model is in memory at a time, and only while something of it isn't known yet.
+
+What lies in the cache is never trusted unseen: every entry and every window carries a checksum, and the original's pass
+is read through before a model is compared with it. What is damaged is measured again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from llmshrink_eval import prepare, require
 from llmshrink_eval.cache import Cache
 from llmshrink_eval.cost import stored_cost
 from llmshrink_eval.engines import open_engine
+from llmshrink_eval.errors import EvalError
 from llmshrink_eval.options import ModelSpec, Options
 from llmshrink_eval.progress import Progress, Silent
 from llmshrink_eval.results import Cost, Divergence, Generation, ModelResult, Perplexity, Results, Task
@@ -25,9 +30,12 @@ from llmshrink_eval.results import Cost, Divergence, Generation, ModelResult, Pe
 if TYPE_CHECKING:
     from llmshrink_eval.passes import Pass
     from llmshrink_eval.prepare import Prepared, Subject
+    from llmshrink_eval.protocol import Windows
     from llmshrink_eval.tasks import TaskRun
 
 Samples = dict[str, list[dict[str, Any]]]
+
+RESULTS_FILE = "results.json"
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,33 @@ class Evaluation:
     samples: Samples
 
     def write(self, folder: Path) -> None:
-        """The report, results.json last: where it is, the rest is."""
+        """The report, results.json last: where it is, the rest is. Files of items that only the report before had go.
+
+        Raises EvalError when the folder can't be written.
+        """
         from llmshrink_eval.report.write import write_report
 
-        write_report(self.results, folder, self.samples)
-        self.results.write(folder / "results.json")
+        try:
+            stale = _samples_of(folder / RESULTS_FILE) - self.samples.keys()
+            write_report(self.results, folder, self.samples)
+            self.results.write(folder / RESULTS_FILE)
+            for name in stale:
+                (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise EvalError(
+                f"{folder}: the report can't be written: {reason}; choose another folder with -o"
+            ) from error
+
+
+def _samples_of(path: Path) -> set[str]:
+    """The files of items that the report there speaks of, none outside its folder."""
+    try:
+        models = Results.read(path).models
+    except (OSError, ValueError):
+        return set()
+    named = {task.samples for model in models for task in model.tasks.values() if task.samples}
+    return {name for name in named if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts}
 
 
 def evaluate(
@@ -118,6 +148,8 @@ class _Measuring:
             generations = self._generations()
         finally:
             self._engine.close()
+        for warning in dict.fromkeys(warning for run in runs.values() for warning in run.warnings):
+            self._progress.note(f"{self._subject.spec.name}: tasks: {warning}")
         tasks, samples = self._compared(runs)
         if self._cached:
             self._progress.note(f"{self._subject.spec.name}: {', '.join(self._cached)} from the cache")
@@ -144,7 +176,14 @@ class _Measuring:
         return _Measured(self._subject, result, samples, reading, baseline, runs)
 
     def _key(self, **more: object) -> dict[str, object]:
-        return {"model": self._subject.fingerprint, "run": self._prepared.run_key(self._engine.dtype), **more}
+        running = self._options.running
+        how = {
+            "batch_size": running.batch_size,
+            "offload": running.offload is not None,
+            "trust_remote_code": running.trust_remote_code,
+        }
+        run = {**self._prepared.run_key(self._engine.dtype), **how}
+        return {"model": self._subject.fingerprint, "run": run, **more}
 
     def _kept(self, part: str, key: dict[str, object], measure: Callable[[], Any], label: str) -> Any:
         """A part's value from the cache, or measured and kept, with the seconds it took."""
@@ -173,7 +212,6 @@ class _Measuring:
         windows = self._prepared.windows
         if windows is None:
             return None, None
-        against = self._reference.baseline if self._reference is not None else None
         first = self._subject.role == "original" and self._prepared.compares
         key = self._key(
             windows=windows.fingerprint,
@@ -185,6 +223,7 @@ class _Measuring:
         keep = folder / "baseline" if first else None
         found = self._engine.finished(windows, folder, keep=keep)
         if found is None:
+            against = self._sound_baseline(windows)
             self._progress.part(f"{self._subject.spec.name}: {windows.name}")
             started = time.perf_counter()
             found = self._engine.read(windows, keep=keep, against=against, folder=folder, progress=self._progress)
@@ -192,6 +231,25 @@ class _Measuring:
         else:
             self._cached.append("text")
         return found, keep
+
+    def _sound_baseline(self, windows: Windows) -> Path | None:
+        """The original's pass to compare with, made again where it isn't as it was written."""
+        from llmshrink_eval.baseline import intact
+
+        reference = self._reference
+        if reference is None or reference.baseline is None:
+            return None
+        if not intact(reference.baseline, windows):
+            name = reference.subject.spec.name
+            self._progress.note(f"{name}: its pass over {windows.name} is damaged in the cache, and is made again")
+            shutil.rmtree(reference.baseline)
+            options = dataclasses.replace(self._options, fresh=False)
+            original = _Measuring(reference.subject, self._prepared, options, self._cache, self._progress, None)
+            try:
+                original._reading()
+            finally:
+                original._engine.close()
+        return reference.baseline
 
     def _numbers(self, reading: Pass | None) -> tuple[Perplexity | None, Divergence | None]:
         from llmshrink_eval.divergence import divergence
@@ -214,11 +272,17 @@ class _Measuring:
         if options is None:
             return {}
 
-        def measure() -> dict[str, Any]:
-            return {name: run.to_dict() for name, run in self._engine.tasks(options, self._progress).items()}
-
         key = self._key(tasks=self._prepared.tasks_fingerprint)
+        if self._options.fresh:
+            self._cache.drop_folder("tasks", key)
+
+        def measure() -> dict[str, Any]:
+            answers = str(self._cache.folder("tasks", key) / "answers.jsonl")
+            runs = self._engine.tasks(dataclasses.replace(options, answers=answers), self._progress)
+            return {name: run.to_dict() for name, run in runs.items()}
+
         found = self._kept("tasks", key, measure, f"tasks {', '.join(options.names)}")
+        self._cache.drop_folder("tasks", key)
         return {name: TaskRun.from_dict(made) for name, made in found.items()}
 
     def _generations(self) -> tuple[Generation, ...]:

@@ -12,6 +12,7 @@ from llmshrink_eval.results import SiteError
 from llmshrink_eval.text import Text
 
 Engine = Literal["transformers", "vllm"]
+ProtocolName = Literal["gptq", "sliding"]
 
 SPEED_PROMPT = 128
 SPEED_NEW = 16
@@ -38,7 +39,7 @@ class Scoring:
     """The text and how it is read; see `protocol`. text: None when no text is scored."""
 
     text: Text | None = None
-    protocol: Literal["gptq", "sliding"] = "gptq"
+    protocol: ProtocolName = "gptq"
     window: int | None = None
     stride: int | None = None
     max_tokens: int | None = None

@@ -42,7 +42,7 @@ def perplexity(
     nats = torch.tensor(window_nats, dtype=torch.float64)
     counts = windows.scored.sum(1).double()
     total, tokens = math.fsum(window_nats), windows.tokens
-    unit, _ = clusters(windows)
+    unit, numbers = clusters(windows)
     excess = excess_stderr = None
     if original_nats is not None:
         difference = nats - torch.tensor(original_nats, dtype=torch.float64)
@@ -55,6 +55,7 @@ def perplexity(
         nats_per_token=total / tokens,
         stderr=stderr(windows, nats, counts),
         stderr_over=unit,
+        units=len(numbers.unique()),
         tokens=tokens,
         words=windows.words,
         bytes=windows.bytes,

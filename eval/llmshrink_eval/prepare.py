@@ -8,15 +8,16 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llmshrink_eval import require
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.fingerprint import fingerprint_folder
-from llmshrink_eval.options import SHOWN_PROMPTS, ModelSpec, Options
+from llmshrink_eval.options import SHOWN_PROMPTS, Engine, ModelSpec, Options, ProtocolName
 from llmshrink_eval.require import Condition
 from llmshrink_eval.results import TextUsed
+from llmshrink_eval.text import LONE_SURROGATE
 
 if TYPE_CHECKING:
     from llmshrink_eval.protocol import Windows
@@ -30,7 +31,17 @@ PROBE = (
     "Once upon a time there was a baker in the village. <|endoftext|> [INST] </s> 🙂",
 )
 _NOT_IN_NAMES = re.compile(r"[^\w.-]+")
-PACKAGES = ("torch", "transformers", "tokenizers", "compressed-tensors", "lm_eval", "numpy", "accelerate")
+PACKAGES = (
+    "llmshrink",  # the distribution that this package is a part of
+    "torch",
+    "transformers",
+    "tokenizers",
+    "compressed-tensors",
+    "lm_eval",
+    "datasets",
+    "numpy",
+    "accelerate",
+)
 
 
 @dataclass(frozen=True)
@@ -80,30 +91,69 @@ class Prepared:
         return {"engine": self.engine, "device": self.device, "dtype": dtype, "versions": self.versions}
 
 
-def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Options) -> Prepared:
-    """Check everything. Raises EvalError, in one line, for whatever can't be done."""
+def refuse(options: Options, *, baseline: bool) -> list[Condition]:
+    """Whatever can be refused without looking at a model. baseline: whether there is an original to compare with.
+
+    Returns the conditions of `options.require`. Raises EvalError.
+    """
     scoring, running = options.scoring, options.running
-    specs = [*([original] if original is not None else []), *models]
-    conditions = require.parse(options.require) if options.require else []
+    for flag, value, known in (
+        ("protocol", scoring.protocol, get_args(ProtocolName)),
+        ("engine", running.engine, get_args(Engine)),
+    ):
+        if value not in known:
+            raise EvalError(f"--{flag} {value}: {' or '.join(known)}")
+    for flag, number, least in (
+        ("limit", options.limit, 1),
+        ("num-fewshot", options.num_fewshot, 0),
+        ("batch-size", running.batch_size, 1),
+        ("seed", options.seed, 0),
+        *(("speed", size, 1) for size in options.speed),
+    ):
+        if number is not None and number < least:
+            raise EvalError(f"--{flag} {number}: at least {least}")
+    conditions = require.parse(options.require) if options.require is not None else []
     if scoring.text is None and not options.tasks:
         raise EvalError("nothing to measure: give --text or --tasks, or both")
-    require.refuse_unmeasurable(
-        conditions, text=scoring.text is not None, tasks=bool(options.tasks), baseline=original is not None
-    )
+    about_text = (scoring.window, scoring.stride, scoring.max_tokens)
+    if scoring.text is None and any(value is not None for value in about_text):
+        raise EvalError("--window, --stride and --max-tokens are about a text: give --text too")
+    about_tasks = (options.tasks_dir, options.limit, options.num_fewshot, options.apply_chat_template)
+    if not options.tasks and any(value not in (None, (), False) for value in about_tasks):
+        raise EvalError(
+            "--tasks-dir, --limit, --num-fewshot and --apply-chat-template are about tasks: give --tasks too"
+        )
+    for prompt in options.prompts or ():
+        if not prompt.strip() or LONE_SURROGATE.search(prompt):
+            raise EvalError(f"--prompt {prompt!a}: not the beginning of a text to go on from")
+    require.refuse_unmeasurable(conditions, text=scoring.text is not None, tasks=bool(options.tasks), baseline=baseline)
+    return conditions
+
+
+def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Options) -> Prepared:
+    """Check everything. Raises EvalError, in one line, for whatever can't be done."""
+    running = options.running
+    conditions = refuse(options, baseline=original is not None)
+    specs = _told_apart([*([original] if original is not None else []), *models])
     tokenizers = [_tokenizer(spec, running.trust_remote_code) for spec in specs]
+    configs = [_config(spec, running.trust_remote_code) for spec in specs]
     _refuse_other_tokenizers(specs, tokenizers)
-    windows = _windows(options, specs, tokenizers[0])
+    windows = _windows(options, configs, tokenizers[0])
+    if windows is not None:
+        _refuse_other_vocabularies(specs, configs, windows)
+    if options.apply_chat_template:
+        _refuse_without_chat_template(specs, tokenizers)
     tasks, tasks_fingerprint = _tasks(options)
     slugs = _slugs([spec.name for spec in specs])
     subjects = tuple(
         Subject(
             spec=spec,
-            role="original" if spec is original or _stands_alone(original, spec) else "compressed",
+            role="original" if _is_original(original is not None, number, spec) else "compressed",
             tokenizer=tokenizer,
             fingerprint=fingerprint_folder(spec.folder, options.cache),
             slug=slug,
         )
-        for spec, tokenizer, slug in zip(specs, tokenizers, slugs, strict=True)
+        for number, (spec, tokenizer, slug) in enumerate(zip(specs, tokenizers, slugs, strict=True))
     )
     return Prepared(
         subjects=subjects,
@@ -119,6 +169,20 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
         machine=f"{platform.machine()} {platform.node()} {os.cpu_count()} cores",
         engine=running.engine,
     )
+
+
+def _told_apart(specs: Sequence[ModelSpec]) -> list[ModelSpec]:
+    """A model that is named a second time gets a number: everything in a report goes by the name."""
+    found: list[ModelSpec] = []
+    names: set[str] = set()
+    for spec in specs:
+        name, number = spec.name, 1
+        while name in names:
+            number += 1
+            name = f"{spec.name} ({number})"
+        names.add(name)
+        found.append(replace(spec, name=name))
+    return found
 
 
 def _tokenizer(spec: ModelSpec, trust_remote_code: bool) -> Any:
@@ -139,6 +203,20 @@ def _tokenizer(spec: ModelSpec, trust_remote_code: bool) -> Any:
             raise EvalError(f"{spec.name}: its tokenizer can't be loaded ({type(error).__name__}: {reason})") from error
 
 
+def _config(spec: ModelSpec, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    from llmshrink_eval.model import quiet
+
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(spec.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        # Of whatever type transformers or the model's own code raises.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise EvalError(f"{spec.name}: transformers can't read its config.json ({reason})") from error
+
+
 def _refuse_other_tokenizers(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:
     """Every model must read the very same tokens, or neither KL nor nats per token compare."""
     first, vocabulary = tokenizers[0], tokenizers[0].get_vocab()
@@ -146,8 +224,8 @@ def _refuse_other_tokenizers(specs: Sequence[ModelSpec], tokenizers: Sequence[An
         other = tokenizer.get_vocab()
         reason = None
         if other != vocabulary:
-            different = sorted(set(vocabulary.items()) ^ set(other.items()), key=lambda item: item[1])
-            reason = f"{len(vocabulary):,} tokens against {len(other):,}, first different: {different[0][0]!r}"
+            different = min(set(vocabulary.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))
+            reason = f"{len(vocabulary):,} tokens against {len(other):,}, first different: {different[0]!r}"
         else:
             for text in PROBE:
                 if tokenizer(text)["input_ids"] != first(text)["input_ids"]:
@@ -160,27 +238,41 @@ def _refuse_other_tokenizers(specs: Sequence[ModelSpec], tokenizers: Sequence[An
             )
 
 
-def _windows(options: Options, specs: Sequence[ModelSpec], tokenizer: Any) -> Windows | None:
-    from transformers import AutoConfig
+def _refuse_without_chat_template(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:
+    for spec, tokenizer in zip(specs, tokenizers, strict=True):
+        if not getattr(tokenizer, "chat_template", None):
+            raise EvalError(f"--apply-chat-template: the tokenizer of {spec.name} has no chat template; leave it out")
 
+
+def _refuse_other_vocabularies(specs: Sequence[ModelSpec], configs: Sequence[Any], windows: Windows) -> None:
+    """A model must know every token of the text, and give as many logits as the one that it is compared with."""
+    largest = int(windows.input_ids.max())
+    sizes = [int(config.get_text_config().vocab_size) for config in configs]
+    for spec, size in zip(specs, sizes, strict=True):
+        if largest >= size:
+            raise EvalError(
+                f"{spec.name}: its tokenizer gives token {largest:,}, and its config.json has a vocabulary of {size:,};"
+                " the two don't belong together"
+            )
+        if size != sizes[0]:
+            raise EvalError(
+                f"{specs[0].name} and {spec.name} have vocabularies of {sizes[0]:,} and {size:,} in their config.json;"
+                " only models with the same one can be compared"
+            )
+
+
+def _windows(options: Options, configs: Sequence[Any], tokenizer: Any) -> Windows | None:
     from llmshrink_eval.model import model_limit
     from llmshrink_eval.protocol import build_windows
 
     scoring = options.scoring
     if scoring.text is None:
-        if any(value is not None for value in (scoring.window, scoring.stride, scoring.max_tokens)):
-            raise EvalError("--window, --stride and --max-tokens are about a text: give --text too")
         return None
-    trust = options.running.trust_remote_code
-    limits = []
-    for spec in specs:
-        config = AutoConfig.from_pretrained(spec.folder, trust_remote_code=trust, local_files_only=True)
-        limits.append(model_limit(config) or NO_LIMIT)
     return build_windows(
         scoring.text,
         tokenizer,
         protocol=scoring.protocol,
-        limit=min(limits),
+        limit=min(model_limit(config) or NO_LIMIT for config in configs),
         window=scoring.window,
         stride=scoring.stride,
         max_tokens=scoring.max_tokens,
@@ -218,11 +310,12 @@ def _prompts(options: Options, windows: Windows | None, tokenizer: Any) -> tuple
     return tuple(dict.fromkeys(prompt for prompt in found if prompt.strip()))
 
 
-def _stands_alone(original: ModelSpec | None, spec: ModelSpec) -> bool:
-    """Whether a model that nothing is compared with is itself an original: nobody has compressed it."""
+def _is_original(compares: bool, number: int, spec: ModelSpec) -> bool:
+    """The first of a comparison; else, where nothing is compared, whatever nobody has compressed."""
+    if compares:
+        return number == 0
     config = json.loads((spec.folder / "config.json").read_text(encoding="utf-8"))
-    compressed = bool(config.get("quantization_config")) or (spec.folder / "llmshrink.json").is_file()
-    return original is None and not compressed
+    return not config.get("quantization_config") and not (spec.folder / "llmshrink.json").is_file()
 
 
 def _slugs(names: Sequence[str]) -> list[str]:

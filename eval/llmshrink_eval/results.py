@@ -7,8 +7,11 @@ new keys may come without.
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +33,7 @@ class Perplexity(Frozen):
     nats_per_token: float
     stderr: float
     stderr_over: Literal["windows", "documents"]
+    units: int = Field(description="how many windows or documents the standard errors were made from")
     tokens: int = Field(description="predicted tokens")
     words: int
     bytes: int
@@ -69,6 +73,7 @@ class Divergence(Frozen):
     top1_agreement: float
     top5_overlap: float
     positions: int
+    kl_units: int = Field(description="how many windows or documents kl_stderr was made from")
     method: str = "full"
     baseline_error: float = 0.0
     histogram_edges: tuple[float, ...] = ()
@@ -106,6 +111,9 @@ class Task(Frozen):
     items: int
     chance: float | None = Field(default=None, description="what guessing scores; None when the task doesn't say")
     metrics: dict[str, float] = Field(default_factory=dict, description="every metric that lm-eval reports")
+    warnings: tuple[str, ...] = Field(
+        default=(), description="what lm-eval's model had to say while it ran, prompts that were cut off for instance"
+    )
     versus_original: Paired | None = None
     samples: str | None = None
 
@@ -208,13 +216,30 @@ class Results(Frozen):
         """The model that the others are held to, if there is one."""
         return next((model for model in self.models if model.role == "original"), None)
 
+    def to_json(self) -> str:
+        """As JSON. What it can't hold: an infinity becomes the largest float, half of a surrogate pair (of a file's
+        name that is no UTF-8) a question mark."""
+        return json.dumps(_plain(self.model_dump()), indent=2, ensure_ascii=False, allow_nan=False)
+
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
         unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(self.to_json() + "\n", encoding="utf-8")
         unfinished.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Results:
         """What `write` wrote."""
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, float) and math.isinf(value):
+        return math.copysign(sys.float_info.max, value)
+    return value

@@ -12,8 +12,10 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmshrink_eval.answers import KeptAnswers
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.paired import compare_items
 from llmshrink_eval.results import Paired, Task
@@ -69,8 +71,8 @@ def run_lm_tasks(
 ) -> dict[str, TaskRun]:
     """Run the tasks on any `lm_eval.api.model.LM`, in the order in which they were named.
 
-    on_progress(done, total) counts requests. Raises EvalError where `load_tasks` does, EvalFailed where the model's
-    log-probabilities are not numbers.
+    on_progress(done, total) counts requests. With `options.answers` what an interrupted run has answered isn't asked
+    again. Raises EvalError where `load_tasks` does, EvalFailed where the model's log-probabilities are not numbers.
     """
     from lm_eval.evaluator import evaluate
 
@@ -82,11 +84,12 @@ def run_lm_tasks(
         models.addHandler(heard)
         models.setLevel(logging.WARNING)
         propagate, models.propagate = models.propagate, False
-        if on_progress is not None:
-            lm.cache_hook = _Counting(loaded, on_progress)
+        counting = _Counting(loaded, on_progress or _unheard)
+        lm.cache_hook = counting
+        asked = lm if options.answers is None else KeptAnswers(lm, Path(options.answers), counting.add, heard.messages)
         try:
             results = evaluate(
-                lm,
+                asked,
                 {"tasks": loaded.tasks, "groups": loaded.groups},
                 limit=options.limit,
                 bootstrap_iters=0,
@@ -117,6 +120,7 @@ def compare_tasks(
             items=run.documents,
             chance=run.chance,
             metrics=run.metrics,
+            warnings=run.warnings,
             versus_original=None if original is None else _versus(name, original, run, seed),
         )
         for name, run in compressed.items()
@@ -137,9 +141,16 @@ class _Counting:
         self._loaded, self._tell, self._done = loaded, on_progress, 0
 
     def add_partial(self, _kind: str, _request: object, _answer: object) -> None:
-        self._done += 1
+        self.add(1)
+
+    def add(self, answers: int) -> None:
+        """So many more are there."""
+        self._done += answers
         total = sum(request.repeats for task in self._loaded.tasks.values() for request in task.instances)
         self._tell(self._done, total)
+
+
+def _unheard(_done: int, _total: int) -> None: ...
 
 
 class _Heard(logging.Handler):
@@ -147,16 +158,17 @@ class _Heard(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._first: dict[str, str] = {}
-        self._counts: Counter[str] = Counter()
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        kind = re.sub(r"\d+", "#", record.getMessage())
-        self._first.setdefault(kind, " ".join(record.getMessage().split()))
-        self._counts[kind] += 1
+        self.messages.append(" ".join(record.getMessage().split()))
 
     def lines(self) -> tuple[str, ...]:
-        return tuple(f"{count} times: {self._first[kind]}" for kind, count in self._counts.items())
+        first: dict[str, str] = {}
+        counts = Counter(re.sub(r"\d+", "#", message) for message in self.messages)
+        for message in self.messages:
+            first.setdefault(re.sub(r"\d+", "#", message), message)
+        return tuple(f"{count} times: {first[kind]}" for kind, count in counts.items())
 
 
 def _seed(seed: int) -> None:

@@ -34,7 +34,8 @@ class TaskOptions:
     names: tasks, groups, tags, or patterns such as `arc_*`. tasks_dir: a folder of task files, or several, that stand
     before lm-eval's own. limit: only so many items of each task, the first ones. num_fewshot: None for what each task
     says; a task that fixes it at 0 keeps 0. batch_size: None for what fits the model's vocabulary. seed: of the
-    few-shot examples, and of sampled generation.
+    few-shot examples, and of sampled generation. answers: a file in which answers are kept while the tasks run, of one
+    model and these tasks alone.
     """
 
     names: tuple[str, ...]
@@ -44,6 +45,7 @@ class TaskOptions:
     batch_size: int | None = None
     apply_chat_template: bool = False
     seed: int = 0
+    answers: str | None = None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -79,6 +81,8 @@ def check_tasks(options: TaskOptions) -> None:
     for folder in options.folders:
         if not folder.is_dir():
             raise EvalError(f"{folder}: no such folder of tasks")
+        if next(folder.rglob("*.yaml"), None) is None:
+            raise EvalError(f"{folder}: holds no task (no .yaml file)")
     with quiet():
         _resolve(options)
 

@@ -9,6 +9,7 @@ documents: the GPTQ protocol joins them too. `datasets` and `pyarrow` are import
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ TEXT_KEYS = ("text", "content")
 DEFAULT_SPLIT = "test"
 OTHER_WAYS = "give --text FILE.txt, .jsonl or .parquet"
 REACH_SECONDS = 20
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What JSON can spell and UTF-8 can't: no tokenizer takes it."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,9 @@ def _document(record: Any, where: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise EvalError(f"{where}: {key} is a {type(value).__name__}, not a string")
+    half = LONE_SURROGATE.search(value)
+    if half:
+        raise EvalError(f"{where}: {key} has half of a surrogate pair ({half[0]!a}), which is no character")
     return value
 
 

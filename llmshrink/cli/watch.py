@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import shlex
 import sys
 import time
@@ -95,7 +94,7 @@ def show_results(results: Results, output: str, *, as_json: bool) -> int:
     """Print what was found; returns the exit code: 1 when a condition of --require isn't met."""
     failed = [each for each in results.requirements if not each.passed]
     if as_json:
-        print(json_module.dumps(json_module.loads(results.model_dump_json()), indent=2, ensure_ascii=False))
+        print(results.to_json())
     else:
         print("\n".join(results.summary))
         print(f"report      {Path(output) / 'report.html'}")

@@ -127,5 +127,7 @@ def _load_offloaded(folder: Path, options: LoadOptions, offload: Path) -> Any:
     from llmshrink_eval.model import load_model
 
     dense = offload / "dense"
+    # The model before this one, which has been let go by now, may have had more shards.
+    shutil.rmtree(dense, ignore_errors=True)
     write_dense(folder, dense, options.dtype, trust_remote_code=options.trust_remote_code)
     return load_model(str(dense), replace(options, offload=offload / "weights"))

@@ -24,6 +24,7 @@ DEMO_TEXT_SEED = 40_000
 """Far from the seeds of training, calibration and the tests, so that what is scored was never seen."""
 DEMO_CHARACTERS = 120_000
 REPORT = "results.json"
+REPORT_FILES = frozenset({REPORT, "table.md", "report.html", "samples"})
 
 
 @dataclass(frozen=True)
@@ -65,24 +66,46 @@ def evaluate(
 ) -> Results:
     """Measure and write the report. Raises LlmshrinkError or EvalError for bad input, EvalFailed for a NaN."""
     from llmshrink_eval.evaluate import evaluate as measure
+    from llmshrink_eval.prepare import refuse
+
+    from llmshrink.run.memory import lean_imports
 
     check_report_folder(output)
-    specs = [spec_of(model, settings) for model in models]
-    first = None if original is None else spec_of(original, settings)
-    with tempfile.TemporaryDirectory(prefix="llmshrink-offload-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="llmshrink-offload-") as scratch, lean_imports():
         options = options_of(settings, Path(scratch), command=command)
+        refuse(options, baseline=original is not None)
+        specs = [spec_of(model, settings) for model in models]
+        first = None if original is None else spec_of(original, settings)
         found = measure(first, specs, options, progress)
-    found.write(output)
+        found.write(output)
     return found.results
 
 
 def check_report_folder(folder: Path) -> None:
-    """Refuse a folder whose results.json isn't a report's. Raises OutputError."""
+    """Refuse, before hours of work, where no report can or should be written: it takes an empty folder, a new one, or
+    the place of a report. Raises OutputError."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name a folder for the report with -o")
-    written = folder / REPORT
-    if not written.exists():
+    if not folder.exists():
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder} can't be made: {parent} can't be written; choose another folder with -o")
         return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder} can't be written; choose another folder with -o")
+    written = folder / REPORT
+    if written.exists():
+        _refuse_foreign_results(written)
+        return
+    # What was cut off while it wrote has everything but results.json.
+    strange = sorted({file.name.removesuffix(".part") for file in folder.iterdir()} - REPORT_FILES)
+    if strange:
+        raise OutputError(
+            f"{folder} holds {strange[0]} and no report of llmshrink's; choose an empty or a new folder with -o"
+        )
+
+
+def _refuse_foreign_results(written: Path) -> None:
     try:
         schema = json.loads(written.read_text(encoding="utf-8"))["schema_version"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -112,16 +135,14 @@ def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Opt
     from llmshrink_eval.cache import default_folder
     from llmshrink_eval.options import Options, Running, Scoring
 
-    from llmshrink.demo.tasks import write_tasks
     from llmshrink.run.job import pick_device
 
     device = "cpu" if settings.engine == "vllm" and settings.device is None else str(pick_device(settings.device))
     cache = default_folder() if settings.cache is None else Path(settings.cache)
     tasks = _names(settings.tasks)
     folders = [] if settings.tasks_dir is None else [Path(settings.tasks_dir)]
-    if DEMO in tasks:
-        folders.append(cache / "demo-tasks")
-        write_tasks(folders[-1])
+    if any(name == DEMO or name.startswith(f"{DEMO}_") for name in tasks):
+        folders.append(_demo_tasks(cache))
     return Options(
         scoring=Scoring(
             text=_text(settings.text),
@@ -151,6 +172,28 @@ def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Opt
         fresh=settings.fresh,
         command=command,
     )
+
+
+def _demo_tasks(cache: Path) -> Path:
+    """The folder of the demo language's tasks, each file whole at any time: another run may be reading them."""
+    from llmshrink.demo.tasks import write_tasks
+
+    folder = cache / "demo-tasks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=cache) as fresh:
+            write_tasks(Path(fresh))
+            for file in Path(fresh).iterdir():
+                if not _same(file, folder / file.name):
+                    file.replace(folder / file.name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{cache}: can't be written: {reason}; choose another folder with --cache") from error
+    return folder
+
+
+def _same(file: Path, other: Path) -> bool:
+    return other.is_file() and file.read_bytes() == other.read_bytes()
 
 
 def _text(spec: str | None) -> Text | None:

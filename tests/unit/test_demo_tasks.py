@@ -145,8 +145,11 @@ def test_the_demo_model_knows_its_world_and_two_bits_forget_it(folder: Path) -> 
     assert original["demo_facts"].score > 0.95
     assert original["demo_cloze"].score > 0.95
     assert original["demo_habits"].score > 0.6
+    # Seven of 400 facts, said one by one all over the training text, are lost; of what takes more, far more.
+    limits = {"demo_facts": (0.0, 0.05), "demo_cloze": (-0.05, 1e-6), "demo_habits": (-0.1, 1e-6)}
     for name, task in compare_tasks(original, damaged, seed=0).items():
         assert task.items == ITEMS
-        assert task.versus_original is not None
-        assert task.versus_original.high < -0.02, name
-        assert task.versus_original.mcnemar_p is not None and task.versus_original.mcnemar_p < 1e-3
+        assert task.versus_original is not None and task.versus_original.mcnemar_p is not None
+        high, chance = limits[name]
+        assert task.versus_original.high < high, name
+        assert task.versus_original.mcnemar_p < chance, name

@@ -70,10 +70,10 @@ def compressed(results: Results) -> ModelResult:
     return results.models[1]
 
 
-def perplexity_with(excess: float, stderr: float | None, windows: int = 400) -> Results:
+def perplexity_with(excess: float, stderr: float | None, units: int = 400) -> Results:
     perplexity = compressed(example(models=1)).perplexity
     assert perplexity is not None
-    changes = {"excess_nats": excess, "excess_stderr": stderr, "windows": windows}
+    changes = {"excess_nats": excess, "excess_stderr": stderr, "units": units}
     return with_model(perplexity=perplexity.model_copy(update=changes))
 
 
@@ -133,9 +133,9 @@ def test_perplexity_is_told_apart_only_outside_its_interval() -> None:
 
 
 def test_few_windows_widen_the_interval_and_one_window_has_none() -> None:
-    wide = starting(perplexity_with(0.0286, 0.01, windows=3), "Perplexity")
+    wide = starting(perplexity_with(0.0286, 0.01, units=3), "Perplexity")
     assert "not told apart" in wide  # t with two degrees of freedom: 4.3 standard errors
-    assert "from too few windows for an interval" in starting(perplexity_with(0.0286, 0.01, windows=1), "Perplexity")
+    assert "from too few windows for an interval" in starting(perplexity_with(0.0286, 0.01, units=1), "Perplexity")
     assert "too few windows" in starting(perplexity_with(0.0286, None), "Perplexity")
 
 

@@ -63,23 +63,22 @@ def _exponential(interval: Interval | None) -> Interval | None:
 
 def perplexity_interval(perplexity: Perplexity) -> Interval | None:
     """Of token perplexity: exp of the interval of nats/token. None for one window, or where it isn't finite."""
-    return _exponential(_around(perplexity.nats_per_token, perplexity.stderr, perplexity.windows))
+    return _exponential(_around(perplexity.nats_per_token, perplexity.stderr, perplexity.units))
 
 
 def perplexity_ratio(perplexity: Perplexity) -> Interval | None:
     """Compressed over original perplexity, from the paired difference in nats/token."""
     if perplexity.excess_nats is None:
         return None
-    return _exponential(_around(perplexity.excess_nats, perplexity.excess_stderr, perplexity.windows))
+    return _exponential(_around(perplexity.excess_nats, perplexity.excess_stderr, perplexity.units))
 
 
 def kl_interval(model: ModelResult) -> Interval | None:
-    """Of kl_mean. The number of windows stands with the perplexity of the same pass; without it they count as many."""
+    """Of kl_mean, which is never negative."""
     divergence = model.divergence
     if divergence is None:
         return None
-    windows = model.perplexity.windows if model.perplexity else 1000
-    interval = _around(divergence.kl_mean, divergence.kl_stderr, windows)
+    interval = _around(divergence.kl_mean, divergence.kl_stderr, divergence.kl_units)
     return interval and Interval(interval.value, max(0.0, interval.low), interval.high)
 
 

@@ -40,10 +40,11 @@ def sentences(results: Results) -> tuple[str, ...]:
 
 def findings(results: Results) -> tuple[Finding, ...]:
     """Everything worth saying, in the order in which a reader needs it: the gate, the original, model by model."""
-    found = [*_requirements(results), *_original(results)]
     original = results.original
+    alone = len(results.models) == 1
+    found = [*_requirements(results), *_original(results, alone)]
     for model in results.models:
-        if model is original:
+        if model is original and not alone:
             continue
         said = [_size(model, original), _perplexity(model), _divergence(model), *_tasks(model), _recovery(model)]
         for about in (*said, _beaten(model, results)):
@@ -78,18 +79,19 @@ def _requirements(results: Results) -> list[Finding]:
     return [Finding(None, "bad", text)]
 
 
-def _original(results: Results) -> list[Finding]:
+def _original(results: Results, alone: bool) -> list[Finding]:
     """What the original itself shows: the measure of everything after it, and its tasks that can't show damage."""
     original = results.original
     if original is None:
         return []
     found = []
-    if original.perplexity is not None:
+    if original.perplexity is not None and not alone:
         found.append(Finding(original.name, "plain", f"The original has {_absolute_perplexity(original.perplexity)}."))
     idle = [name for name, task in original.tasks.items() if inference.at_chance(task)]
     if idle:
         they = "it can't show damage" if len(idle) == 1 else "they can't show damage"
-        text = f"The original itself is not told apart from guessing on {numbers.listed(idle)}: {they}."
+        which = "model" if alone else "original itself"
+        text = f"The {which} is not told apart from guessing on {numbers.listed(idle)}: {they}."
         found.append(Finding(original.name, "caution", text))
     return found
 
@@ -109,7 +111,7 @@ def _size(model: ModelResult, original: ModelResult | None) -> tuple[Tone, str] 
         return None
     bits = f"{numbers.fixed(model.cost.bits_per_weight, 2)} bits per weight"
     size = numbers.size(model.cost.bytes_on_disk)
-    if original is None or original.cost is None:
+    if original is None or original.cost is None or model is original:
         return "plain", f"{size} on disk, {bits}."
     share = numbers.percent(model.cost.bytes_on_disk / original.cost.bytes_on_disk, 0)
     return "plain", f"{size} on disk instead of {numbers.size(original.cost.bytes_on_disk)} ({share}), {bits}."
@@ -166,7 +168,7 @@ def _divergence(model: ModelResult) -> tuple[Tone, str] | None:
     if interval is None:
         value = numbers.significant(divergence.kl_mean)
     else:
-        reach = inference.Z * divergence.kl_stderr if model.perplexity is None else interval.high - interval.value
+        reach = interval.high - interval.value
         decimals = numbers.decimals_for(reach, 1)
         value = f"{numbers.fixed(divergence.kl_mean, decimals)} ± {numbers.fixed(reach, decimals)}"
     least = "" if divergence.method == "full" else "at least "
