@@ -1,7 +1,7 @@
 """llmshrink: a Hugging Face language model in, a smaller one out that is proven by measurement and served by vLLM.
 
 The verbs of the command line are functions here, with the same names and defaults: `llmshrink.quantize(...)`,
-`llmshrink.inspect(...)`, `llmshrink.verify(...)`, `llmshrink.recipes()`. They are looked up on first use, because
+`llmshrink.inspect(...)`, `llmshrink.verify(...)`, `llmshrink.recipes()`; `llmshrink.load(...)` is for torch alone. They are looked up on first use, because
 `import llmshrink` happens for `llmshrink --help` too, which has no time for torch.
 """
 
@@ -13,11 +13,23 @@ from typing import TYPE_CHECKING
 from llmshrink.errors import LlmshrinkError
 
 if TYPE_CHECKING:
-    from llmshrink.api import compare, eval, inspect, quantize, recipes, verify
+    from llmshrink.api import bench_kernels, compare, eval, generate, inspect, load, quantize, recipes, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["LlmshrinkError", "__version__", "compare", "eval", "inspect", "quantize", "recipes", "verify"]
+__all__ = [
+    "LlmshrinkError",
+    "__version__",
+    "bench_kernels",
+    "compare",
+    "eval",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+    "recipes",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

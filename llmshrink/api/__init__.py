@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from llmshrink.api.bench import bench_kernels
 from llmshrink.api.checkpoints import inspect, recipes, verify
 from llmshrink.api.compress import parse_size, quantize
 from llmshrink.api.evaluate import compare, eval
+from llmshrink.api.runtime import generate, load
 
-__all__ = ["compare", "eval", "inspect", "parse_size", "quantize", "recipes", "verify"]
+__all__ = [
+    "bench_kernels",
+    "compare",
+    "eval",
+    "generate",
+    "inspect",
+    "load",
+    "parse_size",
+    "quantize",
+    "recipes",
+    "verify",
+]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llmshrink import __version__
-from llmshrink.cli import compare, eval, inspect, quantize, recipes, verify
+from llmshrink.cli import bench, compare, eval, generate, inspect, quantize, recipes, verify
 
 app = typer.Typer(
     name="llmshrink",
@@ -40,9 +40,11 @@ def _root(
 app.command("quantize")(quantize.quantize)
 app.command("eval")(eval.eval)
 app.command("compare")(compare.compare)
+app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(bench.app, name="bench")
 
 
 def command() -> Any:

@@ -1,0 +1,58 @@
+"""`llmshrink.load` and `llmshrink.generate`: a compressed checkpoint, running in torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmshrink.errors import PathLike
+
+if TYPE_CHECKING:
+    from llmshrink.runtime.generate import Generation
+
+
+def load(
+    model: PathLike, *, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model with its weights packed: transformers' own model, with a QuantLinear for each packed linear.
+
+    model: a Hub id (`id` or `id@revision`), a folder, or "demo"; compressed-tensors' pack-quantized of 2, 3, 4 or 8
+    bits by any tool, or a model that isn't compressed, which then loads as it is. device: "cpu", "cuda", ...; None is
+    the fastest that is there. dtype: "bfloat16", "float16" or "float32" (a CPU alone computes packed weights in that);
+    None is the checkpoint's own. The model is in evaluation mode, `generate` works, and its memory is the compressed
+    size; `.to(dtype)` changes the activations' dtype and never the scales. Raises LlmshrinkError for bad input.
+    """
+    from llmshrink.runtime.load import load as run
+
+    return run(os.fspath(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def generate(
+    model: PathLike,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool | None = None,
+    trust_remote_code: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Let a model go on from `prompt`, with its weights packed as `load` loads them.
+
+    model, device, dtype: as in `load`. temperature: 0 takes the likeliest token each time; above, tokens are drawn from
+    the likeliest that make up top_p. chat: whether the prompt is put into the tokenizer's chat template; None does so
+    where there is one. on_text: called with each piece of text as it comes. Raises LlmshrinkError for bad input.
+    """
+    from llmshrink.run.memory import lean_imports
+    from llmshrink.runtime.generate import Sampling
+    from llmshrink.runtime.generate import generate as run
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "chat": chat, "on_text": on_text}
+    with lean_imports():
+        return run(os.fspath(model), prompt, sampling, trust_remote_code=trust_remote_code, **options)

@@ -1,0 +1,1 @@
+"""The packed model in torch: transformers' own modules, with compressed weights where its linears were."""

@@ -1,0 +1,165 @@
+"""Four bits on a CPU: torch's own int4 product, which reads the packed weight and never makes it whole.
+
+`aten::_weight_int4pack_mm_for_cpu` multiplies bfloat16 rows by nibbles q (unsigned) that it scales on the way into the
+vector registers, w = (q - 8) * scale + zero, sums in float32 and rounds once. It takes float32 and float16 rows too,
+but through a loop without vector instructions, some forty times slower: those go by blocks (`wna16.dequantize`).
+
+Its layout depends on the processor (rows in blocks of 64 with AVX-512, else 32), so it is for memory only: `pack` makes
+it of the kernels' layout, `unpack` is the exact inverse and finds the order by packing a matrix of numbered nibbles.
+
+The operator wants scale and zero in bfloat16, and zero = -scale * zero_point doesn't fit there: twelve bits, of which
+eight are kept. What is left fits again, and is added as (sums of x over groups) times (remainders), 1/group_size of the
+work, so that asymmetric weights are as exact as symmetric ones.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from llmshrink_kernels.wna16.prepack import ROWS, PackedWeight, empty, prepack, unpack_block
+from torch import Tensor
+
+GROUPS = (256, 128, 64, 32)
+"""Inputs a group, as the operator takes them."""
+BLOCK = 16 * ROWS
+"""Rows that are packed or unpacked together."""
+
+
+def group_for(bits: int, group_size: int, in_features: int) -> int | None:
+    """The group with which the operator can multiply such a weight, or None where it can't.
+
+    One group a row (-1) is cut into the largest groups that divide it.
+    """
+    sizes = GROUPS if group_size == -1 else (group_size,)
+    fitting = (size for size in sizes if size in GROUPS and in_features % size == 0)
+    return next(fitting, None) if bits == 4 else None
+
+
+def pack(weight: PackedWeight) -> Tensor:
+    """The operator's layout of a 4-bit weight's codes: uint8 [padded N, K / 2]."""
+    words = torch.empty(weight.padded_out, weight.in_features // 2, dtype=torch.uint8)
+    packets = range(weight.padded_in // weight.packet)
+    for rows in _blocks(weight.padded_out):
+        codes = unpack_block(weight, rows, packets)[:, : weight.in_features]
+        words[rows.start : rows.stop] = _packed(codes.int() + 8)
+    return words
+
+
+def unpack(words: Tensor, out_features: int, in_features: int, group_size: int) -> Tensor:
+    """The inverse of `pack`: the words of the kernels' layout, int16."""
+    kind: dict[str, Any] = {"bits": 4, "group_size": group_size}
+    whole = empty(out_features, in_features, scale_dtype=torch.float32, zero_points=False, device="cpu", **kind)
+    groups = 1 if group_size == -1 else in_features // group_size
+    for rows in _blocks(words.shape[0]):
+        codes = _codes(words, rows, in_features)
+        part = prepack(codes, torch.zeros(len(rows), groups), None, **kind)
+        whole.words[:, rows.start : rows.stop] = part.words
+    return whole.words
+
+
+def _codes(words: Tensor, rows: range, in_features: int) -> Tensor:
+    """int8 [rows, in_features], of rows that begin and end with a block."""
+    block, order = _order()
+    octets = words[rows.start : rows.stop].view(-1, in_features, block // 2)
+    nibbles = torch.stack([octets & 15, octets >> 4], -1).flatten(2)[:, :, order]
+    return nibbles.transpose(1, 2).reshape(len(rows), in_features).to(torch.int8) - 8
+
+
+def pairs(scales: Tensor, zero_points: Tensor | None, group: int, weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """(scale and zero as the operator takes them, what is left of the zeros): bf16 [K/g, padded N, 2] and [K/g, N].
+
+    The second is None where nothing is left. A scale that bfloat16 doesn't hold is rounded to it, which is no further
+    off than the weight rounded to bfloat16.
+    """
+    size = weight.in_features if weight.group_size == -1 else weight.group_size
+    repeats = size // group
+    count = weight.in_features // size
+    scale = scales[:count].to(torch.bfloat16).repeat_interleave(repeats, 0)
+    if zero_points is None:
+        return torch.stack([scale, torch.zeros_like(scale)], -1), None
+    exact = -scale.float() * zero_points[:count].repeat_interleave(repeats, 0)
+    zero = exact.to(torch.bfloat16)
+    left = (exact - zero.float()).to(torch.bfloat16)
+    return torch.stack([scale, zero], -1), left[:, : weight.out_features].contiguous() if left.any() else None
+
+
+def _matmul(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | None, out_features: int) -> Tensor:
+    """x: bf16 [M, K]; returns [M, out_features]."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, out_features)
+    x = x.contiguous()
+    group = x.shape[1] // scale_and_zero.shape[0]
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, group, scale_and_zero)[:, :out_features]
+    if left is not None:
+        sums = x.view(x.shape[0], -1, group).sum(-1, dtype=torch.float32).to(x.dtype)
+        return y + sums @ left
+    return y.contiguous()
+
+
+def _matmul_transposed(
+    y: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | None, in_features: int
+) -> Tensor:
+    """y: bf16 [M, N]; returns y W, [M, in_features]: block by block of W's rows, in float32."""
+    result = torch.zeros(y.shape[0], in_features)
+    group = in_features // scale_and_zero.shape[0]
+    for rows in _blocks(words.shape[0]):
+        within = slice(rows.start, min(rows.stop, y.shape[1]))
+        codes = _codes(words, rows, in_features)[: within.stop - within.start].view(-1, in_features // group, group)
+        scale, zero = scale_and_zero[:, within].float().unbind(-1)
+        if left is not None:
+            zero = zero + left[:, within].float()
+        values = codes.float() * scale.t().unsqueeze(-1) + zero.t().unsqueeze(-1)
+        result += y[:, within].float() @ values.view(-1, in_features)
+    return result.to(y.dtype)
+
+
+def _blocks(rows: int) -> list[range]:
+    return [range(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
+
+
+def _packed(nibbles: Tensor) -> Tensor:
+    """nibbles: int32 [rows, K], 0 to 15, rows a multiple of 64."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 2)
+    return packed
+
+
+@cache
+def _order() -> tuple[int, Tensor]:
+    """(rows of a block, where in the block's nibbles each of its rows is) of this processor's layout."""
+    row = torch.arange(ROWS, dtype=torch.int32).unsqueeze(1).expand(ROWS, 2).contiguous()
+    column = torch.tensor([[0, 1]], dtype=torch.int32).expand(ROWS, 2).contiguous()
+    slots = [torch.stack([p & 15, p >> 4], -1).flatten() for p in map(_packed, (row & 15, row >> 4, column))]
+    rows, columns = slots[0].long() + 16 * slots[1].long(), slots[2]
+    block = int(columns.nonzero()[0])
+    assert block in (32, 64) and sorted(rows[:block].tolist()) == list(range(block)), (block, rows)
+    return block, rows[:block].argsort()
+
+
+def _fake(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *weight, _ = inputs
+    ctx.in_features = x.shape[1]
+    ctx.save_for_backward(*(tensor for tensor in weight if tensor is not None))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    words, scale_and_zero, *left = ctx.saved_tensors
+    weight = (words, scale_and_zero, left[0] if left else None)
+    return torch.ops.llmshrink.int4_cpu_matmul_transposed(grad, *weight, ctx.in_features), None, None, None, None
+
+
+_LIBRARY = torch.library.Library("llmshrink", "FRAGMENT")
+_WEIGHT = "Tensor words, Tensor scale_and_zero, Tensor? left"
+for _name, _schema, _run in (
+    ("int4_cpu_matmul", f"(Tensor x, {_WEIGHT}, int out_features) -> Tensor", _matmul),
+    ("int4_cpu_matmul_transposed", f"(Tensor x, {_WEIGHT}, int in_features) -> Tensor", _matmul_transposed),
+):
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmshrink::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("llmshrink::int4_cpu_matmul", _backward, setup_context=_keep, lib=_LIBRARY)

@@ -1,0 +1,230 @@
+"""A checkpoint as a transformers model that computes with packed weights.
+
+The modules are built without parameters; each linear that the checkpoint holds packed becomes a QuantLinear. Tensors
+come from the files one at a time and go to their device at once, so that what is resident is the compressed model and
+one tensor on its way; no weight is ever dense. A checkpoint that isn't compressed loads as transformers loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmshrink_kernels.wna16 import PackedWeight, prepack
+from torch import Tensor, nn
+
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.preflight import load_config
+from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
+from llmshrink.formats import compressed_tensors
+from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.model.skeleton import Skeleton
+from llmshrink.run.job import DTYPES, pick_device
+from llmshrink.run.memory import give_back
+from llmshrink.runtime.linear import QuantLinear
+from llmshrink.runtime.scheme import schemes
+
+logger = logging.getLogger("llmshrink")
+
+PACKED = ".weight_packed"
+
+
+class _Reader:
+    """A compressed checkpoint under its dense names. Only what isn't packed is read here."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._index = index
+        self.packed = {key.removesuffix(PACKED) for key in index if key.endswith(PACKED)}
+
+    def keys(self) -> list[str]:
+        own = {f"{name}.{suffix}" for name in self.packed for suffix in compressed_tensors.SUFFIXES}
+        return [key for key in self._index if key not in own] + [f"{name}.weight" for name in self.packed]
+
+    def read(self, key: str) -> Tensor:
+        return self._index.read(key)
+
+
+def load(model: str, *, device: str | None, dtype: str | None, trust_remote_code: bool) -> Any:
+    """See `llmshrink.load`."""
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    place = pick_device(device)
+    quantization = quantization_of(source)
+    if quantization is None:
+        config = load_config(source, trust_remote_code)
+        chosen = choose_dtype(dtype, config, place, compressed=False)
+        logger.warning("%s isn't compressed: loaded as it is", source.name)
+        loaded = _load_dense(source, place, chosen, trust_remote_code)
+    else:
+        config = _config_of(source, trust_remote_code)
+        chosen = choose_dtype(dtype, config, place, compressed=True)
+        with CheckpointIndex.open(source.folder) as index:
+            loaded = _load_packed(source, config, quantization, index, place, chosen, trust_remote_code)
+    loaded.requires_grad_(False)
+    return loaded.eval()
+
+
+def quantization_of(source: Source) -> dict[str, Any] | None:
+    """The quantization_config of config.json, or None. Raises SourceError when there is no config.json to read."""
+    file = source.folder / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+        assert isinstance(config, dict)
+    except FileNotFoundError:
+        raise SourceError(f"{source.name}: no config.json in {source.folder}; name a model's folder") from None
+    except (OSError, ValueError, AssertionError, RecursionError) as error:
+        raise SourceError(f"{file}: can't be read as a JSON object; download or copy it again") from error
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    return found if isinstance(found, dict) and found else None
+
+
+def choose_dtype(name: str | None, config: Any, device: torch.device, *, compressed: bool) -> torch.dtype:
+    """What is computed in: as asked for, else the config's own (bfloat16 for float32 where kernels want 16 bits)."""
+    kernels = compressed and device.type == "cuda"
+    if name is None or name == "auto":
+        own = getattr(config, "dtype", None)
+        own = getattr(torch, own, None) if isinstance(own, str) else own
+        fallback = torch.bfloat16 if kernels else torch.float32
+        if not isinstance(own, torch.dtype) or own not in DTYPES.values() or (kernels and own == torch.float32):
+            return fallback
+        return own
+    if name not in DTYPES:
+        raise LlmshrinkError(f"--dtype {name}: choose one of {', '.join(DTYPES)}, or auto")
+    if kernels and name == "float32":
+        raise LlmshrinkError("--dtype float32: on cuda packed weights run in bfloat16 or float16; choose one of them")
+    return DTYPES[name]
+
+
+def _config_of(source: Source, trust_remote_code: bool) -> Any:
+    """The configuration of the dense model."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises whatever the field at fault leads to
+        raise SourceError(f"{source.name}: transformers can't read its config.json: {one_line(error)}") from error
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def _load_dense(source: Source, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        return model.to(device)
+    except Exception as error:  # of every type: a missing file, a shape, an unknown class
+        raise SourceError(f"{source.name}: transformers can't load it: {one_line(error)}") from error
+
+
+def _load_packed(
+    source: Source,
+    config: Any,
+    quantization: dict[str, Any],
+    index: CheckpointIndex,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Any:
+    reader = _Reader(index)
+    use_cache = getattr(config, "use_cache", True)
+    skeleton = Skeleton(config, reader, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = skeleton.model
+    packed = _packed_linears(skeleton, reader)
+    described = schemes(quantization, dict.fromkeys(packed, "Linear"))
+    for module_name, stored_name in packed.items():
+        weight = _read(stored_name, index, described[module_name], device)
+        bias = model.get_submodule(module_name).bias
+        model.set_submodule(module_name, QuantLinear(weight, bias, dtype=dtype))
+        give_back()
+    _load_rest(skeleton, index)
+    model.config.use_cache = use_cache
+    model.config.name_or_path = source.name
+    _generation_config(model, source.folder)
+    model.save_pretrained = _unsaved(source.folder)
+    return model
+
+
+def _packed_linears(skeleton: Skeleton, reader: _Reader) -> dict[str, str]:
+    """Module path -> name in the checkpoint, of each packed linear. CheckpointError where the module is no Linear."""
+    places: dict[str, str] = {}
+    for parameter, key in skeleton.key_of.items():
+        stored = key.removesuffix(".weight")
+        if key.endswith(".weight") and stored in reader.packed:
+            name = parameter.removesuffix(".weight")
+            module = skeleton.model.get_submodule(name)
+            if type(module) is not nn.Linear:
+                raise CheckpointError(
+                    f"{name} is packed, and a {type(module).__name__} in this model; only nn.Linear can be run packed"
+                )
+            places[name] = stored
+    missing = sorted(reader.packed - set(places.values()))
+    if missing:
+        logger.warning("%s: %d packed weights that the model's class has no place for", missing[0], len(missing))
+    return places
+
+
+def _read(name: str, index: CheckpointIndex, scheme: GroupedIntScheme, device: torch.device) -> PackedWeight:
+    """One linear, packed for the kernels, on its device."""
+    if f"{name}.weight_g_idx" in index:
+        raise CheckpointError(f"{name}.weight_g_idx: columns in a permuted order can't be run here; serve it with vLLM")
+    weight = compressed_tensors.read(name, index.read, scheme)
+    codes, scale, zero_point = (
+        None if tensor is None else tensor.to(device) for tensor in (weight.codes, weight.scale, weight.zero_point)
+    )
+    assert codes is not None and scale is not None
+    return prepack(codes, scale, zero_point, bits=scheme.bits, group_size=scheme.group_size)
+
+
+def _load_rest(skeleton: Skeleton, index: CheckpointIndex) -> None:
+    """Everything that isn't packed: parameters, those that share a tensor as one, and buffers that the files hold."""
+    slots: dict[str, list[tuple[nn.Module, str]]] = {}
+    for path, module in skeleton.model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                slots.setdefault(skeleton.key_of[f"{path}.{name}".lstrip(".")], []).append((module, name))
+        for name, buffer in module._buffers.items():
+            key = f"{path}.{name}".lstrip(".")
+            if buffer is not None and key in index and not isinstance(module, QuantLinear):
+                module._buffers[name] = index.read(key).to(buffer.device)
+    for key, owners in slots.items():
+        real = nn.Parameter(index.read(key).to(skeleton.device, skeleton.dtype), requires_grad=False)
+        for module, name in owners:
+            expected = module._parameters[name]
+            assert expected is not None
+            if real.shape != expected.shape:
+                raise CheckpointError(
+                    f"{key}: has shape {list(real.shape)}, config.json makes it {list(expected.shape)};"
+                    " the two don't belong together: download the model again"
+                )
+            module._parameters[name] = real
+
+
+def _generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _unsaved(folder: Path) -> Any:
+    def save_pretrained(*_: Any, **__: Any) -> None:
+        raise LlmshrinkError(f"a model of packed weights isn't saved by transformers; copy {folder}, which it is")
+
+    return save_pretrained
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, made one short line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + "..."
