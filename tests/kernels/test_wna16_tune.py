@@ -20,7 +20,8 @@ from torch import Tensor
 
 CONFIG = Config(16, 64, 256, 4, 3, 2)
 H100 = Limits("NVIDIA H100 80GB HBM3", 232448, 132)
-SMALL = Limits("a small device", 101376, 28)
+B200 = Limits("NVIDIA B200", 232448, 148, 100)
+SMALL = Limits("a small device", 101376, 28, 86)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +131,7 @@ def test_a_wrong_result_is_never_the_fastest() -> None:
         tune.search(["fails"], run, bool, clock)
 
 
-@pytest.mark.parametrize("here", [H100, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("here", [H100, B200, SMALL], ids=["H100", "B200", "small"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128, 256])
 def test_the_default_fits_everywhere(bits: int, group_size: int, here: Limits) -> None:
@@ -138,7 +139,7 @@ def test_the_default_fits_everywhere(bits: int, group_size: int, here: Limits) -
         packed = weight(bits, group_size, shape)
         for rows in (1, 16, 17, 64, 65, 511):
             found = dispatch.default(packed, rows, here)
-            assert isinstance(found, Config) and dispatch.fits(packed, found, here.shared)
+            assert isinstance(found, Config) and dispatch.fits(packed, found, here)
             launch.check(found, packed)
         assert dispatch.default(packed, 512, here) == "dequantize"
         found = dispatch.candidates(packed, 8, here)

@@ -13,7 +13,8 @@ are reasoned, NOT YET MEASURED on any GPU:
                  from the cache), about 0.6 ps at 4.3 TB/s, and the product 2.5 fs a weight and row at 790 TFLOP/s, so
                  that from some 500 rows on it adds less than half: less than a fused kernel is likely to lose
 
-Tiles shrink until two stages of them fit the device's shared memory, so that a default runs everywhere.
+Tiles shrink until two stages of them fit the device's shared memory, and (Blackwell) until the accumulators of a step
+fit its tensor memory, of which the compiler gives every product of a step its own: so that a default runs everywhere.
 """
 
 from __future__ import annotations
@@ -33,15 +34,26 @@ DECODE = 16
 LARGEST_CLASS = 4096
 RESERVED = 1024
 """Bytes of shared memory that CUDA keeps of each program's."""
+TENSOR_MEMORY = 512
+"""Columns of a Blackwell multiprocessor's tensor memory, each 128 lanes of 32 bits."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a default depends on. shared: bytes of shared memory for a program. processors: multiprocessors."""
+    """What a default depends on.
+
+    shared: bytes of shared memory for a program. processors: multiprocessors. capability: 80, 90, 100, ...
+    """
 
     name: str
     shared: int
     processors: int
+    capability: int = 90
+
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether accumulators lie in tensor memory (datacentre Blackwell) and not in registers."""
+        return 100 <= self.capability < 120
 
 
 @cache
@@ -52,7 +64,7 @@ def limits(device: torch.device) -> Limits:
     index = torch.cuda.current_device() if device.index is None else device.index
     shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
     found = torch.cuda.get_device_properties(index)
-    return Limits(found.name, shared, found.multi_processor_count)
+    return Limits(found.name, shared, found.multi_processor_count, found.major * 10 + found.minor)
 
 
 def plan(packed: PackedWeight, rows: int, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -60,7 +72,7 @@ def plan(packed: PackedWeight, rows: int, dtype: torch.dtype, device: torch.devi
     here = limits(device)
     name = key(packed, rows, dtype, here.name)
     found = tune.lookup(name)
-    if isinstance(found, Config) and not fits(packed, found, here.shared):
+    if isinstance(found, Config) and not fits(packed, found, here):
         notice(f"llmshrink kernels: the configuration filed under {name!r} doesn't fit its weight; the default is used")
         found = None
     return default(packed, rows, here) if found is None else found
@@ -85,7 +97,7 @@ def default(packed: PackedWeight, rows: int, here: Limits) -> Plan:
     """The reasoned plan (see the module)."""
     if rows >= DEQUANTIZE_FROM:
         return "dequantize"
-    block_m = min(widest(packed), max(DECODE, 1 << (rows - 1).bit_length()))
+    block_m = min(widest(packed, here), max(DECODE, 1 << (rows - 1).bit_length()))
     while True:
         # A taller tile of W halves how often x is read and is worth two warp groups, once a tile of x is large.
         block_n = 128 if block_m >= 64 and packed.padded_out % 128 == 0 else 64
@@ -94,7 +106,7 @@ def default(packed: PackedWeight, rows: int, here: Limits) -> Plan:
         stages = min(4, here.shared // size)
         if rows <= DECODE:
             stages = min(stages, max(2, (here.shared // 2 - RESERVED) // size))
-        if stages >= 2 or block_m == DECODE:
+        if block_m == DECODE or (stages >= 2 and fits_tensor_memory(here, block_m, packed.step, packed.slab)):
             break
         block_m //= 2
     tiles = -(-rows // block_m) * (packed.padded_out // block_n)
@@ -105,14 +117,22 @@ def default(packed: PackedWeight, rows: int, here: Limits) -> Plan:
     return Config(block_m, block_n, packed.step, warps, max(1, stages), split)
 
 
-def widest(packed: PackedWeight) -> int:
+def widest(packed: PackedWeight, here: Limits) -> int:
     """The tallest tile of x whose accumulators stay in registers (128 by 128 outputs on 256 threads are 64 each)."""
-    return 128 if packed.group_size == -1 else 64
+    if packed.group_size == -1:
+        return 128
+    # An Ampere thread holds x's operands too, and the compiler fetches them far ahead through a step of eight groups.
+    return 32 if here.capability < 90 and packed.step // packed.group_size >= 8 else 64
+
+
+def fits_tensor_memory(here: Limits, block_m: int, block_k: int, slab: int) -> bool:
+    """Whether the accumulators of a step's products, and one operand of 16 bits, fit where they have to."""
+    return not here.has_tensor_memory or block_k // slab * block_m + slab // 2 <= TENSOR_MEMORY
 
 
 def candidates(packed: PackedWeight, rows: int, here: Limits) -> list[Plan]:
     """What a search tries, the default first."""
-    block_m = min(widest(packed), max(DECODE, 1 << (rows - 1).bit_length()))
+    block_m = min(widest(packed, here), max(DECODE, 1 << (rows - 1).bit_length()))
     steps = [packed.step * n for n in (1, 2) if packed.padded_in % (packed.step * n) == 0]
     tried: dict[Plan, None] = {default(packed, rows, here): None}
     for m in {block_m, max(DECODE, block_m // 2)}:
@@ -123,18 +143,19 @@ def candidates(packed: PackedWeight, rows: int, here: Limits) -> list[Plan]:
                         tried[Config(m, n, k, warps, stages, split)] = None
     if rows > DECODE:
         tried["dequantize"] = None
-    return [found for found in tried if not isinstance(found, Config) or fits(packed, found, here.shared)]
+    return [found for found in tried if not isinstance(found, Config) or fits(packed, found, here)]
 
 
-def fits(packed: PackedWeight, config: Config, shared: int) -> bool:
-    """Whether a configuration suits the weight's shape and a device with `shared` bytes of shared memory a program."""
+def fits(packed: PackedWeight, config: Config, here: Limits) -> bool:
+    """Whether a configuration suits the weight's shape and the device."""
     return (
         packed.padded_out % config.block_n == 0
         and config.block_k % packed.step == 0
         and packed.padded_in % config.block_k == 0
         and config.block_m >= 16
         and config.split_k <= packed.padded_in // config.block_k
-        and stage_bytes(packed, config.block_m, config.block_n, config.block_k) * config.num_stages <= shared
+        and stage_bytes(packed, config.block_m, config.block_n, config.block_k) * config.num_stages <= here.shared
+        and fits_tensor_memory(here, config.block_m, config.block_k, packed.slab)
     )
 
 
