@@ -1,0 +1,113 @@
+"""Which way a 2:4 product goes: the fused kernel and how it is cut up, or the weight brought back and multiplied.
+
+A measured plan (tune.py: the user's cache, then what is shipped) goes first. Without one the defaults below hold. They
+are reasoned, NOT YET MEASURED on any GPU:
+
+    rows of x    way
+    1..16        fused, tile of 16: bound by memory
+    17..64       fused, tile of 32 or 64: still (nearly) bound by memory
+    65..511      fused, tiles of 64, whose two accumulators (a group's, the total) stay in registers
+    512..        dequantize, then the vendor's library, as for dense weights (wna16/dispatch.py): the kernel multiplies
+                 the zeros too, so that nothing is gained where the product is what takes the time
+
+A tile has 128 rows of W: with 64 a thread has half as many weights to share what a step costs anyway. Four warps of
+them, and eight with more than 16 rows of x, where the accumulators of four would not stay in registers. Tiles of x
+shrink until two stages fit the device's shared memory (and a step its tensor memory, where there is any); packets are
+split among programs until there are programs for three quarters of the multiprocessors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmshrink_kernels import tune
+from llmshrink_kernels.device import notice
+from llmshrink_kernels.sparse24.prepack import PackedSparse
+from llmshrink_kernels.tune import Config, Plan
+from llmshrink_kernels.wna16.dispatch import (
+    DECODE,
+    DEQUANTIZE_FROM,
+    LARGEST_CLASS,
+    Limits,
+    fits_tensor_memory,
+    limits,
+)
+
+BLOCK_N = 128
+WIDEST = 64
+MOST_STAGES = 3
+MOST_SPLITS = 16
+
+
+def plan(packed: PackedSparse, rows: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """How `rows` rows of x are multiplied by the weight on a CUDA device."""
+    here = limits(device)
+    name = key(packed, rows, dtype, here.name)
+    found = tune.lookup(name)
+    if isinstance(found, Config) and not fits(packed, found, here):
+        notice(f"llmshrink kernels: the configuration filed under {name!r} doesn't fit its weight; the default is used")
+        found = None
+    return default(packed, rows, here) if found is None else found
+
+
+def key(packed: PackedSparse, rows: int, dtype: torch.dtype, device_name: str) -> str:
+    """The shape class: all that a configuration's speed depends on, with rows rounded up to a power of two."""
+    return tune.key(
+        "sparse24",
+        device_name,
+        bits=packed.bits,
+        group=packed.group_size,
+        dtype=str(dtype).removeprefix("torch."),
+        rows=min(LARGEST_CLASS, max(DECODE, 1 << (rows - 1).bit_length())),
+        out=packed.out_features,
+        inputs=packed.in_features,
+    )
+
+
+def default(packed: PackedSparse, rows: int, here: Limits) -> Plan:
+    """The reasoned plan (see the module)."""
+    if rows >= DEQUANTIZE_FROM:
+        return "dequantize"
+    block_m = min(WIDEST, max(DECODE, 1 << (rows - 1).bit_length()))
+    while True:
+        stages = min(MOST_STAGES, here.shared // stage_bytes(packed, block_m, BLOCK_N))
+        if block_m == DECODE or (stages >= 2 and fits_tensor_memory(here, block_m, packed.packet, packed.slab // 2)):
+            break
+        block_m //= 2
+    tiles = -(-rows // block_m) * (packed.padded_out // BLOCK_N)
+    split = 1
+    while tiles * split < here.processors * 3 // 4 and split * 2 <= min(MOST_SPLITS, packed.words.shape[0]):
+        split *= 2
+    return Config(block_m, BLOCK_N, packed.packet, 4 if block_m == DECODE else 8, max(1, stages), split)
+
+
+def candidates(packed: PackedSparse, rows: int, here: Limits) -> list[Plan]:
+    """What a search tries, the default first."""
+    block_m = min(WIDEST, max(DECODE, 1 << (rows - 1).bit_length()))
+    tried: dict[Plan, None] = {default(packed, rows, here): None}
+    for m in {block_m, max(DECODE, block_m // 2)}:
+        for n, warps in ((64, 4), (128, 4), (128, 8)):
+            for stages in (2, 3, 4):
+                for split in (1, 2, 4, 8) if rows <= WIDEST else (1, 2):
+                    tried[Config(m, n, packed.packet, warps, stages, split)] = None
+    if rows > DECODE:
+        tried["dequantize"] = None
+    return [found for found in tried if not isinstance(found, Config) or fits(packed, found, here)]
+
+
+def fits(packed: PackedSparse, config: Config, here: Limits) -> bool:
+    """Whether a configuration suits the weight's shape and the device."""
+    return (
+        packed.padded_out % config.block_n == 0
+        and config.block_k == packed.packet
+        and config.block_m >= DECODE
+        and config.split_k <= packed.words.shape[0]
+        and stage_bytes(packed, config.block_m, config.block_n) * config.num_stages <= here.shared
+        and fits_tensor_memory(here, config.block_m, packed.packet, packed.slab // 2)
+    )
+
+
+def stage_bytes(packed: PackedSparse, block_m: int, block_n: int) -> int:
+    """Shared memory of a step in flight: its words and its inputs (of x, 16 bits)."""
+    _, planes, _, width = packed.words.shape
+    return 2 * (planes * block_n * width + block_m * packed.packet)
