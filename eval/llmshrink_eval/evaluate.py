@@ -22,7 +22,7 @@ from llmshrink_eval import prepare, require
 from llmshrink_eval.cache import Cache
 from llmshrink_eval.cost import stored_cost
 from llmshrink_eval.engines import open_engine
-from llmshrink_eval.errors import EvalError
+from llmshrink_eval.errors import EvalError, EvalFailed
 from llmshrink_eval.options import ModelSpec, Options
 from llmshrink_eval.progress import Progress, Silent
 from llmshrink_eval.results import Cost, Divergence, Generation, ModelResult, Perplexity, Results, Task
@@ -146,6 +146,8 @@ class _Measuring:
             perplexity, divergence = self._numbers(reading)
             runs = self._tasks()
             generations = self._generations()
+        except EvalFailed as error:
+            raise EvalFailed(f"{self._subject.spec.name}: {error}") from error
         finally:
             self._engine.close()
         for warning in dict.fromkeys(warning for run in runs.values() for warning in run.warnings):
@@ -227,9 +229,12 @@ class _Measuring:
             self._progress.part(f"{self._subject.spec.name}: {windows.name}")
             started = time.perf_counter()
             found = self._engine.read(windows, keep=keep, against=against, folder=folder, progress=self._progress)
-            self._seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._cache.put("reading", key, {"seconds": seconds})
         else:
             self._cached.append("text")
+            seconds = (self._cache.get("reading", key) or {"seconds": 0.0})["seconds"]
+        self._seconds += seconds
         return found, keep
 
     def _sound_baseline(self, windows: Windows) -> Path | None:

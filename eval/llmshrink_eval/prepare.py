@@ -118,8 +118,8 @@ def refuse(options: Options, *, baseline: bool) -> list[Condition]:
     about_text = (scoring.window, scoring.stride, scoring.max_tokens)
     if scoring.text is None and any(value is not None for value in about_text):
         raise EvalError("--window, --stride and --max-tokens are about a text: give --text too")
-    about_tasks = (options.tasks_dir, options.limit, options.num_fewshot, options.apply_chat_template)
-    if not options.tasks and any(value not in (None, (), False) for value in about_tasks):
+    about_tasks = (options.tasks_dir or None, options.limit, options.num_fewshot, options.apply_chat_template or None)
+    if not options.tasks and any(value is not None for value in about_tasks):
         raise EvalError(
             "--tasks-dir, --limit, --num-fewshot and --apply-chat-template are about tasks: give --tasks too"
         )
