@@ -1,8 +1,8 @@
 """llmshrink: a Hugging Face language model in, a smaller one out that is proven by measurement and served by vLLM.
 
 The verbs of the command line are functions here, with the same names and defaults: `llmshrink.quantize(...)`,
-`llmshrink.inspect(...)`, `llmshrink.verify(...)`, `llmshrink.recipes()`; `llmshrink.load(...)` is for torch alone. They are looked up on first use, because
-`import llmshrink` happens for `llmshrink --help` too, which has no time for torch.
+`llmshrink.inspect(...)`, `llmshrink.verify(...)`, `llmshrink.recipes()`; `llmshrink.load(...)` is for torch. They
+are looked up on first use, because `import llmshrink` happens for `llmshrink --help` too, which has no time for torch.
 """
 
 from __future__ import annotations

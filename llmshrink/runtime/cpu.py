@@ -10,6 +10,8 @@ it of the kernels' layout, `unpack` is the exact inverse and finds the order by 
 The operator wants scale and zero in bfloat16, and zero = -scale * zero_point doesn't fit there: twelve bits, of which
 eight are kept. What is left fits again, and is added as (sums of x over groups) times (remainders), 1/group_size of the
 work, so that asymmetric weights are as exact as symmetric ones.
+
+For prefills of many rows the weight is brought back to bfloat16 a block at a time and multiplied densely.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from torch import Tensor
 GROUPS = (256, 128, 64, 32)
 """Inputs a group, as the operator takes them."""
 BLOCK = 16 * ROWS
-"""Rows that are packed or unpacked together."""
+"""Rows of the weight that are packed or unpacked together."""
+MANY_ROWS = 512
+"""Rows of x from which blocks brought back to bfloat16 are faster: the operator unpacks a weight anew for each few."""
 
 
 def group_for(bits: int, group_size: int, in_features: int) -> int | None:
@@ -90,6 +94,11 @@ def _matmul(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | Non
     if x.shape[0] == 0:
         return x.new_empty(0, out_features)
     x = x.contiguous()
+    if x.shape[0] > MANY_ROWS and _has_bfloat16():
+        y = x.new_empty(x.shape[0], out_features)
+        for rows in _blocks(out_features):
+            y[:, rows.start : rows.stop] = x @ _values(words, scale_and_zero, left, rows, x.shape[1]).to(x.dtype).t()
+        return y
     group = x.shape[1] // scale_and_zero.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, group, scale_and_zero)[:, :out_features]
     if left is not None:
@@ -103,16 +112,27 @@ def _matmul_transposed(
 ) -> Tensor:
     """y: bf16 [M, N]; returns y W, [M, in_features]: block by block of W's rows, in float32."""
     result = torch.zeros(y.shape[0], in_features)
-    group = in_features // scale_and_zero.shape[0]
-    for rows in _blocks(words.shape[0]):
-        within = slice(rows.start, min(rows.stop, y.shape[1]))
-        codes = _codes(words, rows, in_features)[: within.stop - within.start].view(-1, in_features // group, group)
-        scale, zero = scale_and_zero[:, within].float().unbind(-1)
-        if left is not None:
-            zero = zero + left[:, within].float()
-        values = codes.float() * scale.t().unsqueeze(-1) + zero.t().unsqueeze(-1)
-        result += y[:, within].float() @ values.view(-1, in_features)
+    for rows in _blocks(y.shape[1]):
+        part = y[:, rows.start : rows.stop].float()
+        result += part @ _values(words, scale_and_zero, left, rows, in_features)
     return result.to(y.dtype)
+
+
+def _values(words: Tensor, scale_and_zero: Tensor, left: Tensor | None, rows: range, in_features: int) -> Tensor:
+    """Rows of the weight, float32 [rows, in_features]. rows: from the beginning of a block on."""
+    groups = scale_and_zero.shape[0]
+    whole = range(rows.start, -(-rows.stop // ROWS) * ROWS)
+    codes = _codes(words, whole, in_features)[: len(rows)].float().view(len(rows), groups, -1)
+    scale, zero = scale_and_zero[:, rows.start : rows.stop].float().unbind(-1)
+    if left is not None:
+        zero = zero + left[:, rows.start : rows.stop].float()
+    return codes.mul_(scale.t().unsqueeze(-1)).add_(zero.t().unsqueeze(-1)).view(len(rows), in_features)
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16; where it doesn't, dense products in it are slow."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _blocks(rows: int) -> list[range]:
