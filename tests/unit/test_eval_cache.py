@@ -152,7 +152,7 @@ def test_changed_data_is_measured_anew(
     elif what == "versions":
         monkeypatch.setattr(preparing, "_versions", lambda engine: {"torch": "0.0"})
     else:
-        monkeypatch.setattr(preparing.platform, "node", lambda: "elsewhere")
+        monkeypatch.setattr("platform.node", lambda: "elsewhere")
     assert work_of(changed, tmp_path / "cache", monkeypatch) == missed
 
 

@@ -71,7 +71,7 @@ def test_numbers_are_those_of_a_float64_loop_over_the_same_folders(here: Small, 
         assert model.perplexity is not None
         expected = math.fsum(nats64(table, windows)) / windows.tokens
         assert model.perplexity.nats_per_token == pytest.approx(expected, rel=1e-5)
-    kl = [value for window in kl64(*tables, windows) for value in window.tolist()]
+    kl = [value for window in kl64(tables[0], tables[1], windows) for value in window.tolist()]
     divergence = results.models[1].divergence
     assert divergence is not None and divergence.positions == len(kl)
     assert divergence.kl_mean == pytest.approx(math.fsum(kl) / len(kl), rel=1e-4)

@@ -227,7 +227,7 @@ def test_the_demos_text_is_one_document_that_was_never_trained_on(tmp_path: Path
 # Through the verb, on a tiny model.
 
 
-def evaluated(*arguments: str | Path) -> int:
+def evaluated(*arguments: str | int | Path) -> int:
     return run([*map(str, arguments), "--speed", "none"])
 
 
@@ -260,7 +260,7 @@ def test_nan_stops_with_exit_code_1_and_leaves_no_report(
     model_of: Callable[..., Path], story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = spoil(model_of("llama"), tmp_path / "broken")
-    common = (
+    common: tuple[str | int | Path, ...] = (
         "--text",
         story,
         "--window",
