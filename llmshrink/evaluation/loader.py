@@ -50,7 +50,7 @@ def _quantization(folder: Path) -> dict[str, Any]:
 
 
 def load(path: str, options: LoadOptions) -> Any:
-    """The dense transformers model, in `options.dtype` on `options.device`.
+    """The dense transformers model, in `options.used_dtype` on `options.device`.
 
     With `options.offload` the dense form is written there once, and loaded from there as any other model is. Raises
     CheckpointError when the checkpoint doesn't fit its config.
@@ -62,12 +62,12 @@ def load(path: str, options: LoadOptions) -> Any:
     folder = Path(path)
     if options.offload is not None:
         return _load_offloaded(folder, options, options.offload)
-    config, reader = _opened(folder, options.dtype, trust_remote_code=options.trust_remote_code)
+    config, reader = _opened(folder, options.used_dtype, trust_remote_code=options.trust_remote_code)
     skeleton = Skeleton(
         config,
         reader,
         device=torch.device(options.device),
-        dtype=options.dtype,
+        dtype=options.used_dtype,
         trust_remote_code=options.trust_remote_code,
     )
     for name, module in list(skeleton.model.named_modules()):
@@ -129,5 +129,5 @@ def _load_offloaded(folder: Path, options: LoadOptions, offload: Path) -> Any:
     dense = offload / "dense"
     # The model before this one, which has been let go by now, may have had more shards.
     shutil.rmtree(dense, ignore_errors=True)
-    write_dense(folder, dense, options.dtype, trust_remote_code=options.trust_remote_code)
+    write_dense(folder, dense, options.used_dtype, trust_remote_code=options.trust_remote_code)
     return load_model(str(dense), replace(options, offload=offload / "weights"))

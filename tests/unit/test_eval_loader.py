@@ -80,6 +80,17 @@ def test_every_weight_is_the_readers(bits: int, packed: Callable[[int], Path]) -
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_cpu_computes_in_float32_whatever_the_model_is_stored_in(
+    offloaded: bool, packed: Callable[[int], Path], tmp_path: Path
+) -> None:
+    folder = packed(3)
+    options = LoadOptions(dtype=torch.bfloat16, offload=tmp_path / "offload" if offloaded else None)
+    model = load_model(folder, options, loader.load)
+    assert model.dtype == torch.float32
+    assert torch.equal(logits(model), logits(load_model(folder, LoadOptions(), loader.load)))
+
+
 def test_streamed_it_says_the_same_to_the_bit(packed: Callable[[int], Path], tmp_path: Path) -> None:
     folder = packed(3)
     whole = logits(load_model(folder, LoadOptions(), loader.load))
