@@ -95,16 +95,22 @@ def _matmul(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | Non
         return x.new_empty(0, out_features)
     x = x.contiguous()
     if x.shape[0] > MANY_ROWS and _has_bfloat16():
-        y = x.new_empty(x.shape[0], out_features)
-        for rows in _blocks(out_features):
-            y[:, rows.start : rows.stop] = x @ _values(words, scale_and_zero, left, rows, x.shape[1]).to(x.dtype).t()
-        return y
+        return _by_blocks(x, words, scale_and_zero, left, out_features)
     group = x.shape[1] // scale_and_zero.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, group, scale_and_zero)[:, :out_features]
     if left is not None:
         sums = x.view(x.shape[0], -1, group).sum(-1, dtype=torch.float32).to(x.dtype)
         return y + sums @ left
     return y.contiguous()
+
+
+def _by_blocks(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | None, out_features: int) -> Tensor:
+    """The same by dense products with blocks of the weight in bfloat16."""
+    y = x.new_empty(x.shape[0], out_features)
+    for rows in _blocks(out_features):
+        block = _values(words, scale_and_zero, left, rows, x.shape[1])
+        y[:, rows.start : rows.stop] = x @ block.to(x.dtype).t()
+    return y
 
 
 def _matmul_transposed(

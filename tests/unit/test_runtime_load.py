@@ -83,7 +83,7 @@ def test_embeddings_stay_as_they_were_tied(tied: bool, model_of: ModelOf, tmp_pa
 
 def test_memory_is_the_compressed_size(model_of: ModelOf, tmp_path: Path) -> None:
     """4 bits and a scale for each 128; on the CPU in bfloat16 each scale once more, with its zero."""
-    source = model_of("llama", hidden_size=256, intermediate_size=256)
+    source = model_of("llama", hidden_size=256, intermediate_size=256, head_dim=64)
     out = pack_checkpoint(source, tmp_path / "out", GroupedIntScheme(4, 128, True))
     for dtype, bits in (("bfloat16", 4 + 16 / 128 + 32 / 128), ("float32", 4 + 16 / 128)):
         modules = packed_modules(llmshrink.load(out, device="cpu", dtype=dtype))
