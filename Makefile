@@ -15,9 +15,12 @@ DEMO := build/demo-w4
 PEER_PYTHON ?=
 BENCH ?=
 TORTURE ?=
+# `make gpu GPU_PYTHON=/path/to/python`: an environment of your own with CUDA builds of torch and Triton, pytest,
+# hypothesis, and what pyproject.toml asks for.
+GPU_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-full demo test test-fast lint format bench torture clean
+.PHONY: help venv venv-full demo test test-fast lint format bench gpu torture clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +69,11 @@ torture: venv  ## A hundred killed runs, a hundred identical results
 
 bench: venv  ## Time, memory and damage against the peers
 	$(BIN)/python -u -m benchmarks $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(BENCH)
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),venv)  ## On a CUDA device: every kernel's tests, then the kernels' benchmarks
+	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -m pytest -q tests/kernels
+	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -m llmshrink bench kernels --shapes llama3-8b -o kernels/benchmarks/results
+	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -m benchmarks.decode -o kernels/benchmarks/results
 
 clean:  ## What was built, not the environment
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
