@@ -327,8 +327,12 @@ def _slugs(names: Sequence[str]) -> list[str]:
 
 
 def _settings(options: Options) -> dict[str, object]:
-    """Every option as used, as JSON; the text and the models stand elsewhere in the results."""
+    """Every option as used, as JSON; the text and the models stand elsewhere in the results.
+
+    Where the cache is makes no difference, nor does what lies in it: tasks that the caller has put there have a name.
+    """
     settings: dict[str, object] = asdict(options)
+    settings["tasks_dir"] = [folder for folder in options.tasks_dir if options.cache not in folder.parents]
     scoring = settings.pop("scoring")
     assert isinstance(scoring, dict)
     scoring.pop("text")

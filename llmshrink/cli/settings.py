@@ -54,7 +54,10 @@ Require = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap and of few-shot examples.")]
 CacheFolder = Annotated[
-    str | None, typer.Option("--cache", metavar="FOLDER", help="Where measurements are kept and found again.")
+    str | None,
+    typer.Option(
+        "--cache", metavar="FOLDER", help="Where measurements are kept and found again (~/.cache/llmshrink/eval)."
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything anew, whatever the cache holds.")]
 TrustRemoteCode = Annotated[

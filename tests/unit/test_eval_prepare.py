@@ -178,7 +178,10 @@ def test_names_and_the_slugs_of_files_stay_apart(here: Small) -> None:
 
 
 def test_what_is_used_is_written_down(here: Small) -> None:
-    prepared = prepare(None, [spec(here.original)], here.options(batch_size=3, num_fewshot=1))
+    kept = shutil.copytree(here.tasks_dir, here.cache / "tasks of the caller")
+    options = here.options(batch_size=3, num_fewshot=1, tasks_dir=(here.tasks_dir, kept), tasks=("demo_facts",))
+    prepared = prepare(None, [spec(here.original)], options)
+    assert prepared.settings["tasks_dir"] == [str(here.tasks_dir)] and "cache" not in prepared.settings
     assert prepared.settings["scoring"] == {"protocol": "gptq", "window": 24, "stride": None, "max_tokens": None}
     assert (prepared.settings["limit"], prepared.settings["num_fewshot"]) == (6, 1)
     assert {"python", "torch", "transformers", "lm_eval", "llmshrink"} <= prepared.versions.keys()

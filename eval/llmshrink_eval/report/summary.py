@@ -70,7 +70,8 @@ def _requirements(results: Results) -> list[Finding]:
     failed = [requirement for requirement in results.requirements if not requirement.passed]
     total = len(results.requirements)
     if not failed:
-        return [Finding(None, "good", f"All of {numbers.plural(total, 'requirement')} met.")]
+        text = "The requirement is met." if total == 1 else f"All {numbers.plural(total, 'requirement')} are met."
+        return [Finding(None, "good", text)]
     named = [
         f"{failure.condition} by {labels.get(failure.model, failure.model)} ({numbers.general(failure.value)})"
         for failure in failed
