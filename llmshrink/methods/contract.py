@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import LlmshrinkError
-from llmshrink.weights import GroupedInt
+from llmshrink.weights import Dense, GroupedInt
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 
@@ -100,7 +100,7 @@ def check_finite(name: str, values: Tensor) -> None:
         raise SolveError(f"{name} holds NaN or infinity: check the checkpoint, or run the model in float32")
 
 
-def measure(weight: Tensor, quantized: GroupedInt, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
+def measure(weight: Tensor, quantized: GroupedInt | Dense, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
     """What quantizing cost and what there was to lose, by row: ((W-Q) H (W-Q)^T, W H W^T)'s diagonals.
 
     weight: float32 [out, in]. Returns two float32 [out]; without a Hessian, squared Euclidean norms.

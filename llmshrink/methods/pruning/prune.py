@@ -1,0 +1,45 @@
+"""Prune a weight: the target that makes good earlier layers, the mask, the repair, and what it cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmshrink.methods.contract import SiteStatistics, SolveError, check_finite, measure, relative
+from llmshrink.methods.correct import correction
+from llmshrink.methods.factor import factorise
+from llmshrink.methods.pruning.contract import Problem, Pruned, PruneSpec
+from llmshrink.methods.pruning.pattern import check_width
+from llmshrink.methods.pruning.registry import pruner
+from llmshrink.methods.pruning.repair import least_squares
+from llmshrink.weights import Dense
+
+
+def prune(weight: Tensor, statistics: SiteStatistics | None, spec: PruneSpec) -> Pruned:
+    """Remove what the pattern says, so that the output on the calibration inputs changes least.
+
+    weight: [out_features, in_features], any float dtype. statistics: required; `cross` is read when `spec.corrected` is
+    above 0. Raises SolveError on NaN, on a pattern that doesn't fit in_features, and on a Hessian that no damping makes
+    positive definite. An input that is never active keeps the weights that the pattern leaves it, as they are.
+    """
+    if statistics is None:
+        raise SolveError(f"method {spec.method} needs calibration data: give some with --calibration")
+    check_finite("the weight", weight)
+    check_width(weight.shape[1], spec.pattern)
+    original = weight.to(torch.float32)
+    natural = torch.arange(weight.shape[1], device=weight.device)
+    factor = factorise(statistics.hessian, natural, spec.damp)
+    diagonal = statistics.hessian.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].double().mean().float() if bool((~dead).any()) else torch.ones_like(diagonal[0])
+    hessian = statistics.hessian.to(torch.float32).clone()
+    hessian.diagonal().add_(torch.where(dead, mean, 0.0) + factor.damping * mean)
+    target = original
+    if spec.corrected > 0 and statistics.cross is not None:
+        check_finite("the cross term", statistics.cross)
+        target = original + spec.corrected * correction(original, statistics.cross.to(torch.float32), factor)
+    pruned, mask = pruner(spec.method)(target, Problem(hessian, factor), spec)
+    if spec.repair:
+        pruned = least_squares(target, mask, hessian)
+    error, energy = measure(original, Dense(pruned), statistics.hessian)
+    return Pruned(pruned, mask, target, relative(error, energy), error, energy, factor.damping, factor.events)

@@ -1,0 +1,225 @@
+"""Pruners against naive loops in float64, and what they do where data is degenerate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.statistics import Statistics
+from llmshrink.methods import SolveError
+from llmshrink.methods.pruning import Pattern, Pruned, PruneSpec, names, prune
+from llmshrink.methods.pruning.pattern import largest_of_blocks, largest_share
+from llmshrink.methods.pruning.repair import least_squares
+
+SPEC = PruneSpec(corrected=0.0)
+PATTERNS = [Pattern.n_of_m(2, 4), Pattern.n_of_m(4, 8), Pattern.n_of_m(1, 3), Pattern.unstructured(0.6)]
+
+
+def site(rows: int, width: int, *, tokens: int = 400, seed: int = 0) -> tuple[Tensor, Statistics]:
+    """A weight, and inputs that are correlated, of very different loudness, and drifted from the original's."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) * (0.2 + torch.rand(width, generator=generator) * 2)
+    original = torch.randn(tokens, width, generator=generator) @ mix / width**0.5
+    compressed = original + 0.1 * torch.randn(tokens, width, generator=generator)
+    statistics = Statistics(width, cross=True)
+    statistics.add(compressed, original)
+    return torch.randn(rows, width, generator=generator), statistics
+
+
+def kept_by(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The pattern's choice for one row, by sorting its blocks (a share is taken of all that is given)."""
+    size = pattern.block or scores.numel()
+    keep = pattern.keep or size - round(pattern.ratio * size)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    for start in range(0, scores.numel(), size):
+        block = scores.flatten()[start : start + size].tolist()
+        best = sorted(range(size), key=lambda i: (-block[i], i))[:keep]
+        mask[[start + i for i in best]] = True
+    return mask.view_as(scores)
+
+
+def lost(found: Pruned, weight: Tensor, statistics: Statistics) -> float:
+    return oracle.output_error(weight, found.weight, statistics.hessian)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "wanda", "alps"])
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_pattern_is_exact_and_the_error_is_the_outputs(pattern: Pattern, repair: bool, method: str) -> None:
+    weight, statistics = site(20, 48)
+    before = weight.clone()
+    found = prune(weight, statistics, replace(SPEC, method=method, pattern=pattern, repair=repair))
+    assert torch.equal(weight, before)
+    assert bool((found.weight[~found.mask] == 0).all())
+    if pattern.block:
+        assert bool((found.mask.view(20, -1, pattern.block).sum(-1) == pattern.keep).all())
+    else:
+        assert found.mask.sum().item() == pytest.approx(0.4 * 20 * 48, abs=20)
+    assert found.error == pytest.approx(lost(found, weight, statistics), rel=1e-3)
+
+
+def test_all_methods_are_known() -> None:
+    assert names() == ("alps", "magnitude", "sparsegpt", "wanda")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_magnitude_and_wanda_sort_scores(pattern: Pattern) -> None:
+    weight, statistics = site(9, 24)
+    hessian = oracle.damped(statistics.hessian, SPEC.damp)
+    plain = prune(weight, statistics, replace(SPEC, method="magnitude", pattern=pattern, repair=False))
+    rows = weight.abs() if pattern.block else weight.abs().view(1, -1)
+    expected = torch.stack([kept_by(row, pattern) for row in rows]).view_as(weight)
+    assert torch.equal(plain.mask, expected) and torch.equal(plain.weight, weight * expected)
+    loud = prune(weight, statistics, replace(SPEC, method="wanda", pattern=pattern, repair=False))
+    scores = weight.double().abs() * hessian.diagonal().sqrt()
+    assert torch.equal(loud.mask, torch.stack([kept_by(row, pattern) for row in scores]))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@pytest.mark.parametrize("corrected", [0.0, 1.0])
+def test_sparsegpt_is_the_naive_loop(corrected: float, pattern: Pattern) -> None:
+    # 240 inputs: the second block of 128 columns is not whole, and blocks of 3 do not fill the first.
+    weight, statistics = site(6, 240, tokens=700)
+    spec = replace(SPEC, method="sparsegpt", pattern=pattern, corrected=corrected, repair=False)
+    found = prune(weight, statistics, spec)
+    hessian = oracle.damped(statistics.hessian, spec.damp)
+    factor = oracle.inverse_factor(hessian)
+    left = weight.double() + corrected * weight.double() @ statistics.cross.double() @ torch.linalg.inv(hessian)  # type: ignore[union-attr]
+    mask = torch.zeros_like(left, dtype=torch.bool)
+    for row, kept in zip(left, mask, strict=True):
+        for start in range(0, 240, pattern.block):
+            part = slice(start, start + pattern.block)
+            kept[part] = kept_by(row[part].square() / factor.diagonal()[part].square(), pattern)
+            for i in range(start, start + pattern.block):
+                if not kept[i]:
+                    row[i:] -= row[i].clone() / factor[i, i] * factor[i, i:]
+    assert (mask == found.mask).double().mean() > 0.995
+    same = (mask == found.mask).all(1)
+    assert same.sum() >= 3
+    assert torch.allclose(found.weight[same].double(), (left * mask)[same], atol=1e-4)
+
+
+def test_an_unstructured_sweep_chooses_in_blocks_over_all_rows() -> None:
+    weight, statistics = site(16, 256, tokens=700)
+    found = prune(weight, statistics, replace(SPEC, method="sparsegpt", pattern=Pattern.unstructured(0.5)))
+    for start in (0, 128):
+        assert found.mask[:, start : start + 128].sum() == 16 * 64
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_repair_is_the_least_squares_solution(pattern: Pattern) -> None:
+    weight, statistics = site(11, 48)
+    hessian = oracle.damped(statistics.hessian, 0.01)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(11, 48, generator=generator) < torch.rand(11, 1, generator=generator)
+    mask[3] = False
+    found = least_squares(weight, mask, hessian.float())
+    root = torch.linalg.cholesky(hessian, upper=True)
+    for row, kept, result in zip(weight.double(), mask, found, strict=True):
+        expected = torch.zeros(48, dtype=torch.float64)
+        if kept.any():
+            expected[kept] = torch.linalg.lstsq(root[:, kept], (root @ row).unsqueeze(1)).solution[:, 0]
+        assert torch.allclose(result.double(), expected, atol=2e-4)
+
+
+def test_alps_is_admm_in_float64() -> None:
+    from llmshrink.methods.pruning import alps
+
+    weight, statistics = site(12, 48)
+    found = prune(weight, statistics, replace(SPEC, repair=False))
+    hessian = oracle.damped(statistics.hessian, SPEC.damp)
+    loud = hessian.diagonal().sqrt()
+    unit = hessian / loud / loud.unsqueeze(1)
+    goal = weight.double() * loud
+    dense, multiplier, penalty, quiet = goal.clone(), torch.zeros_like(goal), alps.FIRST_PENALTY, 0
+    seen = torch.stack([kept_by(row, SPEC.pattern) for row in dense.abs()])
+    mask = seen
+    for iteration in range(1, alps.MOST + 1):
+        inverse = torch.linalg.inv(unit + penalty * torch.eye(48, dtype=torch.float64))
+        free = (goal @ unit - multiplier + penalty * dense) @ inverse
+        mask = torch.stack([kept_by(row, SPEC.pattern) for row in (free + multiplier / penalty).abs()])
+        dense = (free + multiplier / penalty) * mask
+        multiplier += penalty * (free - dense)
+        if iteration % alps.EVERY == 0:
+            changed = (mask != seen).double().mean().item()
+            seen, quiet = mask, 0 if changed else quiet + 1
+            if quiet == alps.SETTLED:
+                break
+            penalty *= next((growth for share, growth in alps.GROWTH if changed > share), alps.GROWTH[-1][1])
+    assert (mask == found.mask).double().mean() > 0.97
+    naive = least_squares(weight, mask, hessian.float())
+    repaired = prune(weight, statistics, SPEC)
+    assert repaired.error == pytest.approx(oracle.output_error(weight, naive, statistics.hessian), rel=0.02)
+
+
+def test_what_each_step_is_worth() -> None:
+    """On average over sites: repair always helps; the sweep beats scores; ADMM's mask is the best one."""
+    errors: dict[tuple[str, bool], float] = {}
+    for seed in range(6):
+        weight, statistics = site(32, 64, seed=seed)
+        for method in names():
+            for repair in (False, True):
+                found = prune(weight, statistics, replace(SPEC, method=method, repair=repair))
+                errors[method, repair] = errors.get((method, repair), 0.0) + found.error
+    for method in names():
+        assert errors[method, True] < errors[method, False]
+    assert errors["sparsegpt", False] < min(errors["wanda", False], errors["magnitude", False])
+    assert errors["alps", True] < errors["sparsegpt", True] < errors["magnitude", True]
+
+
+def test_the_corrected_target_comes_nearer_to_the_original_output() -> None:
+    weight, statistics = site(24, 64)
+    assert statistics.cross is not None
+    hessian, cross = statistics.hessian.double(), statistics.cross.double()
+
+    def distance(found: Pruned) -> float:
+        # ||W X - V X~||^2 but for what no V can change: with d = V - W, d H d' - 2 d D' W'.
+        moved = found.weight.double() - weight.double()
+        return float(((moved @ hessian) * moved).sum() - 2 * ((weight.double() @ cross) * moved).sum())
+
+    plain, corrected = (prune(weight, statistics, replace(SPEC, corrected=share)) for share in (0.0, 1.0))
+    assert distance(corrected) < distance(plain)
+
+
+def test_ties_go_to_the_earlier_input() -> None:
+    assert largest_of_blocks(torch.ones(1, 8), 2, 4).tolist() == [[True, True, False, False] * 2]
+    assert largest_share(torch.ones(1, 4), 0.5).tolist() == [[False, False, True, True]]
+
+
+def test_a_pattern_that_does_not_fit_is_refused() -> None:
+    weight, statistics = site(4, 30)
+    with pytest.raises(SolveError, match="2:4 needs a multiple of 4 inputs, and there are 30"):
+        prune(weight, statistics, SPEC)
+
+
+def test_without_data_or_with_nan_it_is_refused() -> None:
+    weight, statistics = site(4, 32)
+    with pytest.raises(SolveError, match="alps needs calibration data"):
+        prune(weight, None, SPEC)
+    weight[1, 2] = torch.nan
+    with pytest.raises(SolveError, match="the weight holds NaN"):
+        prune(weight, statistics, SPEC)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "wanda", "alps"])
+def test_a_dead_input_keeps_what_the_pattern_leaves_it(method: str) -> None:
+    weight, _ = site(8, 32)
+    dead = Statistics(32)
+    inputs = torch.randn(200, 32, generator=torch.Generator().manual_seed(3))
+    inputs[:, 5] = 0
+    dead.add(inputs)
+    found = prune(weight, dead, replace(SPEC, method=method))
+    assert any("never active" in event for event in found.events)
+    kept = found.mask[:, 5]
+    assert torch.allclose(found.weight[kept, 5], weight[kept, 5], atol=1e-5)
+    assert bool(torch.isfinite(found.weight).all())
+
+
+def test_an_all_zero_weight_stays_zero() -> None:
+    _, statistics = site(4, 32)
+    found = prune(torch.zeros(4, 32), statistics, SPEC)
+    assert not found.weight.any() and found.error == 0.0
