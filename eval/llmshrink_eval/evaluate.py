@@ -226,7 +226,7 @@ class _Measuring:
         found = self._engine.finished(windows, folder, keep=keep)
         if found is None:
             against = self._sound_baseline(windows)
-            self._progress.part(f"{self._subject.spec.name}: {windows.name}")
+            self._progress.part(f"{self._subject.spec.name}: text {windows.name}")
             started = time.perf_counter()
             found = self._engine.read(windows, keep=keep, against=against, folder=folder, progress=self._progress)
             seconds = time.perf_counter() - started
@@ -282,7 +282,7 @@ class _Measuring:
             self._cache.drop_folder("tasks", key)
 
         def measure() -> dict[str, Any]:
-            answers = str(self._cache.folder("tasks", key) / "answers.jsonl")
+            answers = str(self._cache.folder("tasks", key).absolute() / "answers.jsonl")
             runs = self._engine.tasks(dataclasses.replace(options, answers=answers), self._progress)
             return {name: run.to_dict() for name, run in runs.items()}
 
