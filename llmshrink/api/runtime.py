@@ -23,9 +23,11 @@ def load(
     None is the checkpoint's own. The model is in evaluation mode, `generate` works, and its memory is the compressed
     size; `.to(dtype)` changes the activations' dtype and never the scales. Raises LlmshrinkError for bad input.
     """
+    from llmshrink.checkpoint.source import resolve
     from llmshrink.runtime.load import load as run
 
-    return run(os.fspath(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = resolve(os.fspath(model), trust_remote_code=trust_remote_code)
+    return run(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def generate(
@@ -48,11 +50,14 @@ def generate(
     the likeliest that make up top_p. chat: whether the prompt is put into the tokenizer's chat template; None does so
     where there is one. on_text: called with each piece of text as it comes. Raises LlmshrinkError for bad input.
     """
+    from llmshrink.checkpoint.source import resolve
     from llmshrink.run.memory import lean_imports
     from llmshrink.runtime.generate import Sampling
     from llmshrink.runtime.generate import generate as run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling.check()
     options: dict[str, Any] = {"device": device, "dtype": dtype, "chat": chat, "on_text": on_text}
     with lean_imports():
-        return run(os.fspath(model), prompt, sampling, trust_remote_code=trust_remote_code, **options)
+        source = resolve(os.fspath(model), trust_remote_code=trust_remote_code)
+        return run(source, prompt, sampling, trust_remote_code=trust_remote_code, **options)

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
-from llmshrink.checkpoint.source import resolve
+from llmshrink.checkpoint.source import Source
 from llmshrink.errors import LlmshrinkError
 from llmshrink.run import progress
+from llmshrink.run.job import pick_device
 from llmshrink.run.report import size
 from llmshrink.runtime.linear import QuantLinear
-from llmshrink.runtime.load import load
+from llmshrink.runtime.load import config_of, load
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Generation:
 
 
 def generate(
-    model: str,
+    source: Source,
     prompt: str,
     sampling: Sampling,
     *,
@@ -111,16 +112,16 @@ def generate(
     trust_remote_code: bool,
     on_text: Callable[[str], None] | None,
 ) -> Generation:
-    """See `llmshrink.generate`."""
-    sampling.check()
+    """See `llmshrink.generate`. All that can be refused is, before a weight is read."""
     if not prompt.strip():
         raise LlmshrinkError("the prompt is empty; give the text that the model is to go on from")
-    source = resolve(model, trust_remote_code=trust_remote_code)
-    loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    pick_device(device)
+    limit = model_limit(config_of(source, trust_remote_code))
     tokenizer: Any = load_tokenizer(source, trust_remote_code)
     templated = bool(tokenizer.chat_template) if chat is None else chat
     ids = encode(tokenizer, prompt, chat=templated, name=source.name)
-    check_length(ids.shape[1], sampling.max_new_tokens, model_limit(loaded.config))
+    check_length(ids.shape[1], sampling.max_new_tokens, limit)
+    loaded = load(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     ids = ids.to(loaded.device)
     heard = _listener(tokenizer, on_text)
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_config
-from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.checkpoint.source import Source
 from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
 from llmshrink.formats import compressed_tensors
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
@@ -48,19 +48,16 @@ class _Reader:
         return self._index.read(key)
 
 
-def load(model: str, *, device: str | None, dtype: str | None, trust_remote_code: bool) -> Any:
-    """See `llmshrink.load`."""
-    source = resolve(model, trust_remote_code=trust_remote_code)
+def load(source: Source, *, device: str | None, dtype: str | None, trust_remote_code: bool) -> Any:
+    """See `llmshrink.load`. source: the model, resolved."""
     place = pick_device(device)
     quantization = quantization_of(source)
+    config = config_of(source, trust_remote_code)
+    chosen = choose_dtype(dtype, config, place, compressed=quantization is not None)
     if quantization is None:
-        config = load_config(source, trust_remote_code)
-        chosen = choose_dtype(dtype, config, place, compressed=False)
         logger.warning("%s isn't compressed: loaded as it is", source.name)
         loaded = _load_dense(source, place, chosen, trust_remote_code)
     else:
-        config = _config_of(source, trust_remote_code)
-        chosen = choose_dtype(dtype, config, place, compressed=True)
         with CheckpointIndex.open(source.folder) as index:
             loaded = _load_packed(source, config, quantization, index, place, chosen, trust_remote_code)
     loaded.requires_grad_(False)
@@ -99,8 +96,10 @@ def choose_dtype(name: str | None, config: Any, device: torch.device, *, compres
     return DTYPES[name]
 
 
-def _config_of(source: Source, trust_remote_code: bool) -> Any:
-    """The configuration of the dense model."""
+def config_of(source: Source, trust_remote_code: bool) -> Any:
+    """The dense model's configuration. Raises SourceError where there is none that transformers can read."""
+    if quantization_of(source) is None:
+        return load_config(source, trust_remote_code)
     from transformers import AutoConfig
 
     try:
