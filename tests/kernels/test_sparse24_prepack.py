@@ -114,9 +114,13 @@ def test_words_and_masks_lie_as_drawn(bits: int) -> None:
     slab, group = 5, 3
     plane, field = slab // (16 // bits), slab % (16 // bits)
     kind = torch.float16 if bits == 16 else torch.int8
-    at = 512 // 2 + slab * 32 + 2 * group
+    width = 32 if bits == 16 else 64
+    at = (8 + slab) * width // 2 + 2 * group
     for pattern in combinations(range(4), 2):
-        values, positions = torch.zeros(2, 512, dtype=kind), torch.tensor([2, 3] * 256, dtype=torch.uint8).repeat(2, 1)
+        values, positions = (
+            torch.zeros(2, 8 * width, dtype=kind),
+            torch.tensor([2, 3] * 4 * width, dtype=torch.uint8).repeat(2, 1),
+        )
         values[1, at : at + 2] = torch.tensor([1, 2]).to(kind)
         positions[1, at : at + 2] = torch.tensor(pattern)
         scale = None if bits == 16 else torch.ones(2, 1).half()

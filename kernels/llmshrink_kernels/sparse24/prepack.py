@@ -1,7 +1,7 @@
 """From canonical 2:4 to words that a kernel takes apart in place, and back, exactly.
 
-A packet is eight slabs of S = 64 inputs of a row (32 where that pads less, or where groups of scales are small), each
-S / 4 groups of four. Words are 16 bits wide and stand in planes of S / 2 words a row: value planes, then one plane
+A packet is eight slabs of S = 64 inputs of a row (32 where that pads less, or for small groups of scales, or 16 bits),
+each S / 4 groups of four. Words are 16 bits wide and stand in planes of S / 2 words a row: value planes, then one plane
 of masks. Words 2j and 2j + 1 make a register, and hold what belongs to group j of every slab of their plane:
 
     bits 31                     16 15                      0
@@ -49,13 +49,15 @@ WIDTHS = (64, 32)
 """Inputs of a slab."""
 
 
-def choose_slab(group_size: int, in_features: int) -> int:
+def choose_slab(bits: int, group_size: int, in_features: int) -> int:
     """The slab for a weight: 64, which takes fewer instructions a weight, or 32.
 
-    With more than four groups in a packet, 64 would take more registers than a thread has.
+    With more than four groups in a packet, 64 would take more registers than a thread has; with 16 bits more shared
+    memory than an Ampere has for two packets.
     """
     padded = [-(-in_features // (SLABS * width)) * width for width in WIDTHS]
-    return 32 if (group_size != -1 and group_size % 128) or padded[1] < padded[0] else 64
+    small = bits == 16 or (group_size != -1 and group_size % 128 != 0)
+    return 32 if small or padded[1] < padded[0] else 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,7 @@ def empty(
 
     dtype: of the scales, or of 16-bit values.
     """
-    slab = choose_slab(group_size, in_features)
+    slab = choose_slab(bits, group_size, in_features)
     packets, padded_out = -(-in_features // (SLABS * slab)), -(-out_features // ROWS) * ROWS
     words = torch.empty(packets, bits // 2 + 1, padded_out, slab // 2, dtype=torch.int16, device=device)
     packed = PackedSparse(
