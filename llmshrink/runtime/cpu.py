@@ -47,7 +47,7 @@ def pack(weight: PackedWeight) -> Tensor:
     packets = range(weight.padded_in // weight.packet)
     for rows in _blocks(weight.padded_out):
         codes = unpack_block(weight, rows, packets)[:, : weight.in_features]
-        words[rows.start : rows.stop] = _packed(codes.int() + 8)
+        words[rows.start : rows.stop] = _packed(codes.int().add_(8))
     return words
 
 

@@ -39,6 +39,11 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     return found
 
 
+def off(found: Tensor, exact: Tensor) -> float:
+    """The root of the mean square of the difference."""
+    return float((found - exact).square().mean().sqrt())
+
+
 def greedy(model: Any) -> Tensor:
     found: Tensor = model.generate(IDS, max_new_tokens=24, do_sample=False)
     return found
@@ -69,8 +74,7 @@ def test_bfloat16_is_no_further_off_than_a_dense_model_in_it(
     exact = logits(dense(out))
     model = llmshrink.load(out, device="cpu")
     assert {module.words.dtype for module in packed_modules(model).values()} == {torch.uint8}
-    ours, theirs = ((logits(each) - exact).square().mean().sqrt() for each in (model, dense(out, torch.bfloat16)))
-    assert ours < 1.2 * theirs
+    assert off(logits(model), exact) < 1.2 * off(logits(dense(out, torch.bfloat16)), exact)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -160,14 +164,18 @@ def test_transformers_does_not_save_it(model_of: ModelOf, tmp_path: Path) -> Non
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiles(backend: str, dtype: str, model_of: ModelOf, tmp_path: Path) -> None:
-    model = llmshrink.load(pack_checkpoint(model_of("llama"), tmp_path / "out", W4), device="cpu", dtype=dtype)
-    expected = logits(model)
+    out = pack_checkpoint(model_of("llama"), tmp_path / "out", W4)
+    model = llmshrink.load(out, device="cpu", dtype=dtype)
     torch.compiler.reset()
     compiled: Any = torch.compile(model, backend=backend)
-    assert (logits(compiled) - expected).abs().max() <= 0.02 * expected.std()
+    if (backend, dtype) == ("inductor", "bfloat16"):
+        # It keeps in float32 what eager rounds between two operations: other numbers, no worse ones.
+        assert off(logits(compiled), logits(dense(out))) < 1.2 * off(logits(model), logits(dense(out)))
+    else:
+        assert (logits(compiled) - logits(model)).abs().max() <= 1e-5 * logits(model).std()
 
 
 def damaged(folder: Path, key: str, change: Callable[[Tensor], Tensor | None]) -> Path:
