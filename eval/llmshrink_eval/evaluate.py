@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmshrink_eval import prepare, require
 from llmshrink_eval.cache import Cache
 from llmshrink_eval.cost import stored_cost
 from llmshrink_eval.engines import open_engine
-from llmshrink_eval.errors import EvalError, EvalFailed
+from llmshrink_eval.errors import EvalFailed
 from llmshrink_eval.options import ModelSpec, Options
+from llmshrink_eval.outcome import Evaluation, Samples
 from llmshrink_eval.progress import Progress, Silent
 from llmshrink_eval.results import Cost, Divergence, Generation, ModelResult, Perplexity, Results, Task
 
@@ -32,47 +33,6 @@ if TYPE_CHECKING:
     from llmshrink_eval.prepare import Prepared, Subject
     from llmshrink_eval.protocol import Windows
     from llmshrink_eval.tasks import TaskRun
-
-Samples = dict[str, list[dict[str, Any]]]
-
-RESULTS_FILE = "results.json"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """results: what becomes results.json. samples: rows of the per-item files, by their path in the report."""
-
-    results: Results
-    samples: Samples
-
-    def write(self, folder: Path) -> None:
-        """The report, results.json last: where it is, the rest is. Files of items that only the report before had go.
-
-        Raises EvalError when the folder can't be written.
-        """
-        from llmshrink_eval.report.write import write_report
-
-        try:
-            stale = _samples_of(folder / RESULTS_FILE) - self.samples.keys()
-            write_report(self.results, folder, self.samples)
-            self.results.write(folder / RESULTS_FILE)
-            for name in stale:
-                (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise EvalError(
-                f"{folder}: the report can't be written: {reason}; choose another folder with -o"
-            ) from error
-
-
-def _samples_of(path: Path) -> set[str]:
-    """The files of items that the report there speaks of, none outside its folder."""
-    try:
-        models = Results.read(path).models
-    except (OSError, ValueError):
-        return set()
-    named = {task.samples for model in models for task in model.tasks.values() if task.samples}
-    return {name for name in named if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts}
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llmshrink_eval import require
+from llmshrink_eval.comparable import refuse_other_tokenizers, refuse_other_vocabularies
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.fingerprint import fingerprint_folder
 from llmshrink_eval.options import SHOWN_PROMPTS, Engine, ModelSpec, Options, ProtocolName
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 32
 NO_LIMIT = 2048
 """Tokens in a window at most, for a model whose config states no limit."""
-PROBE = (
-    "The quick brown fox jumps over 13 lazy dogs. Naïve café, 東京 2026!\n\n\tdef f(x): return x**2  # ...",
-    "Once upon a time there was a baker in the village. <|endoftext|> [INST] </s> 🙂",
-)
 _NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 PACKAGES = (
     "llmshrink",  # the distribution that this package is a part of
@@ -137,10 +134,10 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
     specs = _told_apart([*([original] if original is not None else []), *models])
     tokenizers = [_tokenizer(spec, running.trust_remote_code) for spec in specs]
     configs = [_config(spec, running.trust_remote_code) for spec in specs]
-    _refuse_other_tokenizers(specs, tokenizers)
+    refuse_other_tokenizers(specs, tokenizers)
     windows = _windows(options, configs, tokenizers[0])
     if windows is not None:
-        _refuse_other_vocabularies(specs, configs, windows)
+        refuse_other_vocabularies(specs, configs, windows)
     if options.apply_chat_template:
         _refuse_without_chat_template(specs, tokenizers)
     tasks, tasks_fingerprint = _tasks(options)
@@ -217,48 +214,10 @@ def _config(spec: ModelSpec, trust_remote_code: bool) -> Any:
             raise EvalError(f"{spec.name}: transformers can't read its config.json ({reason})") from error
 
 
-def _refuse_other_tokenizers(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:
-    """Every model must read the very same tokens, or neither KL nor nats per token compare."""
-    first, vocabulary = tokenizers[0], tokenizers[0].get_vocab()
-    for spec, tokenizer in zip(specs[1:], tokenizers[1:], strict=True):
-        other = tokenizer.get_vocab()
-        reason = None
-        if other != vocabulary:
-            different = min(set(vocabulary.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))
-            reason = f"{len(vocabulary):,} tokens against {len(other):,}, first different: {different[0]!r}"
-        else:
-            for text in PROBE:
-                if tokenizer(text)["input_ids"] != first(text)["input_ids"]:
-                    reason = f"the same tokens, but {text[:24]!r}... is cut into them in another way"
-                    break
-        if reason is not None:
-            raise EvalError(
-                f"{specs[0].name} and {spec.name} have different tokenizers ({reason}); only models that read the same"
-                " tokens can be compared"
-            )
-
-
 def _refuse_without_chat_template(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:
     for spec, tokenizer in zip(specs, tokenizers, strict=True):
         if not getattr(tokenizer, "chat_template", None):
             raise EvalError(f"--apply-chat-template: the tokenizer of {spec.name} has no chat template; leave it out")
-
-
-def _refuse_other_vocabularies(specs: Sequence[ModelSpec], configs: Sequence[Any], windows: Windows) -> None:
-    """A model must know every token of the text, and give as many logits as the one that it is compared with."""
-    largest = int(windows.input_ids.max())
-    sizes = [int(config.get_text_config().vocab_size) for config in configs]
-    for spec, size in zip(specs, sizes, strict=True):
-        if largest >= size:
-            raise EvalError(
-                f"{spec.name}: its tokenizer gives token {largest:,}, and its config.json has a vocabulary of {size:,};"
-                " the two don't belong together"
-            )
-        if size != sizes[0]:
-            raise EvalError(
-                f"{specs[0].name} and {spec.name} have vocabularies of {sizes[0]:,} and {size:,} in their config.json;"
-                " only models with the same one can be compared"
-            )
 
 
 def _windows(options: Options, configs: Sequence[Any], tokenizer: Any) -> Windows | None:

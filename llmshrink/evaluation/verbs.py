@@ -76,9 +76,7 @@ def evaluate(
         refuse(options, baseline=original is not None)
         specs = [spec_of(model, settings) for model in models]
         first = None if original is None else spec_of(original, settings)
-        found = measure(first, specs, options, progress)
-        found.write(output)
-    return found.results
+        return measure(first, specs, options, progress).write(output)
 
 
 def check_report_folder(folder: Path) -> None:

@@ -238,6 +238,29 @@ def test_a_report_takes_the_place_of_the_one_before_and_of_its_items(here: Small
     }  # fmt: skip
 
 
+def test_a_report_that_says_the_same_is_left_as_it_is(here: Small, near: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+
+    def written(**changes: Any) -> set[str]:
+        """Which files a further run writes anew."""
+        before = {file: file.stat().st_ino for file in out.rglob("*") if file.is_file()}
+        found = evaluate(spec(here.original), [spec(near)], here.options(**changes)).write(out)
+        assert Results.read(out / "results.json") == found
+        return {file.name for file in out.rglob("*") if file.is_file() and before.get(file) != file.stat().st_ino}
+
+    everything = {"results.json", "table.md", "report.html", "demo_facts.jsonl"}
+    assert written() == everything
+    assert written() == set()
+    assert written(require="token<1e9") == everything
+    assert written(require="token<1e9") == set()
+    for name in ("report.html", "samples/near/demo_facts.jsonl"):
+        (out / name).unlink()
+        assert written(require="token<1e9") == everything
+    rows = (out / "samples/near/demo_facts.jsonl").read_text()
+    (out / "samples/near/demo_facts.jsonl").write_text(rows.replace("0.0", "0.5"))
+    assert written(require="token<1e9") == everything
+
+
 def test_what_json_cannot_hold_is_written_all_the_same(here: Small, tmp_path: Path) -> None:
     results = evaluate(None, [spec(here.original)], here.options(tasks=())).results
     perplexity = results.models[0].perplexity
