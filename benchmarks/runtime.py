@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def contenders(shape: tuple[int, int], rows: int, *, bits: int, group_size: int)
         allowed = naive.allowed_error(x, exact, dtype) + 2**-21 * (x.double().abs() @ exact.abs().T)
         assert ((layer(x).double() - x.double() @ exact.T).abs() <= allowed).all(), (shape, rows, dtype)
         name = str(dtype).removeprefix("torch.")
-        calls[f"packed {name}"] = lambda layer=layer, x=x: layer(x)
-        calls[f"dense {name}"] = lambda weight=weight, x=x: torch.nn.functional.linear(x, weight)
+        calls[f"packed {name}"] = partial(layer, x)
+        calls[f"dense {name}"] = partial(torch.nn.functional.linear, x, weight)
     return calls
 
 

@@ -24,13 +24,13 @@ W4 = GroupedIntScheme(4, 32, True)
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 200, 33]])
 
 
-def dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The same checkpoint, decompressed by the evaluation's reader."""
+def dense(folder: Path) -> Any:
+    """The same checkpoint in float32, decompressed by the evaluation's reader."""
     from llmshrink_eval.model import LoadOptions
 
     from llmshrink.evaluation.loader import load
 
-    return load(str(folder), LoadOptions("cpu", dtype)).eval()
+    return load(str(folder), LoadOptions()).eval()
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -74,7 +74,7 @@ def test_bfloat16_is_no_further_off_than_a_dense_model_in_it(
     exact = logits(dense(out))
     model = llmshrink.load(out, device="cpu")
     assert {module.words.dtype for module in packed_modules(model).values()} == {torch.uint8}
-    assert off(logits(model), exact) < 1.2 * off(logits(dense(out, torch.bfloat16)), exact)
+    assert off(logits(model), exact) < 1.2 * off(logits(dense(out).to(torch.bfloat16)), exact)
 
 
 @pytest.mark.parametrize("tied", [True, False])
