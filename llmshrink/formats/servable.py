@@ -13,6 +13,9 @@ only where no built-in one exists for that number of bits, and the verdict names
 
 Exllama takes other groups too, but only in steps of 32 inputs and in float16, without saying so: not counted on.
 
+Attention is asked about too, once for a model: the CPU build's takes heads of some widths only, and every engine splits
+heads evenly over ranks.
+
 Two conditions come from how a checkpoint is cut and hold for every engine. The stream of codes of a row is cut between
 ranks at a word, and the built-in kernels unpack whole words: so in * bits % 32 = 0 for them, and for all when the
 inputs are split. The zero-points are packed along the outputs, one shard after the other: when there are several
@@ -29,6 +32,8 @@ from llmshrink.formats.bitpack import BITS, WORD
 
 Parallel = Literal["column", "row"]
 
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Widths of a head that the attention of vLLM's CPU build takes."""
 HUMMING = "vLLM's optional Humming kernels"
 
 
@@ -47,6 +52,22 @@ class Verdict:
     def served(self) -> bool:
         """Whether at least one engine serves the layer."""
         return None in self.engines.values()
+
+    @property
+    def count(self) -> int:
+        """How many engines serve the layer."""
+        return sum(why is None for why in self.engines.values())
+
+
+def attention(head_dim: int, heads: int, tp: int = 1) -> dict[str, str]:
+    """The engines that can't compute a model's attention, and why. heads: query heads; tp: tensor-parallel ranks."""
+    if heads % tp:
+        reason = f"{heads} attention heads can't be split over {tp} ranks"
+        return {"vllm-cpu": reason, "vllm-cuda": reason}
+    if head_dim not in CPU_HEADS:
+        widths = ", ".join(map(str, CPU_HEADS))
+        return {"vllm-cpu": f"its attention takes heads of {widths} values, and this model's have {head_dim}"}
+    return {}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ checkpoint to logits; all others are refused by name before any work starts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmshrink.errors import UnsupportedModelError
 
@@ -27,6 +28,10 @@ class Family:
             if leaf in members:
                 return f"{parent}.{layer}"
         return None
+
+    def parallel(self, site: str) -> Literal["column", "row"]:
+        """Along which side tensor parallelism cuts a site: its outputs, or its inputs."""
+        return "row" if site.rpartition(".")[2] in self.row_parallel else "column"
 
 
 _LLAMA = Family(

@@ -2,8 +2,9 @@
 
 Engines fuse some linears into one layer (q/k/v, gate/up), so such sites are decided together: they must be asked for
 the same thing, and an engine must be able to serve every shard of the layer. Where no engine serves what was asked,
-the layer falls to the largest smaller group size that one does serve, else it stays 16-bit; either is a note in the
-report, or with `strict` an error.
+the layer falls to the largest smaller group size that one does serve, else it stays as it is; either is a note in the
+report, or with `strict` an error. Where some smaller group suits every engine that takes these bits, the largest of
+those is preferred to a larger one that suits fewer.
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ from fnmatch import fnmatchcase
 from pydantic import ValidationError
 
 from llmshrink.errors import RecipeError
-from llmshrink.formats.servable import Verdict, servable
+from llmshrink.formats.servable import Parallel, Verdict, servable
 from llmshrink.methods.contract import QuantizeSpec
 from llmshrink.recipe.schema import Override, Quantize, Recipe
 
+SCHEME = {"bits", "group_size", "symmetric"}
+"""What an engine's layer has one of; how its shards' codes were found may differ."""
 HEAD = "lm_head"
 """The pattern that every recipe ignores by default; a model whose head has another name doesn't make it a mistake."""
 
 
 @dataclass(frozen=True)
 class SiteShape:
-    """A linear inside the blocks. Sites with the same `fused` (not None) become one layer in an engine."""
+    """A linear inside the blocks. Sites with the same `fused` (not None) become one layer in an engine.
+
+    parallel: along which side tensor parallelism cuts it; None where that isn't known.
+    """
 
     name: str
     out_features: int
     in_features: int
     fused: str | None
+    parallel: Parallel | None = None
 
 
 @dataclass(frozen=True)
@@ -137,14 +144,16 @@ def _pattern_faults(recipe: Recipe, sites: Sequence[str], others: Sequence[str])
         if not inside and not outside:
             faults.append(f"{where} matches no module; {known}")
         elif not inside and override.quantize is not None:
-            faults.append(f"{where} matches only {outside[0]}, outside the model's blocks, where weights stay 16-bit")
+            faults.append(
+                f"{where} matches only {outside[0]}, outside the model's blocks, where weights stay as they are"
+            )
         elif inside and all(any(matches(pattern, name) for pattern in recipe.ignore) for name in inside):
             faults.append(f"{where} matches only modules that `ignore` lists; take them out of one of the two")
     for name in others:
         ignored = any(matches(pattern, name) for pattern in recipe.ignore)
         if not ignored and not any(_ignores(override, name) for override in recipe.overrides):
             faults.append(
-                f"{recipe.name}: ignore: doesn't list {name}, which is outside the model's blocks and stays 16-bit; "
+                f"{recipe.name}: ignore: doesn't list {name}, which is outside the model's blocks and stays as it is; "
                 f"add {name} to ignore"
             )
     return faults
@@ -182,7 +191,7 @@ def _fused_faults(layers: Sequence[Sequence[SiteShape]], asked: dict[str, Quanti
 def _difference(first: Quantize | None, other: Quantize | None) -> str:
     if first is None or other is None:
         return "" if first is other else "quantizing one and ignoring the other"
-    one, two = first.model_dump(), other.model_dump()
+    one, two = first.model_dump(include=SCHEME), other.model_dump(include=SCHEME)
     return ", ".join(f"{name} {one[name]} and {two[name]}" for name in one if one[name] != two[name])
 
 
@@ -195,15 +204,19 @@ def _decide(layer: Sequence[SiteShape], asked: Quantize | None, tp: int) -> list
     width = widths.pop()
     wanted = width if asked.group_size == -1 else asked.group_size
     shards = [(site.out_features, site.in_features) for site in layer]
-    why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else ""
-    for group_size in (size for size in range(min(wanted, width), 0, -1) if width % size == 0):
-        verdict = servable(asked.bits, group_size, asked.symmetric, shards, tp)
-        if verdict.served:
-            spec = QuantizeSpec(**asked.model_dump() | {"group_size": group_size})
-            note = f"group_size {group_size} instead of {wanted}: {why_not}" if group_size != wanted else None
-            return [Assigned(site, spec, note, verdict) for site in layer]
-        why_not = why_not or _reason(verdict)
-    return [Assigned(site, None, f"stays 16-bit: {why_not}, and no smaller group is served either") for site in layer]
+    sizes = [size for size in range(min(wanted, width), 0, -1) if width % size == 0]
+    verdicts = {size: servable(asked.bits, size, asked.symmetric, shards, tp, layer[0].parallel) for size in sizes}
+    served = [size for size in sizes if verdicts[size].served]
+    # As asked where that is served at all; `max` takes the first, which is the largest, of those that serve most.
+    chosen = wanted if wanted in served else max(served, key=lambda size: verdicts[size].count, default=None)
+    why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else _reason(verdicts[wanted])
+    if chosen is None:
+        return [
+            Assigned(site, None, f"stays as it is: {why_not}, and no smaller group is served either") for site in layer
+        ]
+    spec = QuantizeSpec(**asked.model_dump() | {"group_size": chosen})
+    note = f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
+    return [Assigned(site, spec, note, verdicts[chosen]) for site in layer]
 
 
 def _reason(verdict: Verdict) -> str:

@@ -72,7 +72,7 @@ def made_for(name_or_path: str, recipe: Recipe) -> str | None:
     recipes = shipped()
     asked = recipes.get(name_or_path)
     kinds = {name: _kind(each) for name, each in recipes.items()}
-    if asked is None or kinds[name_or_path] == _kind(recipe):
+    if asked is None or [bits for _, bits, _ in kinds[name_or_path]] == [bits for _, bits, _ in _kind(recipe)]:
         return None
     return next((name for name, kind in kinds.items() if kind == _kind(recipe)), None)
 

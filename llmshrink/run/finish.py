@@ -14,7 +14,6 @@ from torch import Tensor
 from llmshrink.checkpoint.conserve import Ledger
 from llmshrink.checkpoint.index import INDEX_FILE
 from llmshrink.formats import compressed_tensors
-from llmshrink.recipe.assign import serving_notes
 from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk
 from llmshrink.run.card import card
@@ -28,6 +27,7 @@ from llmshrink.run.verify import REFERENCE, verify_reload
 from llmshrink.serving.launch import installed, serve_command
 
 TIMING = "timing.json"
+ENGINES = ("vllm-cpu", "vllm-cuda")
 WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -126,7 +126,10 @@ def serve_line(output: Path, record: Mapping[str, Any]) -> str:
     """The line that serves an output with the vLLM at hand, or that this vLLM doesn't."""
     engine = installed()
     command = serve_command(output, tp=record["serve_tp"])
-    if engine is not None and engine.cpu and any(note.startswith("vllm-cpu") for note in record["notes"]):
+    refusing = {kind for kind in ENGINES for note in record["notes"] if note.startswith(f"{kind} won't")}
+    if len(refusing) == len(ENGINES):
+        return "no vLLM serves this checkpoint as it is, see the notes"
+    if engine is not None and ("vllm-cpu" if engine.cpu else "vllm-cuda") in refusing:
         return (
             f"not with the {engine.distribution} {engine.version} at hand, see the note; elsewhere vllm serve {output}"
         )
@@ -200,7 +203,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 def _record(job: Job, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
     identity = job.identity()
-    notes = fallen_notes(rows) + serving_notes(list(job.assigned.values()))
+    notes = fallen_notes(rows) + job.notes
     widest = max((site.in_features for site in job.sites), default=0)
     if job.calibration.tokens < widest and any(row.method not in (None, "rtn") for row in rows):
         notes.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +22,17 @@ from llmshrink.calibration.activations import Batch, batches_of
 from llmshrink.calibration.text import load_documents
 from llmshrink.calibration.tokens import TokenWindows, build_windows, window_shape
 from llmshrink.checkpoint.index import CheckpointIndex, check_finite
-from llmshrink.checkpoint.preflight import check_source, load_config, load_tokenizer, model_limit
+from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_config, load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
-from llmshrink.errors import LlmshrinkError, OutputError
+from llmshrink.errors import LlmshrinkError, OutputError, RecipeError
+from llmshrink.formats.servable import attention
 from llmshrink.methods import QuantizeSpec
 from llmshrink.model.chain import Chain
-from llmshrink.model.families import family_of
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
 from llmshrink.model.skeleton import Skeleton
-from llmshrink.recipe.assign import Assigned, SiteShape, assign
-from llmshrink.recipe.read import load_recipe, recipe_hash
+from llmshrink.model.uncovered import refuse_family
+from llmshrink.recipe.assign import Assigned, SiteShape, assign, serving_notes
+from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
 
 HELD_OUT_TOKENS = 1024
@@ -90,6 +92,22 @@ class Job:
         return {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know before the work: who won't serve the result, and a recipe that suits better."""
+        notes = serving_notes(list(self.assigned.values()))
+        config = self.chain.skeleton.model.config.get_text_config()
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        for engine, why in attention(width, heads, self.options.serve_tp).items():
+            notes.append(f"{engine} won't serve this checkpoint: {why}")
+        other = made_for(self.options.recipe, self.recipe)
+        if other is not None:
+            notes.append(
+                f"{self.options.recipe} was measured at other bits; --recipe {other} is the one made for these"
+            )
+        return notes
+
+    @property
     def scale_dtype(self) -> torch.dtype:
         """Scales are stored in the dtype of the weights that they replace; no engine reads wider ones than float32."""
         dtype = self.index.entry(self.sites[0].key).dtype
@@ -142,8 +160,9 @@ def prepare(options: Options) -> Job:
     check_work_dir(options.work_dir)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, stored_dtype(index))
-    family_of(config.model_type)
+    refuse_family(config, trust_remote_code=options.trust_remote_code)
     chain = Chain(Skeleton(config, index, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code))
+    check_dtypes(source, index, chain.skeleton.key_of.values())
     tokenizer = load_tokenizer(source, options.trust_remote_code)
     calibration, held_out = build_windows(
         load_documents(options.calibration, source_kind=source.kind),
@@ -159,8 +178,16 @@ def prepare(options: Options) -> Job:
     batch_size = options.batch_size or max(1, BATCH_TOKENS // seq_len)
     others = linears_outside(chain.skeleton.model, chain.prefix)
     sites = [site for block in stages for site in sites_of(block)]
-    shapes = [SiteShape(s.name, s.out_features, s.in_features, chain.family.fused_name(s.name)) for s in sites]
+    shapes = [
+        SiteShape(s.name, s.out_features, s.in_features, chain.family.fused_name(s.name), chain.family.parallel(s.name))
+        for s in sites
+    ]
     assigned = assign(recipe, shapes, other_modules=others, tp=options.serve_tp, strict=options.strict)
+    if not any(decision.spec for decision in assigned):
+        why = next((f"{a.site.name} {a.note}" for a in assigned if a.note), "the recipe ignores every site")
+        raise RecipeError(
+            [f"{recipe.name}: nothing would be quantized: {why}; choose other bits or another group_size"]
+        )
     return Job(
         options=options,
         source=source,
@@ -181,12 +208,16 @@ def prepare(options: Options) -> Job:
 
 
 def check_work_dir(folder: Path | None) -> None:
-    """Raise OutputError when activations couldn't be spilled to `folder`; nothing is made there yet."""
+    """Raise OutputError when activations couldn't be spilled to `folder`; what is made there to see goes at once."""
     if folder is None:
         return
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise OutputError(f"--work-dir {folder}: {place} isn't a folder that can be written to; name another")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=place))  # permissions don't bind root, nor say that /proc takes no folder
+    except OSError as error:
+        raise OutputError(
+            f"--work-dir {folder}: {place} isn't a folder that can be written to ({error.strerror}); name another"
+        ) from error
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -197,7 +228,8 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+    last = torch.cuda.device_count() - 1 if device.type == "cuda" else 0
+    if device.index is not None and device.index > last:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         found = torch.cuda.device_count()

@@ -17,8 +17,6 @@ from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.formats import compressed_tensors
 from llmshrink.model.sites import sites_of
-from llmshrink.recipe.assign import serving_notes
-from llmshrink.recipe.read import made_for
 from llmshrink.run import disk, heldout
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
@@ -44,11 +42,7 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         parts = workspace.begin(job.identity())
         if parts is None:
             return reread(options.output, seconds=time.perf_counter() - started)
-        notes = serving_notes(list(job.assigned.values()))
-        other = made_for(options.recipe, job.recipe)
-        if other is not None:
-            notes.append(f"{options.recipe} was measured at other bits; --recipe {other} is the one made for these")
-        for note in notes:
+        for note in job.notes:
             progress.note(f"note: {note}")
         run = _Run(job, workspace, progress, started)
         try:

@@ -155,17 +155,33 @@ def test_minus_one_is_the_whole_row() -> None:
         assert decision.spec is not None and decision.spec.group_size == decision.site.in_features and not decision.note
 
 
-def test_a_group_that_does_not_divide_falls_to_the_largest_that_is_served() -> None:
+def test_a_group_that_does_not_divide_falls_to_the_largest_that_suits_every_engine() -> None:
+    # 80 suits the CPU alone.
     site = SiteShape("a.o_proj", 64, 320, None)
     decision = assigned([site])["a.o_proj"]
-    assert decision.spec is not None and decision.spec.group_size == 80
-    assert decision.note == "group_size 80 instead of 128: 128 doesn't divide 320 inputs"
+    assert decision.spec is not None and decision.spec.group_size == 64
+    assert decision.note == "group_size 64 instead of 128: 128 doesn't divide 320 inputs"
 
 
 def test_a_site_that_no_engine_serves_stays_16_bit_and_says_why() -> None:
     decision = assigned([SiteShape("a.o_proj", 100, 172, None)])["a.o_proj"]
     assert decision.spec is None and decision.verdict is None
-    assert decision.note is not None and decision.note.startswith("stays 16-bit: 128 doesn't divide 172 inputs")
+    assert decision.note is not None and decision.note.startswith("stays as it is: 128 doesn't divide 172 inputs")
+
+
+@pytest.mark.parametrize(
+    ("width", "tp", "group"), [(11008, 4, 64), (11008, 8, 32), (896, 2, 64), (18944, 8, 64), (2880, 1, 64)]
+)
+def test_real_widths_fall_to_a_group_that_both_engines_take(width: int, tp: int, group: int) -> None:
+    decision = assigned([SiteShape("a.down_proj", 4096, width, None, "row")], tp=tp)["a.down_proj"]
+    assert decision.spec is not None and decision.verdict is not None
+    assert decision.spec.group_size == group and decision.verdict.count == 2
+
+
+def test_shards_of_one_layer_may_be_solved_differently() -> None:
+    damp = "overrides=[{match: '*.q_proj', quantize: {damp: 0.02}}]"
+    found = assigned(None, damp)["model.layers.0.self_attn.q_proj"]
+    assert found.spec is not None and found.spec.damp == 0.02
 
 
 def test_fused_sites_fall_together() -> None:
@@ -185,7 +201,7 @@ def test_strict_lists_every_site_that_cannot_be_as_asked() -> None:
 
 def test_tensor_parallelism_is_asked_about() -> None:
     down = assigned(tp=4)["model.layers.0.mlp.down_proj"]  # its 768 inputs are cut into 4 times 192
-    assert down.spec is not None and down.spec.group_size == 96
+    assert down.spec is not None and down.spec.group_size == 64
     assert down.note is not None and "of one of 4 ranks" in down.note
 
 
@@ -193,18 +209,20 @@ def test_tensor_parallelism_is_asked_about() -> None:
     width=st.integers(1, 40).map(lambda n: n * 8), outputs=st.integers(1, 40).map(lambda n: n * 8),
     bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_from([-1, 16, 32, 48, 64, 128, 1000]), symmetric=st.booleans(),
 )  # fmt: skip
-def test_no_larger_group_than_the_one_given_is_served(
+def test_what_is_asked_is_kept_where_it_is_served_and_else_what_most_engines_take(
     width: int, outputs: int, bits: int, group: int, symmetric: bool
 ) -> None:
     sets = [f"steps.0.quantize.{name}={value}" for name, value in (("bits", bits), ("group_size", group))]
     site = SiteShape("a.w", outputs, width, None)
     decision = assigned([site], *sets, f"steps.0.quantize.symmetric={str(symmetric).lower()}")["a.w"]
     wanted = width if group == -1 else group
-    served = [
-        size for size in range(1, min(wanted, width) + 1)
-        if width % size == 0 and servable(bits, size, symmetric, [(outputs, width)], 1).served
-    ]  # fmt: skip
-    assert (decision.spec.group_size if decision.spec else None) == (max(served) if served else None)
+    engines = {
+        size: servable(bits, size, symmetric, [(outputs, width)], 1).count
+        for size in range(1, min(wanted, width) + 1) if width % size == 0
+    }  # fmt: skip
+    best = max(engines, key=lambda size: (engines[size], size))
+    expected = wanted if engines.get(wanted) else best if engines[best] else None
+    assert (decision.spec.group_size if decision.spec else None) == expected
     assert (decision.note is None) is (decision.spec is not None and decision.spec.group_size == wanted)
 
 

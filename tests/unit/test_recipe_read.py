@@ -283,4 +283,5 @@ def test_bits_that_another_recipe_was_made_for_name_it() -> None:
     assert made_for("gptq-w4a16", load_recipe("gptq-w4a16", flags={"group_size": 64})) is None
     assert made_for("gptq-w4a16", load_recipe("gptq-w4a16")) is None
     assert made_for("rtn-w4a16", load_recipe("rtn-w4a16", flags={"bits": 3})) is None
+    assert made_for("gptq-w4a16", load_recipe("gptq-w4a16", flags={"method": "rtn"})) is None
     assert made_for("mine.yaml", load_recipe("gptq-w3a16")) is None

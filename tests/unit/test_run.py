@@ -289,6 +289,26 @@ def test_bad_input_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_would_quantize_nothing_is_refused(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    for options, why in (
+        ({"bits": 8, "group_size": 2}, ".*q_proj stays as it is: .*another group_size"),
+        ({"set": ["ignore=['*']", "overrides=[]"]}, "the recipe ignores every site"),
+    ):
+        with pytest.raises(RecipeError, match=f"nothing would be quantized: {why}"):
+            llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **{**SMALL, **options})
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_who_cannot_serve_it_is_said_and_no_line_offered(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    report = llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, serve_tp=3, **SMALL)
+    assert any("attention heads can't be split over 3 ranks" in note for note in report.notes)
+    assert report.serve == "no vLLM serves this checkpoint as it is, see the notes"
+
+
 def test_no_room_is_said_with_bytes(
     model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmshrink.formats.servable import Verdict, servable
+from llmshrink.formats.servable import Verdict, attention, servable
 
 QWEN3_8B_QKV = [(4096, 4096), (1024, 4096), (1024, 4096)]
 
@@ -96,3 +96,10 @@ def test_one_group_a_row_survives_a_split_of_the_inputs() -> None:
 def test_a_row_is_cut_between_ranks_at_a_word() -> None:
     assert servable(3, 32, True, [(64, 64)], 2, "row").served
     assert not servable(3, 16, True, [(64, 32)], 2, "row").served
+
+
+def test_attention_takes_some_widths_and_splits_heads_evenly() -> None:
+    assert attention(128, 32, 8) == {}
+    assert list(attention(8, 8)) == ["vllm-cpu"] and "have 8" in attention(8, 8)["vllm-cpu"]
+    assert list(attention(64, 4, 3)) == ["vllm-cpu", "vllm-cuda"]
+    assert "4 attention heads can't be split over 3 ranks" in attention(64, 4, 3)["vllm-cuda"]
