@@ -10,9 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import OutputError, SourceError
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -39,6 +44,7 @@ def check_source(source: Source, *, trust_remote_code: bool = False) -> None:
     model, already quantized, no tokenizer. Weights are checked by CheckpointIndex.open.
     """
     config = _read_config(source)
+    _refuse_unknown(source, config)
     if not trust_remote_code and _needs_own_code(config):
         raise SourceError(
             f"{source.name}: its config.json asks to run the repository's own Python (auto_map); "
@@ -69,6 +75,21 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PretrainedCo
     if getattr(config, "is_encoder_decoder", False):
         raise _not_causal(source, f"{type(config).__name__.removesuffix('Config')} (it has an encoder)")
     return config
+
+
+def check_dtypes(source: Source, index: CheckpointIndex, keys: Iterable[str]) -> None:
+    """Refuse a model whose tensors `keys` aren't all floating-point numbers of 16 bits or more.
+
+    Integers and 8-bit floats are codes that mean nothing without their scales, wherever those are. Raises SourceError
+    naming the tensor and its dtype.
+    """
+    for key in keys:
+        dtype = index.entry(key).dtype
+        if dtype not in _DENSE:
+            raise SourceError(
+                f"{source.name}: already quantized: {key} is stored as {str(dtype).removeprefix('torch.')}, though "
+                "config.json has no quantization_config; start from the original 16-bit model"
+            )
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -133,6 +154,19 @@ def _needs_own_code(config: dict[str, Any]) -> bool:
     return config.get("model_type") not in CONFIG_MAPPING
 
 
+def _refuse_unknown(source: Source, config: dict[str, Any]) -> None:
+    """A model type that transformers doesn't know, and that brings no code of its own."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    name = config.get("model_type")
+    if name is not None and not config.get("auto_map") and (not isinstance(name, str) or name not in CONFIG_MAPPING):
+        raise SourceError(
+            f"{source.name}: config.json's model_type {name!r} is unknown to transformers {transformers.__version__}; "
+            "correct it if it's misspelt, or upgrade transformers"
+        )
+
+
 def _refuse_other_tasks(source: Source, config: dict[str, Any]) -> None:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
@@ -172,5 +206,5 @@ def _refuse_quantized(source: Source, config: dict[str, Any]) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200] + "..."
+    """All that another library says, on one line: what it says last is often what helps."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -17,8 +17,9 @@ from llmshrink.calibration.activations import Batch
 from llmshrink.errors import UnsupportedModelError
 from llmshrink.model.blocks import Call, Enough, find_blocks, logits_of, record_calls, visiting
 from llmshrink.model.families import Family, family_of
-from llmshrink.model.sites import Stage, find_stages, refuse_uncovered
+from llmshrink.model.sites import Stage, find_stages
 from llmshrink.model.skeleton import Skeleton
+from llmshrink.model.uncovered import refuse_uncovered
 
 Check = Callable[[str, Tensor], None]
 

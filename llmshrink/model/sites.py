@@ -42,19 +42,6 @@ class Stage:
         return self.sites[0].local
 
 
-def refuse_uncovered(block: nn.Module, prefix: str) -> None:
-    """Raise UnsupportedModelError for any matrix in the block that isn't the weight of an nn.Linear."""
-    for name, module in block.named_modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim < 2:
-                continue
-            if not (type(module) is nn.Linear and leaf == "weight"):
-                raise UnsupportedModelError(
-                    f"{prefix}.{name}.{leaf}: a {type(module).__name__} of shape {list(parameter.shape)} isn't covered "
-                    "yet (only nn.Linear weights are), so nothing was touched"
-                )
-
-
 def find_stages(
     block: nn.Module, prefix: str, index: int, call: Call, hidden: Tensor, key_of: dict[str, str]
 ) -> tuple[list[Stage], Tensor]:

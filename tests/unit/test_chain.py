@@ -146,10 +146,59 @@ def test_what_is_not_covered_is_refused_by_name(family: str, changes: dict[str, 
 def test_a_matrix_that_is_no_linear_is_refused_by_name() -> None:
     from transformers.pytorch_utils import Conv1D
 
-    from llmshrink.model.sites import refuse_uncovered
+    from llmshrink.model.uncovered import refuse_uncovered
 
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.fc\.weight: a Conv1D"):
         refuse_uncovered(torch.nn.ModuleDict({"fc": Conv1D(8, 4)}), "model.layers.0")
+
+
+def test_of_many_other_matrices_the_experts_are_named() -> None:
+    from llmshrink.model.uncovered import refuse_uncovered
+
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2, 8))
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.zeros(2, 4, 8))
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.experts\.up: fused experts, 2 in one tensor"):
+        refuse_uncovered(torch.nn.ModuleDict({"gate": Router(), "experts": Experts()}), "layers.0")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        (
+            "gpt2",
+            {"n_embd": 64, "n_layer": 2, "n_head": 4},
+            r"transformer\.h\.0\.attn\.c_attn\.weight: a Conv1D of shape",
+        ),
+        ("mixtral", {"num_local_experts": 2}, r"layers\.0\.mlp\.experts\.gate_up_proj: fused experts, 2 in one tensor"),
+        ("gemma3n_text", {"num_hidden_layers": 30}, r"its last 15 layers share the keys and values of earlier ones"),
+        ("phi3", {}, "no test has taken it from a checkpoint to logits"),
+    ],
+)
+def test_why_a_family_is_not_covered_is_said(family: str, changes: dict[str, Any], why: str) -> None:
+    from transformers import AutoConfig
+
+    from llmshrink.model.uncovered import refuse_family
+
+    config = AutoConfig.for_model(family, **{**TINY, "vocab_size": 512, **changes})
+    with pytest.raises(UnsupportedModelError, match=f"architecture '{family}' isn't covered yet: .*{why}"):
+        refuse_family(config)
+
+
+def test_experts_in_a_list_are_named() -> None:
+    from llmshrink.model.uncovered import listed_experts
+
+    experts = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)])
+    block = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": experts})})
+    assert listed_experts(block, "layers.1") == "layers.1.mlp.experts: 3 experts, of which a token reaches only some"
+    assert listed_experts(torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)}), "layers.1") is None
 
 
 def test_checkpoint_without_the_base_prefix_is_found(tmp_path: Path) -> None:

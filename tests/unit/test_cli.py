@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import make_model
 
 from llmshrink import __version__, api
 from llmshrink.cli import run
@@ -232,6 +233,29 @@ def test_what_a_user_did_is_said_alone_on_stderr_a_line_a_fault(
     assert len(found) == len(lines)
     for line, expected in zip(found, lines, strict=True):
         assert line.startswith(f"llmshrink: error: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("gpt2", {}, "architecture 'gpt2' isn't covered yet: transformer.h.0.attn.c_attn.weight: a Conv1D of shape"),
+        (
+            "mixtral",
+            {"num_local_experts": 2},
+            "architecture 'mixtral' isn't covered yet: model.layers.0.mlp.experts.gate_up_proj: fused experts, 2 in",
+        ),
+    ],
+)
+def test_a_model_that_is_not_covered_is_refused_with_the_part_that_is_why(
+    family: str, changes: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(tmp_path / "model", family, **changes)
+    capsys.readouterr()  # the progress of making it
+    assert run(["quantize", str(model), "-o", str(tmp_path / "out"), "--calibration", "demo"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert err.startswith(f"llmshrink: error: {why}") and "nothing was touched" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_our_own_bug_is_not_dressed_up_as_the_users(twin: Twin) -> None:

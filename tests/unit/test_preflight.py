@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llmshrink.checkpoint import preflight
+from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import OutputError, SourceError
 
@@ -56,7 +59,9 @@ def test_a_causal_model_passes(tmp_path: Path) -> None:
         ),
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, "pack-quantized"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "already quantized (fp8)"),
-        ({"model_type": "newest"}, "transformers can't read its config.json"),
+        ({"model_type": "newest"}, "config.json's model_type 'newest' is unknown to transformers"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is unknown to transformers"),
+        ({"hidden_size": "wide"}, "transformers can't read its config.json"),
         ({"model_type": "newest", "auto_map": {"AutoConfig": "code.Config"}}, "--trust-remote-code"),
     ],
 )
@@ -91,8 +96,22 @@ def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:
 
 
 def test_a_broken_tokenizer_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="its tokenizer can't be read"):
+    with pytest.raises(SourceError, match="its tokenizer can't be read") as caught:
         preflight.load_tokenizer(folder(tmp_path))
+    line = str(caught.value)
+    assert "\n" not in line and "..." not in line
+    assert line.endswith("; copy the tokenizer's files of the original model again")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_matrix_of_codes_is_refused_by_name_and_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"fine.weight": torch.ones(2, 2, dtype=torch.float64), "up.weight": torch.ones(2, 2).to(dtype)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = Source("model", tmp_path, None, "folder")
+    with CheckpointIndex.open(tmp_path) as index:
+        preflight.check_dtypes(source, index, ["fine.weight"])
+        with pytest.raises(SourceError, match=f"already quantized: up.weight is stored as {str(dtype)[6:]}"):
+            preflight.check_dtypes(source, index, ["fine.weight", "up.weight"])
 
 
 def test_a_disk_without_room_is_named_with_the_bytes_needed(tmp_path: Path) -> None:

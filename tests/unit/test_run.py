@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import llmshrink
 from llmshrink.calibration.activations import batches_of
 from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError
+from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
 from llmshrink.run import job as jobs
 from llmshrink.run import quantize as runs
 
@@ -268,11 +268,13 @@ def test_an_all_zero_site_and_a_dead_input_are_handled(story: Path, tmp_path: Pa
         ({"seq_len": 4096}, LlmshrinkError, "4096"),
         ({"recipe": "gptq-w4a61"}, RecipeError, "gptq-w4a16"),
         ({"device": "cuda:7"}, LlmshrinkError, "cuda:7"),
+        ({"device": "cpu:7"}, LlmshrinkError, "cpu:7: not a device here"),
         ({"dtype": "float8"}, LlmshrinkError, "float8"),
         ({"set": ["overrides=[{match: nothing, ignore: true}]"]}, RecipeError, "nothing"),
         ({"max_shard_size": "big"}, LlmshrinkError, "big"),
         ({"seq_len": 1}, LlmshrinkError, "at least 2"),
         ({"work_dir": "/dev/null/x"}, OutputError, "work-dir"),
+        ({"work_dir": "/proc/x"}, OutputError, r"--work-dir /proc/x: /proc isn't a folder that can be written to"),
     ],
 )
 def test_bad_input_writes_nothing(
@@ -328,6 +330,22 @@ def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight"):
         llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_integer_weights_are_refused_by_name_before_any_work(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(96, 64, dtype=torch.int8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"already quantized: model\.layers\.1\.mlp\.up_proj\.weight .* int8"):
+        llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_work_dir_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    jobs.check_work_dir(tmp_path / "here" / "not yet")
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_weights_that_overflow_stop_the_run_by_name(story: Path, tmp_path: Path) -> None:
