@@ -1,4 +1,4 @@
-"""Four bits on a CPU: torch's own int4 product, which reads the packed weight and never makes it whole.
+"""Four and eight bits on a CPU: torch's own int4 product, which reads the packed weight and never makes it whole.
 
 `aten::_weight_int4pack_mm_for_cpu` multiplies bfloat16 rows by nibbles q (unsigned) that it scales on the way into the
 vector registers, w = (q - 8) * scale + zero, sums in float32 and rounds once. It takes float32 and float16 rows too,
@@ -10,6 +10,8 @@ it of the kernels' layout, `unpack` is the exact inverse and finds the order by 
 The operator wants scale and zero in bfloat16, and zero = -scale * zero_point doesn't fit there: twelve bits, of which
 eight are kept. What is left fits again, and is added as (sums of x over groups) times (remainders), 1/group_size of the
 work, so that asymmetric weights are as exact as symmetric ones.
+
+Eight bits are two nibbles, 16 * upper + lower: two weights under each other, one call, and a sum.
 
 For prefills of many rows the weight is brought back to bfloat16 a block at a time and multiplied densely.
 """
@@ -38,33 +40,47 @@ def group_for(bits: int, group_size: int, in_features: int) -> int | None:
     """
     sizes = GROUPS if group_size == -1 else (group_size,)
     fitting = (size for size in sizes if size in GROUPS and in_features % size == 0)
-    return next(fitting, None) if bits == 4 else None
+    return next(fitting, None) if bits in (4, 8) else None
 
 
 def pack(weight: PackedWeight) -> Tensor:
-    """The operator's layout of a 4-bit weight's codes: uint8 [padded N, K / 2]."""
-    words = torch.empty(weight.padded_out, weight.in_features // 2, dtype=torch.uint8)
+    """The operator's layout of a weight's codes: uint8 [padded N, K / 2], or of 8 bits [2 * padded N, K / 2]."""
+    words = torch.empty(weight.padded_out * weight.bits // 4, weight.in_features // 2, dtype=torch.uint8)
     packets = range(weight.padded_in // weight.packet)
     for rows in _blocks(weight.padded_out):
         codes = unpack_block(weight, rows, packets)[:, : weight.in_features]
-        words[rows.start : rows.stop] = _packed(codes.int().add_(8))
+        for start, part in zip(range(0, words.shape[0], weight.padded_out), _halves(codes, weight.bits), strict=True):
+            words[start + rows.start : start + rows.stop] = _packed(part.int())
     return words
+
+
+def _halves(codes: Tensor, bits: int) -> list[Tensor]:
+    """The nibbles of the codes, 0 to 15: one of 4 bits, of 8 bits the upper and the lower."""
+    return [codes + 8] if bits == 4 else [(codes >> 4) + 8, codes & 15]
 
 
 def unpack(words: Tensor, out_features: int, in_features: int, group_size: int) -> Tensor:
     """The inverse of `pack`: the words of the kernels' layout, int16."""
-    kind: dict[str, Any] = {"bits": 4, "group_size": group_size}
+    padded = _padded(out_features)
+    kind: dict[str, Any] = {"bits": 4 * words.shape[0] // padded, "group_size": group_size}
     whole = empty(out_features, in_features, scale_dtype=torch.float32, zero_points=False, device="cpu", **kind)
     groups = 1 if group_size == -1 else in_features // group_size
-    for rows in _blocks(words.shape[0]):
+    for rows in _blocks(padded):
         codes = _codes(words, rows, in_features)
+        if kind["bits"] == 8:
+            lower = _codes(words, range(padded + rows.start, padded + rows.stop), in_features)
+            codes = codes * 16 + (lower + 8)
         part = prepack(codes, torch.zeros(len(rows), groups), None, **kind)
         whole.words[:, rows.start : rows.stop] = part.words
     return whole.words
 
 
+def _padded(out_features: int) -> int:
+    return -(-out_features // ROWS) * ROWS
+
+
 def _codes(words: Tensor, rows: range, in_features: int) -> Tensor:
-    """int8 [rows, in_features], of rows that begin and end with a block."""
+    """Nibbles less 8, int8 [rows, in_features], of rows that begin and end with a block."""
     block, order = _order()
     octets = words[rows.start : rows.stop].view(-1, in_features, block // 2)
     nibbles = torch.stack([octets & 15, octets >> 4], -1).flatten(2)[:, :, order]
@@ -72,21 +88,24 @@ def _codes(words: Tensor, rows: range, in_features: int) -> Tensor:
 
 
 def pairs(scales: Tensor, zero_points: Tensor | None, group: int, weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
-    """(scale and zero as the operator takes them, what is left of the zeros): bf16 [K/g, padded N, 2] and [K/g, N].
+    """(scale and zero as the operator takes them, what is left of the zeros): bf16 [K/g, words' rows, 2] and [K/g, N].
 
     The second is None where nothing is left. A scale that bfloat16 doesn't hold is rounded to it, which is no further
     off than the weight rounded to bfloat16.
     """
     size = weight.in_features if weight.group_size == -1 else weight.group_size
-    repeats = size // group
     count = weight.in_features // size
-    scale = scales[:count].to(torch.bfloat16).repeat_interleave(repeats, 0)
-    if zero_points is None:
-        return torch.stack([scale, torch.zeros_like(scale)], -1), None
-    exact = -scale.float() * zero_points[:count].repeat_interleave(repeats, 0)
-    zero = exact.to(torch.bfloat16)
-    left = (exact - zero.float()).to(torch.bfloat16)
-    return torch.stack([scale, zero], -1), left[:, : weight.out_features].contiguous() if left.any() else None
+    scale, zero, left = scales[:count].to(torch.bfloat16), torch.zeros_like(scales[:count], dtype=torch.bfloat16), None
+    if zero_points is not None:
+        exact = -scale.float() * zero_points[:count]
+        zero = exact.to(torch.bfloat16)
+        left = (exact - zero.float()).to(torch.bfloat16)[:, : weight.out_features]
+    both = torch.stack([scale, zero], -1)
+    if weight.bits == 8:
+        both = torch.cat([torch.stack([16 * scale, zero], -1), torch.stack([scale, 8 * scale], -1)], 1)
+    repeats = size // group
+    kept = None if left is None or not left.any() else left.repeat_interleave(repeats, 0)
+    return both.repeat_interleave(repeats, 0), kept
 
 
 def _matmul(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | None, out_features: int) -> Tensor:
@@ -97,7 +116,9 @@ def _matmul(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | Non
     if x.shape[0] > MANY_ROWS and _has_bfloat16():
         return _by_blocks(x, words, scale_and_zero, left, out_features)
     group = x.shape[1] // scale_and_zero.shape[0]
-    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, group, scale_and_zero)[:, :out_features]
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, group, scale_and_zero)
+    parts = y.view(x.shape[0], -1, _padded(out_features))[:, :, :out_features]
+    y = parts[:, 0] if parts.shape[1] == 1 else parts[:, 0] + parts[:, 1]
     if left is not None:
         sums = x.view(x.shape[0], -1, group).sum(-1, dtype=torch.float32).to(x.dtype)
         return y + sums @ left
@@ -108,7 +129,7 @@ def _by_blocks(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | 
     """The same by dense products with blocks of the weight in bfloat16."""
     y = x.new_empty(x.shape[0], out_features)
     for rows in _blocks(out_features):
-        block = _values(words, scale_and_zero, left, rows, x.shape[1])
+        block = _values(words, scale_and_zero, left, rows, x.shape[1], _padded(out_features))
         y[:, rows.start : rows.stop] = x @ block.to(x.dtype).t()
     return y
 
@@ -120,19 +141,24 @@ def _matmul_transposed(
     result = torch.zeros(y.shape[0], in_features)
     for rows in _blocks(y.shape[1]):
         part = y[:, rows.start : rows.stop].float()
-        result += part @ _values(words, scale_and_zero, left, rows, in_features)
+        result += part @ _values(words, scale_and_zero, left, rows, in_features, _padded(y.shape[1]))
     return result.to(y.dtype)
 
 
-def _values(words: Tensor, scale_and_zero: Tensor, left: Tensor | None, rows: range, in_features: int) -> Tensor:
+def _values(
+    words: Tensor, scale_and_zero: Tensor, left: Tensor | None, rows: range, in_features: int, padded: int
+) -> Tensor:
     """Rows of the weight, float32 [rows, in_features]. rows: from the beginning of a block on."""
     groups = scale_and_zero.shape[0]
-    whole = range(rows.start, -(-rows.stop // ROWS) * ROWS)
-    codes = _codes(words, whole, in_features)[: len(rows)].float().view(len(rows), groups, -1)
-    scale, zero = scale_and_zero[:, rows.start : rows.stop].float().unbind(-1)
+    values = torch.zeros(len(rows), groups, in_features // groups)
+    for start in range(0, words.shape[0], padded):
+        whole = range(start + rows.start, start + _padded(rows.stop))
+        codes = _codes(words, whole, in_features)[: len(rows)].float().view(values.shape)
+        scale, zero = scale_and_zero[:, whole.start : start + rows.stop].float().unbind(-1)
+        values += codes.mul_(scale.t().unsqueeze(-1)).add_(zero.t().unsqueeze(-1))
     if left is not None:
-        zero = zero + left[:, rows.start : rows.stop].float()
-    return codes.mul_(scale.t().unsqueeze(-1)).add_(zero.t().unsqueeze(-1)).view(len(rows), in_features)
+        values += left[:, rows.start : rows.stop].float().t().unsqueeze(-1)
+    return values.view(len(rows), in_features)
 
 
 @cache

@@ -67,10 +67,11 @@ def test_an_asymmetric_group_of_zeros_is_zero() -> None:
 
 @pytest.mark.parametrize("shape", [(172, 256), (64, 96), (1030, 64)])
 @pytest.mark.parametrize("group", [-1, 32])
-def test_the_processors_layout_comes_back_exactly(shape: tuple[int, int], group: int) -> None:
-    packed, _ = make(4, group, shape)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_processors_layout_comes_back_exactly(bits: int, shape: tuple[int, int], group: int) -> None:
+    packed, _ = make(bits, group, shape)
     words = cpu.pack(packed)
-    assert words.numel() * 2 == packed.padded_out * shape[1]
+    assert words.numel() * 8 == packed.padded_out * shape[1] * bits
     assert torch.equal(cpu.unpack(words, *shape, group), packed.words)
 
 
@@ -120,7 +121,9 @@ def test_deepcopy_and_repr() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (4, torch.float32), (8, torch.float32)])
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(4, torch.bfloat16), (8, torch.bfloat16), (4, torch.float32), (8, torch.float32)]
+)
 def test_gradients_reach_the_input(bits: int, dtype: torch.dtype, symmetric: bool) -> None:
     packed, weight = make(bits, 64, (172, 256), symmetric=symmetric)
     layer = QuantLinear(packed, dtype=dtype)
