@@ -44,7 +44,9 @@ def check_source(source: Source, *, trust_remote_code: bool = False) -> None:
     model, already quantized, no tokenizer. Weights are checked by CheckpointIndex.open.
     """
     config = _read_config(source)
-    _refuse_unknown(source, config)
+    unknown = unknown_type(config)
+    if unknown is not None and (config.get("architectures") or "model_type" in config):
+        raise SourceError(f"{source.name}: config.json {unknown}; correct it if it's misspelt, or upgrade transformers")
     if not trust_remote_code and _needs_own_code(config):
         raise SourceError(
             f"{source.name}: its config.json asks to run the repository's own Python (auto_map); "
@@ -154,17 +156,20 @@ def _needs_own_code(config: dict[str, Any]) -> bool:
     return config.get("model_type") not in CONFIG_MAPPING
 
 
-def _refuse_unknown(source: Source, config: dict[str, Any]) -> None:
-    """A model type that transformers doesn't know, and that brings no code of its own."""
+def unknown_type(config: dict[str, Any]) -> str | None:
+    """What is wrong with a config.json's model_type, in words; None when transformers knows it, or it brings code.
+
+    transformers itself answers with the names of all models that it knows.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     name = config.get("model_type")
-    if name is not None and not config.get("auto_map") and (not isinstance(name, str) or name not in CONFIG_MAPPING):
-        raise SourceError(
-            f"{source.name}: config.json's model_type {name!r} is unknown to transformers {transformers.__version__}; "
-            "correct it if it's misspelt, or upgrade transformers"
-        )
+    if config.get("auto_map") or (isinstance(name, str) and name in CONFIG_MAPPING):
+        return None
+    if name is None:
+        return "names no model_type"
+    return f"has model_type {name!r}, which transformers {transformers.__version__} doesn't know"
 
 
 def _refuse_other_tasks(source: Source, config: dict[str, Any]) -> None:

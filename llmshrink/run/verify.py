@@ -19,12 +19,13 @@ from llmshrink.calibration.activations import Batch
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.header import read_header
 from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.errors import CheckpointError, SourceError
+from llmshrink.checkpoint.preflight import unknown_type
+from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
 from llmshrink.model.chain import Chain
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run import heldout
 from llmshrink.run.journal import RECORD
-from llmshrink.run.report import VerifyReport
+from llmshrink.run.report import VerifyReport, rows_of
 
 REFERENCE = Path("verify") / "held_out.safetensors"
 ENGINE_PROMPTS = 8
@@ -39,13 +40,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     """llmshrink.json of an output. Raises SourceError when the folder isn't one."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        json.loads((folder / "config.json").read_text())
-        assert {"identity", "sites", "quality", "notes", "model", "recipe"} <= record.keys()
-    except (OSError, ValueError, AssertionError, AttributeError) as error:
-        raise SourceError(
-            f"{folder}: no readable {RECORD} and config.json there; name a folder that llmshrink wrote"
-        ) from error
+        config = json.loads((folder / "config.json").read_text())
+        identity = record["identity"]
+        whole = isinstance(config, dict) and {"quality", "notes", "model", "recipe"} <= record.keys()
+        dtype = getattr(torch, identity["dtype"].removeprefix("torch."))
+        rows_of(record["sites"])
+        whole = whole and isinstance(dtype, torch.dtype) and isinstance(identity["device"], str)
+        whole = whole and isinstance(identity["batch_size"], int) and identity["batch_size"] > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _no_output(folder) from error
+    if not whole:
+        raise _no_output(folder)
     return record
+
+
+def _no_output(folder: Path) -> SourceError:
+    return SourceError(f"{folder}: no readable {RECORD} and config.json there; name a folder that llmshrink wrote")
 
 
 def read_reference(folder: Path) -> dict[str, Tensor]:
@@ -54,7 +64,11 @@ def read_reference(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise SourceError(f"{folder}: no {REFERENCE} there; only a folder that llmshrink wrote can be verified")
     with CheckpointIndex(folder, read_header(path).entries, {}) as index:
-        return {key: index.read(key) for key in index}
+        reference = {key: index.read(key) for key in index}
+    shapes = [reference[key].shape for key in ("input_ids", "mask", "token_logprobs") if key in reference]
+    if len(shapes) < 3 or shapes[0] != shapes[1] or [len(shape) for shape in shapes] != [2, 2, 1]:
+        raise CheckpointError(f"{path}: isn't what a run keeps of its held-out windows: it is damaged; copy it again")
+    return reference
 
 
 def held_out_batches(reference: dict[str, Tensor], batch_size: int) -> list[Batch]:
@@ -70,16 +84,12 @@ def recompute(
     folder: Path, record: dict[str, Any], batches: Sequence[Batch], device: torch.device
 ) -> dict[str, Tensor]:
     """The reference tensors again, from the checkpoint on disk, a block at a time."""
-    from transformers import AutoConfig
-
-    identity = record["identity"]
-    dtype: torch.dtype = getattr(torch, identity["dtype"].removeprefix("torch."))
-    raw = json.loads((folder / "config.json").read_text())
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the skeleton is the dense model; the reader decompresses
-    chain = Chain(Skeleton(config, Decompressed(folder, raw, dtype), device=device, dtype=dtype))
-    chain.load_outside()
+    chain = _chain(folder, record, device)
+    rows = chain.skeleton.model.get_input_embeddings().weight.shape[0]
+    if any(int(batch.input_ids.min()) < 0 or int(batch.input_ids.max()) >= rows for batch in batches):
+        raise CheckpointError(
+            f"{folder / REFERENCE}: has tokens that the embedding's {rows} rows don't cover: it is damaged"
+        )
     hidden = [chain.embed(batch) for batch in batches]
     chain.release_outside()
     for number, block in enumerate(chain.blocks):
@@ -89,6 +99,39 @@ def recompute(
         chain.skeleton.release(chain.name(number))
     chain.load_tail()
     return heldout.merge([heldout.reference(batch, h, chain.logits) for batch, h in zip(batches, hidden, strict=True)])
+
+
+def _chain(folder: Path, record: dict[str, Any], device: torch.device) -> Chain:
+    """The dense model of a checkpoint's config over its packed weights, what is outside the blocks loaded.
+
+    Raises CheckpointError or UnsupportedModelError when config and weights don't fit.
+    """
+    from transformers import AutoConfig
+
+    dtype: torch.dtype = getattr(torch, record["identity"]["dtype"].removeprefix("torch."))
+    raw = json.loads((folder / "config.json").read_text())
+    file = folder / "config.json"
+    unknown = unknown_type(raw)
+    if unknown is not None:
+        raise CheckpointError(f"{file}: {unknown}: it is damaged; copy it again")
+    try:
+        reader = Decompressed(folder, raw, dtype)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the skeleton is the dense model; the reader decompresses
+        chain = Chain(Skeleton(config, reader, device=device, dtype=dtype))
+        chain.load_outside()
+        return chain
+    except LlmshrinkError as error:
+        if str(folder) in str(error):
+            raise
+        raise type(error)(f"{folder}: {error}") from error
+    except Exception as error:  # whatever the field at fault leads to, in transformers' own code
+        said = " ".join(str(error).split()).rstrip(".")
+        raise CheckpointError(
+            f"{file}: no model can be built from it ({type(error).__name__}: {said}); "
+            "it is damaged: copy the folder again"
+        ) from error
 
 
 def verify_reload(folder: Path) -> VerifyReport:
@@ -136,6 +179,7 @@ def verify_vllm(folder: Path) -> VerifyReport:
     refuses the checkpoint.
     """
     from llmshrink.serving.vllm.check import compare_with_transformers
+    from llmshrink.serving.vllm.engine import EngineError
 
     reload = verify_reload(folder)
     if not reload.ok:
@@ -143,7 +187,15 @@ def verify_vllm(folder: Path) -> VerifyReport:
     reference = read_reference(folder)
     rows = zip(reference["input_ids"].tolist(), reference["mask"].sum(1).tolist(), strict=True)
     prompts = [ids[: min(ENGINE_PROMPT_TOKENS, real)] for ids, real in rows][:ENGINE_PROMPTS]
-    found = compare_with_transformers(folder, prompts)
+    try:
+        found = compare_with_transformers(folder, prompts)
+    except EngineError as error:
+        if "--engine transformers" in str(error):
+            raise
+        raise EngineError(
+            f"{str(error).rstrip('. ')}; verify with --engine transformers, which needs no vLLM, or quantize again as "
+            "vLLM serves it (--bits 4, and the notes of `llmshrink inspect`)"
+        ) from error
     return VerifyReport(
         ok=found.ok,
         engine=found.engine,
@@ -171,6 +223,6 @@ def _text(folder: Path, window: int, ids: list[int]) -> str:
         from transformers import AutoTokenizer
 
         text = repr(AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids[:16]))
-    except (OSError, ValueError):
+    except Exception:  # the tokenizers library raises bare ones; the tokens say as much
         text = f"with tokens {ids[:16]}"
     return f"held-out window {window}, which begins {text}"

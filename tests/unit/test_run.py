@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,71 @@ def test_a_tampered_checkpoint_does_not_verify(model_of: Callable[..., Path], st
     assert not report.ok
     assert "held-out window" in report.worst
     assert report.lines()[-1].startswith("worst prompt: held-out window")
+
+
+@pytest.fixture(scope="module")
+def finished(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole output, to be copied and damaged."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, verify=False, **SMALL)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("config.json", lambda _: {}, "names no model_type: it is damaged"),
+        ("config.json", lambda _: [], "no readable llmshrink.json and config.json there"),
+        ("config.json", lambda c: {**c, "model_type": "lama"}, "model_type 'lama', which transformers"),
+        ("config.json", lambda c: {**c, "model_type": "gpt2"}, "no tensor for"),
+        ("config.json", lambda c: {**c, "hidden_size": "wide"}, "no model can be built from it"),
+        ("config.json", lambda c: {**c, "hidden_act": "unheard"}, "no model can be built from it"),
+        ("config.json", lambda c: {**c, "vocab_size": 3}, "config.json makes it"),
+        ("config.json", lambda c: {**c, "num_hidden_layers": 9}, "the checkpoint has no tensor for"),
+        ("config.json", lambda c: {**c, "quantization_config": {"quant_method": "gptq"}}, "only compressed-tensors"),
+        ("config.json", lambda c: {k: v for k, v in c.items() if k != "quantization_config"}, "no tensor for"),
+        ("llmshrink.json", lambda r: {**r, "identity": {**r["identity"], "dtype": "nonsense"}}, "no readable"),
+        ("llmshrink.json", lambda r: {**r, "sites": [{"name": "x"}]}, "no readable"),
+        ("llmshrink.json", lambda r: {**r, "identity": None}, "no readable"),
+    ],
+)
+def test_verify_says_in_one_line_what_is_damaged(
+    file: str, change: Callable[[Any], Any], says: str, finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "damaged")
+    (out / file).write_text(json.dumps(change(json.loads((out / file).read_text()))))
+    with pytest.raises(LlmshrinkError, match=re.escape(says)) as caught:
+        llmshrink.verify(out)
+    line = str(caught.value)
+    assert "\n" not in line and str(out) in line and len(line) < 500, line
+
+
+@pytest.mark.parametrize("damage", ["key", "shape", "token"])
+def test_verify_says_what_of_the_kept_windows_is_damaged(damage: str, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    path = out / "verify" / "held_out.safetensors"
+    kept = load_file(path)
+    if damage == "key":
+        del kept["mask"]
+    elif damage == "shape":
+        kept["mask"] = kept["mask"][:1].clone()
+    else:
+        kept["input_ids"][0, 3] = 1 << 40
+    save_file(kept, path)
+    with pytest.raises(CheckpointError, match=r"held_out\.safetensors: .*it is damaged"):
+        llmshrink.verify(out)
+
+
+def test_what_vllm_refuses_has_a_way_out(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmshrink.serving.vllm import check
+    from llmshrink.serving.vllm.engine import EngineError
+
+    def refuse(*_: object) -> None:
+        raise EngineError(f"vLLM 0.32 doesn't serve {finished}: head size 16 isn't supported.")
+
+    monkeypatch.setattr(check, "compare_with_transformers", refuse)
+    with pytest.raises(EngineError, match=r"isn't supported; verify with --engine transformers, .*--bits 4"):
+        llmshrink.verify(finished, engine="vllm")
 
 
 def test_inspect_counts_what_is_stored(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
