@@ -27,9 +27,9 @@ from torch import Tensor
 
 GROUPS = (256, 128, 64, 32)
 """Inputs a group, as the operator takes them."""
-BLOCK = 16 * ROWS
+BLOCK = 4 * ROWS
 """Rows of the weight that are packed or unpacked together."""
-MANY_ROWS = 512
+MANY_ROWS = 256
 """Rows of x from which blocks brought back to bfloat16 are faster: the operator unpacks a weight anew for each few."""
 
 
@@ -83,7 +83,9 @@ def _codes(words: Tensor, rows: range, in_features: int) -> Tensor:
     """Nibbles less 8, int8 [rows, in_features], of rows that begin and end with a block."""
     block, order = _order()
     octets = words[rows.start : rows.stop].view(-1, in_features, block // 2)
-    nibbles = torch.stack([octets & 15, octets >> 4], -1).flatten(2)[:, :, order]
+    nibbles = torch.cat([octets & 15, octets >> 4], -1)
+    if order is not None:
+        nibbles = nibbles[:, :, order]
     return nibbles.transpose(1, 2).reshape(len(rows), in_features).to(torch.int8) - 8
 
 
@@ -178,15 +180,16 @@ def _packed(nibbles: Tensor) -> Tensor:
 
 
 @cache
-def _order() -> tuple[int, Tensor]:
-    """(rows of a block, where in the block's nibbles each of its rows is) of this processor's layout."""
+def _order() -> tuple[int, Tensor | None]:
+    """(rows of a block, where each of its rows is among its lower and then its upper nibbles; None: in order)."""
     row = torch.arange(ROWS, dtype=torch.int32).unsqueeze(1).expand(ROWS, 2).contiguous()
     column = torch.tensor([[0, 1]], dtype=torch.int32).expand(ROWS, 2).contiguous()
-    slots = [torch.stack([p & 15, p >> 4], -1).flatten() for p in map(_packed, (row & 15, row >> 4, column))]
-    rows, columns = slots[0].long() + 16 * slots[1].long(), slots[2]
-    block = int(columns.nonzero()[0])
-    assert block in (32, 64) and sorted(rows[:block].tolist()) == list(range(block)), (block, rows)
-    return block, rows[:block].argsort()
+    low, high, columns = (_packed(numbers).flatten() for numbers in (row & 15, row >> 4, column))
+    half = int((columns & 15).nonzero()[0])
+    low, high = low[:half], high[:half]
+    rows = torch.cat([(low & 15) | (high & 15) << 4, (low >> 4) | (high & 0xF0)]).long()
+    assert sorted(rows.tolist()) == list(range(2 * half)), rows
+    return 2 * half, None if torch.equal(rows, torch.arange(2 * half)) else rows.argsort()
 
 
 def _fake(x: Tensor, words: Tensor, scale_and_zero: Tensor, left: Tensor | None, out_features: int) -> Tensor:
