@@ -7,7 +7,9 @@ are the same.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.calibration.tokens import TokenWindows
+from llmshrink.errors import OutputError
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,18 @@ class Stream:
             return
         self._layout[number] = (hidden.shape, hidden.dtype, hidden.device)
         data = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        with open(self._folder / str(number), "wb") as file:
-            file.write(data)
+        path = self._folder / str(number)
+        try:
+            with open(path, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutputError(
+                f"no space left writing {path}: {len(data):,} bytes needed, "
+                f"{shutil.disk_usage(self._folder).free:,} free; free some, or name a folder on another disk with "
+                "--work-dir, and run the same command again: it goes on from the last finished block"
+            ) from error
 
     def get(self, number: int) -> Tensor:
         """The stored tensor; it stays stored."""

@@ -9,8 +9,11 @@ from typing import Any
 from llmshrink.run.report import size
 
 
-def card(record: dict[str, Any], source: Path) -> str:
-    """README.md for an output. record: llmshrink.json; source: the original's folder, whose licence carries over."""
+def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
+    """README.md for an output.
+
+    record: llmshrink.json; source: the original's folder, whose licence carries over; bytes_after: of the weights.
+    """
     quality, calibration = record["quality"], record["calibration"]
     quantized = [row for row in record["sites"] if row["bits"] is not None]
     schemes = sorted({f"{row['bits']}-bit, groups of {row['group_size']}" for row in quantized})
@@ -22,12 +25,12 @@ def card(record: dict[str, Any], source: Path) -> str:
         "",
         f"# {record['model']}, {record['recipe']}",
         "",
-        f"Made by [llmshrink](https://pypi.org/project/llmshrink/) {record['identity']['versions']['llmshrink']} "
+        f"Made by llmshrink {record['identity']['versions']['llmshrink']} "
         f"from {record['model']}{revision} with the recipe in `recipe.yaml`.",
         "",
         "| | original | this checkpoint |",
         "|---|---|---|",
-        f"| weights on disk | {size(record['bytes_before'])} | see the files |",
+        f"| weights on disk | {size(record['bytes_before'])} | {size(bytes_after)} |",
         f"| perplexity, {quality['tokens']} held-out tokens of the calibration text | "
         f"{quality['ppl_before']:.3f} | {quality['ppl_after']:.3f} |",
         "",

@@ -54,8 +54,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> str:
-    """Write a whole file durably under its final name; returns its sha256 in hex.
+def write_file(path: Path, pieces: Iterable[memoryview | bytes], size: int) -> str:
+    """Write a whole file of `size` bytes durably under its final name; returns its sha256 in hex.
 
     Raises OutputError when the medium is full; what was there under `path` before stays.
     """
@@ -72,24 +72,30 @@ def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> str:
             os.close(fd)
         replace(temporary, path)
     except OSError as error:
-        raise_if_full(error, path)
+        if _full(error):
+            temporary.unlink(missing_ok=True)  # half a file would take the room that its second try needs
+        raise_if_full(error, path, size)
         raise
     return digest.hexdigest()
 
 
-def raise_if_full(error: OSError, path: Path) -> None:
-    """Turn "no space left" into the line a user needs; other errors pass."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def raise_if_full(error: OSError, path: Path, needed: int) -> None:
+    """Turn "no space left" for `needed` bytes into the line a user needs; other errors pass."""
+    if _full(error):
         raise OutputError(
-            f"no space left writing {path} ({shutil.disk_usage(path.parent).free} bytes are free there); "
-            "free some and run the same command again: "
-            "it goes on from the last finished block"
+            f"no space left writing {path}: {needed:,} bytes needed, {shutil.disk_usage(path.parent).free:,} free; "
+            "free some and run the same command again: it goes on from the last finished block"
         ) from error
+
+
+def _full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: Path, text: str) -> str:
     """Write a text file durably; returns its sha256."""
-    return write_file(path, [text.encode()])
+    data = text.encode()
+    return write_file(path, [data], len(data))
 
 
 def write_json(path: Path, value: Any) -> str:
@@ -99,15 +105,16 @@ def write_json(path: Path, value: Any) -> str:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line durably. A crash can leave half a line: readers ignore a last line without its newline."""
+    data = (line + "\n").encode()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            write(fd, (line + "\n").encode())
+            write(fd, data)
             fsync(fd)
         finally:
             os.close(fd)
     except OSError as error:
-        raise_if_full(error, path)
+        raise_if_full(error, path, len(data))
         raise
 
 
@@ -154,7 +161,7 @@ def write_shard(
         for name in names:
             yield from bytes_of(name)
 
-    return write_file(path, pieces()), size
+    return write_file(path, pieces(), size), size
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:

@@ -69,7 +69,7 @@ def finish(
     disk.write_tensors(folder / REFERENCE, reference)
     record = _record(job, quality, rows)
     disk.write_json(folder / RECORD, record)
-    disk.write_text(folder / "README.md", card(record, job.source.folder))
+    disk.write_text(folder / "README.md", card(record, job.source.folder, _weight_bytes(folder)))
     verification = verify_reload(folder) if job.options.verify else None
     report = QuantizeReport(
         output=job.options.output,
@@ -192,7 +192,7 @@ def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ())
             continue
         name = "SOURCE_README.md" if str(relative) == "README.md" else str(relative)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        disk.write_file(target / name, _pieces(path))
+        disk.write_file(target / name, _pieces(path), path.stat().st_size)
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

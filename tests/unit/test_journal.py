@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -184,3 +187,19 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
     with Workspace(tmp_path / "a" / "b" / "out", overwrite=False):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [disk.write_text, disk.append_line])
+def test_a_full_disk_names_the_path_and_the_bytes_needed(
+    write: Callable[[Path, str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: memoryview | bytes) -> None:
+        os.write(fd, bytes(data)[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "write", full)
+    path = tmp_path / "x"
+    needed = "1,234" if write is disk.write_text else "1,235"
+    with pytest.raises(OutputError, match=rf"no space left writing {path}: {needed} bytes needed, [\d,]+ free; free"):
+        write(path, "a" * 1234)
+    assert not (tmp_path / "x.tmp").exists(), "what was written of it takes room"

@@ -15,11 +15,12 @@ from helpers import contents, make_model
 from safetensors.torch import load_file, save_file
 
 import llmshrink
-from llmshrink.calibration.activations import batches_of
+from llmshrink.calibration.activations import Stream, batches_of
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
 from llmshrink.run import job as jobs
 from llmshrink.run import quantize as runs
+from llmshrink.run.report import size
 
 SMALL: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 32}
 
@@ -387,6 +388,21 @@ def test_no_room_is_said_with_bytes(
     with pytest.raises(OutputError, match=r"out.*bytes|bytes.*out"):
         llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_activations_that_fill_the_disk_are_said_with_bytes(tmp_path: Path) -> None:
+    stream = Stream(tmp_path)
+    (tmp_path / "0").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=rf"no space left writing {tmp_path}/0: 98,304 bytes needed, [\d,]+ free"):
+        stream.put(0, torch.zeros(2, 64, 192))
+
+
+def test_the_card_says_what_was_and_what_is(finished: Path) -> None:
+    card = (finished / "README.md").read_text()
+    after = sum(path.stat().st_size for path in finished.glob("*.safetensors"))
+    before = json.loads((finished / "llmshrink.json").read_text())["bytes_before"]
+    assert f"| weights on disk | {size(before)} | {size(after)} |" in card
+    assert after < before
 
 
 def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None:
