@@ -22,7 +22,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from llmshrink.errors import CalibrationError
 
@@ -117,12 +117,25 @@ def _read_jsonl(path: Path, seed: int) -> Iterator[Document]:
         random.Random(seed).shuffle(offsets)
         for offset in offsets:
             file.seek(offset)
-            where = f"--calibration {path}: the record at byte {offset}"
             try:
                 record = json.loads(file.readline())
-            except ValueError as error:
-                raise CalibrationError(f"{where} isn't JSON ({error}); one object a line is read") from error
-            yield _document(record, where)
+                document = _document(record)
+            except (ValueError, RecursionError) as error:
+                said = (
+                    error if isinstance(error, CalibrationError) else f"isn't JSON ({error}); one object a line is read"
+                )
+                raise CalibrationError(f"--calibration {path}: line {_line_at(file, offset)} {said}") from error
+            yield document
+
+
+def _line_at(file: BinaryIO, offset: int) -> int:
+    """The number, from 1, of the line that begins at a byte."""
+    file.seek(0)
+    number = 1
+    while file.tell() < offset:
+        file.readline()
+        number += 1
+    return number
 
 
 def _read_parquet(path: Path, seed: int) -> Iterator[Document]:
@@ -139,14 +152,21 @@ def _read_parquet(path: Path, seed: int) -> Iterator[Document]:
         names = file.schema_arrow.names
         wanted = [key for key in (*TEXT_KEYS, "messages") if key in names]
         if not wanted:
-            raise CalibrationError(f"--calibration {path}: has the columns {names}, none of them text or messages")
+            raise CalibrationError(
+                f"--calibration {path}: has the columns {names}, none of them {', '.join(TEXT_KEYS)} or messages; "
+                f"rename the one that holds the text to text, or {OTHER_WAYS}"
+            )
         groups = list(range(file.num_row_groups))
         order.shuffle(groups)
         for group in groups:
             rows = file.read_row_group(group, columns=wanted).to_pylist()
             order.shuffle(rows)
             for row in rows:
-                yield _document(row, f"--calibration {path}: a record of row group {group}")
+                try:
+                    document = _document(row)
+                except CalibrationError as error:
+                    raise CalibrationError(f"--calibration {path}: a record of row group {group} {error}") from error
+                yield document
 
 
 def _dataset(spec: str, seed: int) -> Iterator[Document]:
@@ -166,9 +186,9 @@ def _dataset(spec: str, seed: int) -> Iterator[Document]:
         huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for record in stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
-            yield _document(record, f"--calibration {spec}: a record")
-    except CalibrationError:
-        raise
+            yield _document(record)
+    except CalibrationError as error:
+        raise CalibrationError(f"--calibration {spec}: a record {error}") from error
     # The package and its transports raise dozens of unrelated types for a name that isn't there or no network.
     except Exception as error:
         raise CalibrationError(
@@ -176,17 +196,43 @@ def _dataset(spec: str, seed: int) -> Iterator[Document]:
         ) from error
 
 
-def _document(record: Any, where: str) -> Document:
-    """The conversation or the text of a record; a record with both is a conversation."""
+def _document(record: Any) -> Document:
+    """The conversation or the text of a record; a record with both is a conversation.
+
+    Raises CalibrationError with the end of a line, to which the caller gives the file and the place.
+    """
     if isinstance(record, dict):
         messages = record.get("messages")
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            for number, message in enumerate(messages):
+                _check_message(message, number)
             return messages
         for key in TEXT_KEYS:
             if isinstance(record.get(key), str):
                 return str(record[key])
     has = sorted(record) if isinstance(record, dict) else type(record).__name__
-    raise CalibrationError(f"{where} has {has}; read are a string under text, or a list of messages under messages")
+    raise CalibrationError(
+        f"has {has}; read are a string under text, or a list of messages under messages: rename the key, "
+        f"or {OTHER_WAYS}"
+    )
+
+
+def _check_message(message: Mapping[str, Any], number: int) -> None:
+    """A template makes an empty string of what isn't there, so it would go unnoticed.
+
+    content: text or a list of parts; a message that calls tools may do without.
+    """
+    content = message.get("content")
+    if not isinstance(message.get("role"), str):
+        missing = "role"
+    elif not (isinstance(content, str | list) or message.get("tool_calls")):
+        missing = "content"
+    else:
+        return
+    raise CalibrationError(
+        f"has a message without {missing} (messages[{number}] has {sorted(message)}); "
+        'a message is {"role": "user", "content": "..."}'
+    )
 
 
 def _first_line(error: BaseException) -> str:

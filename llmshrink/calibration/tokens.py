@@ -88,6 +88,8 @@ def build_windows(
     first = next(stream, None)
     if first is not None and not isinstance(first, str):
         ids, mask = _padded(_chain(first, stream), tokenizer, samples + held_out, seq_len, documents.name)
+        if len(ids) < samples:
+            _refuse_conversations(documents.name, len(ids), int(mask.sum()), samples, seq_len)
     else:
         texts = _texts(_chain(first, stream), documents.name)
         wanted = (samples + held_out) * seq_len
@@ -97,11 +99,6 @@ def build_windows(
         windows = min(len(found) // seq_len, samples + held_out)
         ids = torch.tensor(found[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
         mask = torch.ones_like(ids, dtype=torch.bool)
-    if len(ids) < samples:
-        raise CalibrationError(
-            f"calibration data {documents.name} has {len(ids)} conversations, {samples} are needed; "
-            f"give more, or --samples {max(len(ids), 1)}"
-        )
     identity = _tokenizer_hash(tokenizer)
     calibration = _windows(ids[:samples], mask[:samples], documents.name, identity)
     if held_out and len(ids) == samples:
@@ -114,10 +111,22 @@ def build_windows(
 def _refuse(name: str, tokens: int, samples: int, seq_len: int) -> None:
     needed = f"{samples} x {seq_len} = {samples * seq_len} are needed"
     if tokens == 0:
-        raise CalibrationError(f"calibration data {name} is empty: 0 tokens, {needed}; {OTHER_WAYS}")
+        raise CalibrationError(f"calibration data {name} is empty or white space: 0 tokens, {needed}; {OTHER_WAYS}")
     fits = tokens // seq_len
-    way_out = f"--samples {fits}" if fits else f"--samples 1 --seq-len {tokens}"
-    raise CalibrationError(f"calibration data {name} has {tokens} tokens, {needed}; give more text, or {way_out}")
+    shorter = f", or --samples {fits}" if fits else f", or --samples 1 --seq-len {tokens}" if tokens > 1 else ""
+    raise CalibrationError(f"calibration data {name} has {tokens} tokens, {needed}; give more text{shorter}")
+
+
+def _refuse_conversations(name: str, found: int, tokens: int, samples: int, seq_len: int) -> None:
+    needed = f"{samples} conversations of up to {seq_len} tokens (at most {samples * seq_len}) are needed"
+    if found == 0:
+        raise CalibrationError(
+            f"calibration data {name} is empty: its conversations have 0 tokens, {needed}; {OTHER_WAYS}"
+        )
+    raise CalibrationError(
+        f"calibration data {name} has {tokens} tokens in {found} conversations, {needed}; "
+        f"give more, or --samples {found}"
+    )
 
 
 def _chain(first: Document | None, rest: Iterator[Document]) -> Iterator[Document]:
@@ -139,14 +148,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> 
 
 
 def _continuous(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
-    """The first `wanted` tokens of one document (all of them where it has fewer)."""
+    """The first `wanted` tokens of one document (all of them where it has fewer, none where it is white space)."""
     text = _Prefix(pieces)
     length = PROBE_CHARACTERS
     while True:
         prefix = text.first(length)
         ids = _encode(tokenizer, prefix, special=False)
         if text.ended and len(prefix) == text.characters:
-            return ids[:wanted]
+            return ids[:wanted] if prefix.strip() else []
         if len(ids) >= wanted + MARGIN_TOKENS:
             return ids[:wanted]
         characters_per_token = len(prefix) / max(len(ids), 1)
@@ -192,7 +201,10 @@ def _packed(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: in
 def _padded(
     documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, name: str
 ) -> tuple[Tensor, Tensor]:
-    """One conversation a window. Returns ids int64 and mask bool, [at most windows, seq_len]."""
+    """One conversation a window; one of fewer than two tokens has no next token to be judged by and is left out.
+
+    Returns ids int64 and mask bool, [at most windows, seq_len].
+    """
     if tokenizer.chat_template is None:
         raise CalibrationError(f"calibration data {name} has messages, the tokenizer has no chat template; give text")
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -204,8 +216,8 @@ def _padded(
             break
         if isinstance(document, str):
             raise CalibrationError(f"calibration data {name} mixes texts with conversations; give one kind")
-        tokens = _conversation(document, tokenizer, name)[:seq_len]
-        if tokens:
+        tokens = _conversation(document, tokenizer, name)[:seq_len] if document else []
+        if len(tokens) >= 2:
             ids[filled, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
             mask[filled, : len(tokens)] = True
             filled += 1

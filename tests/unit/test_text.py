@@ -59,9 +59,20 @@ def test_messages_come_before_text_in_a_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b"{broken", r"record at byte 0 isn't JSON"),
-        ("a.jsonl", b'{"body": "x"}', r"has \['body'\]; read are a string under text"),
+        ("a.jsonl", b'\n{"text": "x"}\n{broken', r"line 3 isn't JSON"),
+        ("a.jsonl", b'{"body": "x"}', r"line 1 has \['body'\]; read are a string under text, .* rename the key"),
         ("a.jsonl", b"[1]", "has list; read are"),
+        ("a.jsonl", b"[" * 100_000, "line 1 isn't JSON"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "x"}]}\n' * 2 + b'{"messages": [{"rol": "user"}]}',
+            r"line 3 has a message without role \(messages\[0\] has \['rol'\]\); a message is",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": null}]}',
+            r"line 1 has a message without content \(messages\[1\] has \['content', 'role'\]\)",
+        ),
         ("a.parquet", b"no", "not a parquet file"),
     ],
 )
@@ -69,6 +80,34 @@ def test_a_broken_record_is_named(tmp_path: Path, name: str, content: bytes, say
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CalibrationError, match=says):
         list(load_documents(str(tmp_path / name)).stream(0))
+
+
+def test_a_message_may_hold_parts_or_call_tools(tmp_path: Path) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [parts, call]}))
+    assert list(load_documents(str(tmp_path / "a.jsonl")).stream(0)) == [[parts, call]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (
+            {"body": ["x"]},
+            r"has the columns \['body'\], none of them text, .*; rename the one .* or give --calibration",
+        ),
+        ({"messages": [[{"from": "user", "value": "x"}]]}, "a record of row group 0 has a message without role"),
+    ],
+)
+def test_a_parquet_file_of_other_columns_is_named_with_the_way_out(
+    columns: dict[str, list[object]], says: str, tmp_path: Path
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(CalibrationError, match=says):
+        list(load_documents(str(tmp_path / "a.parquet")).stream(0))
 
 
 def test_a_file_that_is_not_there_or_not_read_is_refused_at_once(tmp_path: Path) -> None:

@@ -116,12 +116,19 @@ def test_conversations_are_padded_and_padding_never_counts(words: PreTrainedToke
 @pytest.mark.parametrize(
     ("items", "single", "says"),
     [
-        ([], True, r"is empty: 0 tokens, 4 x 8 = 32 are needed"),
+        ([], True, r"is empty or white space: 0 tokens, 4 x 8 = 32 are needed"),
+        ([" \n" * 500], True, r"is empty or white space: 0 tokens, 4 x 8 = 32 are needed"),
+        ([[]], False, r"its conversations have 0 tokens, 4 conversations of up to 8 tokens \(at most 32\) are needed"),
         ([""], True, "is empty"),
         (["   "], False, "is empty"),
         ([" there was"] * 10, True, r"has \d+ tokens, 4 x 8 = 32 are needed; give more text, or --samples \d"),
-        (["Once"], True, r"has 1 tokens, 4 x 8 = 32 are needed; .* --samples 1 --seq-len 1"),
-        ([[{"role": "user", "content": "x"}]], False, "has 1 conversations, 4 are needed"),
+        (["Once"], True, r"has 1 tokens, 4 x 8 = 32 are needed; give more text$"),
+        (["Once there"], True, r"has 2 tokens, 4 x 8 = 32 are needed; .* --samples 1 --seq-len 2$"),
+        (
+            [[{"role": "user", "content": "Once"}]] * 3,
+            False,
+            r"has 24 tokens in 3 conversations, 4 conversations of up to 8 tokens .* --samples 3",
+        ),
         ([[{"role": "user", "content": "x"}], "text"], False, "mixes texts with conversations"),
         (["text", [{"role": "user", "content": "x"}]], False, "mixes texts with conversations"),
     ],
