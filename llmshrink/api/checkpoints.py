@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +30,8 @@ def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transfo
     """
     from llmshrink.run.verify import verify_reload, verify_vllm
 
+    if engine not in ("transformers", "vllm"):
+        raise SourceError(f"engine={engine!r}: not an engine that can verify; pass 'transformers' or 'vllm'")
     return verify_vllm(_folder(path)) if engine == "vllm" else verify_reload(_folder(path))
 
 
@@ -40,6 +43,8 @@ def recipes() -> dict[str, Recipe]:
 
 
 def _folder(path: PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise SourceError(f"{path!r}: not a path; pass the folder that llmshrink wrote")
     folder = Path(path)
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder; name one that llmshrink wrote")

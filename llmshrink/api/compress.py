@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from llmshrink.run.progress import Progress
     from llmshrink.run.report import QuantizeReport
 
+_KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
+    ((str, os.PathLike), "a path or a name", ("model", "output", "recipe", "calibration", "work_dir")),
+    ((int,), "a whole number", ("samples", "seq_len", "batch_size", "seed", "serve_tp")),
+    ((str,), "text", ("method", "device", "dtype")),
+    ((bool,), "True or False", ("asymmetric", "overwrite", "trust_remote_code", "strict", "verify")),
+)
+_NEEDED = ("model", "output", "recipe", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
+
 
 def quantize(
     model: PathLike,
@@ -27,7 +35,7 @@ def quantize(
     group_size: int | None = None,
     asymmetric: bool | None = None,
     method: str | None = None,
-    set: Sequence[str] = (),
+    set: str | Sequence[str] = (),
     device: str | None = None,
     dtype: str | None = None,
     batch_size: int | None = None,
@@ -44,16 +52,21 @@ def quantize(
     """Quantize a model into a checkpoint that transformers loads and vLLM serves.
 
     model: a Hub id (`id` or `id@revision`), a folder, or "demo". output: the folder to make; it appears only whole.
-    recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method and set ("steps.0.quantize.bits=3")
-    change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets` name, "demo", or None for the default mix;
-    samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). A run that was killed goes on
-    where it stood when it is called again. Returns the closing summary; its `ok` is False when the checkpoint didn't
-    verify and was not published. Raises LlmshrinkError for bad input.
+    recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method and set ("steps.0.quantize.bits=3", or
+    several such) change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets` name, "demo", or None for the
+    default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). A run that was
+    killed goes on where it stood when it is called again. Returns the closing summary; its `ok` is False when the
+    checkpoint didn't verify and was not published. Raises LlmshrinkError for bad input.
     """
     from llmshrink.run.job import Options
     from llmshrink.run.progress import Silent
     from llmshrink.run.quantize import quantize as run
 
+    check_types(
+        model=model, output=output, recipe=recipe, calibration=calibration, work_dir=work_dir, samples=samples,
+        seq_len=seq_len, batch_size=batch_size, seed=seed, serve_tp=serve_tp, method=method, device=device, dtype=dtype,
+        asymmetric=asymmetric, overwrite=overwrite, trust_remote_code=trust_remote_code, strict=strict, verify=verify,
+    )  # fmt: skip
     for name, value, least in (("serve_tp", serve_tp, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         if value is not None and value < least:
             raise LlmshrinkError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -70,7 +83,7 @@ def quantize(
             "symmetric": None if asymmetric is None else not asymmetric,
             "method": method,
         },
-        sets=tuple(set),
+        sets=_assignments(set),
         device=device,
         dtype=dtype,
         batch_size=batch_size,
@@ -84,6 +97,25 @@ def quantize(
         verify=verify,
     )
     return run(options, progress or Silent())
+
+
+def check_types(**given: object) -> None:
+    """Raise LlmshrinkError for the first argument that is of another type than its name says; None is left out."""
+    for name, value in given.items():
+        types, wanted = next(kind for kind in _KINDS if name in kind[2])[:2]
+        optional = name not in _NEEDED
+        # To Python True is a whole number; to a user it isn't.
+        if (value is None and optional) or (isinstance(value, types) and isinstance(value, bool) == (types == (bool,))):
+            continue
+        raise LlmshrinkError(f"{name}={value!r}: not {wanted}; pass one{' or None' if optional else ''}")
+
+
+def _assignments(given: str | Sequence[str]) -> tuple[str, ...]:
+    found = (given,) if isinstance(given, str) else tuple(given)
+    wrong = next((each for each in found if not isinstance(each, str)), None)
+    if wrong is not None:
+        raise LlmshrinkError(f"set={wrong!r}: not text; pass for example 'steps.0.quantize.bits=3', or a list of such")
+    return found
 
 
 def parse_size(text: str | int) -> int:

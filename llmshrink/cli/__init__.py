@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 PROGRAM = "llmshrink"
 INTERRUPTED = 130
@@ -52,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _refuse(f"{error.filename or 'the disk'}: no space left; free some and run the same command again")
+        return _refuse(_no_space(error))
     except Exception as error:
         if not isinstance(error, _usage_error()):
             raise
@@ -65,15 +67,39 @@ def _refuse(*lines: str) -> int:
     return 2
 
 
+def _no_space(error: OSError) -> str:
+    """A disk that is full for something small, as a folder's name: what is large is refused with the bytes needed."""
+    path = Path(os.path.abspath(error.filename)) if error.filename else None
+    place = next((each for each in path.parents if each.exists()), None) if path else None
+    free = f" ({shutil.disk_usage(place).free:,} bytes free)" if place else ""
+    return f"{path or 'the disk'}: no space left{free}; free some and run the same command again"
+
+
 def _interrupted(arguments: Sequence[str]) -> int:
-    kept = {"quantize": "every finished block", "eval": "what was measured", "compare": "what was measured"}
     verb = arguments[0] if arguments else ""
-    if verb in kept:
-        again = (
-            f"; {kept[verb]} is kept: go on from there with the same command:\n  {shlex.join([PROGRAM, *arguments])}"
-        )
-    print(f"{PROGRAM}: interrupted{again if verb in kept else ''}", file=sys.stderr)
+    kept = {"eval": "what was measured", "compare": "what was measured"}.get(verb)
+    if verb == "quantize" and _has_begun(arguments):
+        kept = "every finished block"
+    again = f"; {kept} is kept: go on from there with the same command:\n  {shlex.join([PROGRAM, *arguments])}"
+    print(f"{PROGRAM}: interrupted{again if kept else ''}", file=sys.stderr)
     return INTERRUPTED
+
+
+def _has_begun(arguments: Sequence[str]) -> bool:
+    """Whether the run of a `quantize` command line left something to go on from.
+
+    Its folder is named here once more: `run.journal`, which names it, imports torch, and that may be what was
+    interrupted.
+    """
+    from llmshrink.cli.app import command
+
+    try:
+        context = command().commands["quantize"].make_context("quantize", list(arguments[1:]))
+    except Exception as error:
+        if not isinstance(error, _usage_error()):
+            raise
+        return False
+    return os.path.isdir(os.path.abspath(context.params["output"]) + ".partial")
 
 
 def _usage_error() -> type[BaseException]:
@@ -88,9 +114,21 @@ def _usage_error() -> type[BaseException]:
 def _usage_line(error: Exception) -> str:
     format_message = getattr(error, "format_message", None)
     message = str(format_message() if format_message else error).strip().rstrip(".")
+    message = message.replace("Value error, ", "").replace("Input should be", "should be").partition(", unable to")[0]
+    value = _refused_value(error)
+    if value is not None and repr(value) not in message:
+        message = message.replace("': ", f"': {value!r} ", 1)
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", PROGRAM)
     return f"{message[:1].lower()}{message[1:]}; see {path} --help"
+
+
+def _refused_value(error: Exception) -> object:
+    """What was given for an option, where the parser's own message only says what should have been."""
+    cause = error.__cause__ or error.__context__
+    faults = getattr(cause, "errors", None)
+    found = faults() if callable(faults) else []
+    return found[0].get("input") if found else None
 
 
 def _hush_libraries() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -91,9 +92,11 @@ def _number_hint(kind: str, value: object) -> str:
         number = float(value)
     except ValueError:
         return ""
-    return (
-        f"; without quotes and with a decimal point, as {number:g}" if kind == "float_type" else f"; write {number:g}"
-    )
+    if not math.isfinite(number):
+        return "; write a finite one" if kind == "float_type" else ""
+    if kind == "float_type":
+        return f"; without quotes and with a decimal point, as {number:g}"
+    return f"; write {number:g}" if number.is_integer() else ""
 
 
 def _lower(message: str) -> str:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import pytest
 from helpers import make_model
 
 from llmshrink import __version__, api
-from llmshrink.cli import run
+from llmshrink.cli import app, run
 from llmshrink.errors import CheckpointError, RecipeError
 from llmshrink.recipe.read import load_recipe, shipped
+from llmshrink.run.journal import partial_folder
 
 COMMAND = str(Path(sys.executable).with_name("llmshrink"))
 
@@ -121,6 +122,14 @@ def test_without_a_verb_there_is_help(arguments: list[str], capsys: pytest.Captu
     assert all(verb in out for verb in ("quantize", "inspect", "verify", "recipes")) and not err
 
 
+def test_help_offers_every_dtype_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    from llmshrink.run.job import DTYPES
+
+    assert run(["quantize", "--help"]) == 0
+    said = capsys.readouterr().out.partition("--dtype")[2].partition("--batch-size")[0]
+    assert all(name in said for name in (*DTYPES, "auto")), said
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -128,11 +137,18 @@ def test_without_a_verb_there_is_help(arguments: list[str], capsys: pytest.Captu
         (["quantize", "demo"], "missing option '--output' / '-o'; see llmshrink quantize --help"),
         (["quantize", "-o", "out"], "missing argument 'MODEL'"),
         (["quantize", "demo", "-o", "out", "--bitz", "3"], "no such option: --bitz (Possible options: --bits)"),
-        (["quantize", "demo", "-o", "out", "--bits", "four"], "invalid value for '--bits'"),
-        (["quantize", "demo", "-o", "out", "--samples", "0"], "invalid value for '--samples'"),
+        (["quantize", "demo", "-o", "out", "--bits", "four"], "'--bits': 'four' should be a valid integer;"),
+        (["quantize", "demo", "-o", "out", "--samples", "0"], "'--samples': '0' should be greater than or equal to 1;"),
+        (["quantize", "demo", "-o", "out", "--samples", "x"], "'--samples': 'x' should be a valid integer;"),
+        (["quantize", "demo", "-o", "out", "--serve-tp", "0"], "'--serve-tp': '0' should be greater than"),
+        (["quantize", "demo", "-o", "out", "--batch-size", "0"], "'--batch-size': '0' should be greater than"),
+        (["quantize", "demo", "-o", "out", "--seed", "-1"], "'--seed': '-1' should be greater than or equal to 0;"),
+        (["eval", "out", "-o", "report", "--limit", "0"], "'--limit': '0' should be greater than or equal to 1;"),
+        (["compare", "a", "b", "-o", "report", "--window", "1"], "'--window': '1' should be greater than"),
+        (["generate", "out", "Once", "--max-new-tokens", "x"], "'--max-new-tokens': 'x' should be a valid integer;"),
         (["quantize", "demo", "-o"], "option '-o' requires an argument"),
         (["quantize", "demo", "-o", "out", "again"], "unexpected extra argument"),
-        (["verify", "out", "--engine", "sglang"], "invalid value for '--engine'"),
+        (["verify", "out", "--engine", "sglang"], "invalid value for '--engine': 'sglang' is not one of"),
         (["recipes", "shoe"], "no such command 'shoe'"),
     ],
 )
@@ -219,7 +235,8 @@ def test_a_run_that_falls_short_is_shown_and_exits_with_1(
     [
         (CheckpointError("a: broken\n  in two"), ["a: broken in two"]),
         (RecipeError(["a: one", "b: two"]), ["a: one", "b: two"]),
-        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), ["/out/x: no space left; free some and run"]),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), ["/out/x: no space left ("]),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), ["the disk: no space left; free some and run"]),
     ],
 )
 def test_what_a_user_did_is_said_alone_on_stderr_a_line_a_fault(
@@ -264,13 +281,40 @@ def test_our_own_bug_is_not_dressed_up_as_the_users(twin: Twin) -> None:
         run(["quantize", "demo", "-o", "out"])
 
 
-def test_ctrl_c_says_how_to_go_on_and_exits_with_130(twin: Twin, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(
+    twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    partial_folder(Path("out").absolute()).mkdir()
     twin.error = KeyboardInterrupt()
     assert run(["quantize", "my model", "-o", "out", "--bits", "3"]) == 130
     out, err = capsys.readouterr()
-    assert not out and "interrupted" in err and "llmshrink quantize 'my model' -o out --bits 3" in err
+    assert not out and "interrupted; every finished block is kept" in err
+    assert "llmshrink quantize 'my model' -o out --bits 3" in err
     assert run(["verify", "out"]) == 130
     assert capsys.readouterr().err.strip() == "llmshrink: interrupted"
+
+
+@pytest.mark.parametrize("output", [["-o", "out"], ["--output=out/"], []])
+def test_ctrl_c_before_anything_was_begun_promises_nothing(
+    output: list[str], twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmshrink.cli.app.command", interrupted_once(app.command))
+    assert run(["quantize", "demo", *output]) == 130
+    assert capsys.readouterr().err == "llmshrink: interrupted\n"
+
+
+def interrupted_once(parser: Callable[[], Any]) -> Callable[[], Any]:
+    """Ctrl-C while the parser is first asked for."""
+    asked = iter([True])
+
+    def command() -> Any:
+        if next(asked, False):
+            raise KeyboardInterrupt
+        return parser()
+
+    return command
 
 
 def test_libraries_are_hushed_unless_the_user_wants_to_hear_them(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:

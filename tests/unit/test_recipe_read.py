@@ -271,6 +271,22 @@ def test_a_set_that_leads_nowhere_is_refused(assignment: str, says: str) -> None
     assert found.startswith(f"--set {assignment}: ") and says in found
 
 
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("damp=nan", "'nan' isn't a number; write a finite one"),
+        ("damp=-inf", "'-inf' isn't a number; write a finite one"),
+        ("damp=1e-2", "'1e-2' isn't a number; without quotes and with a decimal point, as 0.01"),
+        ("bits=nan", "'nan' isn't a whole number"),
+        ("bits='4.5'", "'4.5' isn't a whole number"),
+        ("bits='4'", "'4' isn't a whole number; write 4"),
+    ],
+)
+def test_a_text_in_place_of_a_number_has_a_hint_that_helps(assignment: str, says: str) -> None:
+    (found,) = faults("gptq-w4a16", sets=[f"steps.0.quantize.{assignment}"])
+    assert found.rpartition("]")[2].partition(": ")[2] == says
+
+
 def test_a_method_that_is_registered_is_one_that_a_recipe_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from llmshrink.methods import registry, solver
 

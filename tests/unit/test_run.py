@@ -247,6 +247,14 @@ def test_verify_says_what_of_the_kept_windows_is_damaged(damage: str, finished: 
         llmshrink.verify(out)
 
 
+def test_an_unknown_engine_or_no_path_is_refused(finished: Path) -> None:
+    verify: Any = llmshrink.verify
+    with pytest.raises(LlmshrinkError, match="engine='sglang': not an engine that can verify"):
+        verify(finished, engine="sglang")
+    with pytest.raises(LlmshrinkError, match="3: not a path"):
+        verify(3)
+
+
 def test_what_vllm_refuses_has_a_way_out(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmshrink.serving.vllm import check
     from llmshrink.serving.vllm.engine import EngineError
@@ -338,6 +346,14 @@ def test_an_all_zero_site_and_a_dead_input_are_handled(story: Path, tmp_path: Pa
         ({"device": "cuda:7"}, LlmshrinkError, "cuda:7"),
         ({"device": "cpu:7"}, LlmshrinkError, "cpu:7: not a device here"),
         ({"dtype": "float8"}, LlmshrinkError, "float8"),
+        ({"samples": "3"}, LlmshrinkError, "samples='3': not a whole number; pass one or None"),
+        ({"seed": None}, LlmshrinkError, "seed=None: not a whole number; pass one$"),
+        ({"serve_tp": True}, LlmshrinkError, "serve_tp=True: not a whole number"),
+        ({"strict": 1}, LlmshrinkError, "strict=1: not True or False"),
+        ({"device": 0}, LlmshrinkError, "device=0: not text"),
+        ({"recipe": 4}, LlmshrinkError, "recipe=4: not a path or a name"),
+        ({"set": "steps.0.quantize.bits=5"}, RecipeError, "^--set steps.0.quantize.bits=5: steps.* 5 isn't one of"),
+        ({"set": [3]}, LlmshrinkError, "set=3: not text"),
         ({"set": ["overrides=[{match: nothing, ignore: true}]"]}, RecipeError, "nothing"),
         ({"max_shard_size": "big"}, LlmshrinkError, "big"),
         ({"seq_len": 1}, LlmshrinkError, "at least 2"),
