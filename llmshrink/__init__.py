@@ -1,8 +1,8 @@
 """llmshrink: a Hugging Face language model in, a smaller one out that is proven by measurement and served by vLLM.
 
 The verbs of the command line are functions here, with the same names and defaults: `llmshrink.quantize(...)`,
-`llmshrink.inspect(...)`, `llmshrink.verify(...)`, `llmshrink.recipes()`; `llmshrink.load(...)` is for torch. They
-are looked up on first use, because `import llmshrink` happens for `llmshrink --help` too, which has no time for torch.
+`llmshrink.prune(...)`, `llmshrink.compare(...)` and so on; `llmshrink.load(...)` is for torch. They are looked up on
+first use, because `import llmshrink` happens for `llmshrink --help` too, which has no time for torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING
 from llmshrink.errors import LlmshrinkError
 
 if TYPE_CHECKING:
-    from llmshrink.api import bench_kernels, compare, eval, generate, inspect, load, quantize, recipes, verify
+    from llmshrink.api import (
+        bench_kernels,
+        compare,
+        compress,
+        eval,
+        generate,
+        inspect,
+        load,
+        prune,
+        quantize,
+        recipes,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
@@ -22,10 +34,12 @@ __all__ = [
     "__version__",
     "bench_kernels",
     "compare",
+    "compress",
     "eval",
     "generate",
     "inspect",
     "load",
+    "prune",
     "quantize",
     "recipes",
     "verify",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from llmshrink.api.bench import bench_kernels
 from llmshrink.api.checkpoints import inspect, recipes, verify
-from llmshrink.api.compress import parse_size, quantize
 from llmshrink.api.evaluate import compare, eval
+from llmshrink.api.runs import compress, parse_size, prune, quantize
 from llmshrink.api.runtime import generate, load
 
 __all__ = [
     "bench_kernels",
     "compare",
+    "compress",
     "eval",
     "generate",
     "inspect",
     "load",
     "parse_size",
+    "prune",
     "quantize",
     "recipes",
     "verify",

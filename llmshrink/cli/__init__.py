@@ -78,7 +78,7 @@ def _no_space(error: OSError) -> str:
 def _interrupted(arguments: Sequence[str]) -> int:
     verb = arguments[0] if arguments else ""
     kept = {"eval": "what was measured", "compare": "what was measured"}.get(verb)
-    if verb == "quantize" and _has_begun(arguments):
+    if verb in ("quantize", "prune", "compress") and _has_begun(arguments):
         kept = "every finished block"
     again = f"; {kept} is kept: go on from there with the same command:\n  {shlex.join([PROGRAM, *arguments])}"
     print(f"{PROGRAM}: interrupted{again if kept else ''}", file=sys.stderr)
@@ -86,7 +86,7 @@ def _interrupted(arguments: Sequence[str]) -> int:
 
 
 def _has_begun(arguments: Sequence[str]) -> bool:
-    """Whether the run of a `quantize` command line left something to go on from.
+    """Whether the run that a command line names left something to go on from.
 
     Its folder is named here once more: `run.journal`, which names it, imports torch, and that may be what was
     interrupted.
@@ -94,7 +94,7 @@ def _has_begun(arguments: Sequence[str]) -> bool:
     from llmshrink.cli.app import command
 
     try:
-        context = command().commands["quantize"].make_context("quantize", list(arguments[1:]))
+        context = command().commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
     except Exception as error:
         if not isinstance(error, _usage_error()):
             raise

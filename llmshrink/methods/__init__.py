@@ -3,17 +3,23 @@
 from llmshrink.methods import gptq as gptq
 from llmshrink.methods import rtn as rtn
 from llmshrink.methods.contract import QuantizeSpec, ScaleSearch, SiteStatistics, Solved, SolveError, Solver
+from llmshrink.methods.pruning import Pattern, PruneSpec
 from llmshrink.methods.registry import Method, names, site_solver, solver
+from llmshrink.methods.solve import SiteSpec, solve
 
 __all__ = [
     "Method",
+    "Pattern",
+    "PruneSpec",
     "QuantizeSpec",
     "ScaleSearch",
+    "SiteSpec",
     "SiteStatistics",
     "SolveError",
     "Solved",
     "Solver",
     "names",
     "site_solver",
+    "solve",
     "solver",
 ]

@@ -74,7 +74,7 @@ class Solved:
     asked, one line each, for the report.
     """
 
-    weight: GroupedInt
+    weight: Dense | GroupedInt
     error: float
     row_error: Tensor
     row_energy: Tensor

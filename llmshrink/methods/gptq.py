@@ -44,35 +44,63 @@ def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, 
     if statistics is None:
         raise SolveError("method gptq needs calibration data: give some, or use method rtn")
     check_finite("the weight", weight)
-    size = resolve_group_size(weight.shape[1], spec.group_size)
-    diagonal = statistics.hessian.diagonal()
-    order = column_order(diagonal, size, spec)
-    factor = factorise(statistics.hessian, order, spec.damp)
+    size, factor = _factor(weight, statistics, spec)
     original = weight.to(torch.float32)
-    target = original.index_select(1, order)
+    target = original.index_select(1, factor.order)
     if spec.corrected > 0 and statistics.cross is not None:
         check_finite("the cross term", statistics.cross)
         target.add_(correction(original, statistics.cross.to(torch.float32), factor), alpha=spec.corrected)
     columns = target.T.contiguous()
     del target
+    quantized = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype)
+    error, energy = measure(original, quantized, statistics.hessian)
+    return Solved(quantized, relative(error, energy), error, energy, factor.damping, factor.events)
 
+
+def gptq_on(
+    target: Tensor, mask: Tensor, statistics: SiteStatistics, spec: QuantizeSpec, scale_dtype: torch.dtype
+) -> GroupedInt:
+    """Quantize a pruned weight: what isn't in the mask stays exactly zero, and the rest makes good both.
+
+    target: float32 [out, in], the best weight on the mask, which is already what `spec.corrected` would ask for: with
+    least squares on the mask, what is left of the output's error is orthogonal to all that the mask allows, so that
+    coming near this target is coming near the original's output. mask: bool [out, in].
+    """
+    size, factor = _factor(target, statistics, spec)
+    columns, keep = (part.index_select(1, factor.order).T.contiguous() for part in (target, mask.to(torch.float32)))
+    return _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype, keep)
+
+
+def _factor(weight: Tensor, statistics: SiteStatistics, spec: QuantizeSpec) -> tuple[int, Factor]:
+    size = resolve_group_size(weight.shape[1], spec.group_size)
+    order = column_order(statistics.hessian.diagonal(), size, spec)
+    return size, factorise(statistics.hessian, order, spec.damp)
+
+
+def _quantize_(
+    columns: Tensor,
+    diagonal: Tensor,
+    factor: Factor,
+    size: int,
+    spec: QuantizeSpec,
+    scale_dtype: torch.dtype,
+    keep: Tensor | None = None,
+) -> GroupedInt:
+    """The sweep itself. columns: float32 [in, rows] in the factor's order, overwritten; keep: as in `sweep_`."""
+    order = factor.order
     if spec.scale_search == "trial":
-        codes, grid = trial_sweep_(columns, factor, size, spec, scale_dtype)
-        groups = order[::size] // size
-        grid = _scatter(grid, groups)
+        codes, grid = trial_sweep_(columns, factor, size, spec, scale_dtype, keep)
+        grid = _scatter(grid, order[::size] // size)
     else:
         grid = fixed_scales(columns, diagonal, factor, size, spec, scale_dtype)
-        codes = sweep_(columns, factor.unit, grid, order // size, spec.bits, spec.block_size)
-    del columns
-    quantized = GroupedInt(
+        codes = sweep_(columns, factor.unit, grid, order // size, spec.bits, spec.block_size, keep)
+    return GroupedInt(
         torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous(),
         grid.scale.T.to(scale_dtype, memory_format=torch.contiguous_format),
         None if grid.zero is None else grid.zero.T.to(torch.int8, memory_format=torch.contiguous_format),
         spec.bits,
         size,
     )
-    error, energy = measure(original, quantized, statistics.hessian)
-    return Solved(quantized, relative(error, energy), error, energy, factor.damping, factor.events)
 
 
 def column_order(diagonal: Tensor, size: int, spec: QuantizeSpec) -> Tensor:

@@ -29,14 +29,17 @@ def collect_(weight: Tensor, unit: Tensor, done: int, start: int, stop: int) -> 
         weight[start:stop].addmm_(unit[done:start, start:stop].T, weight[done:start], alpha=-1.0)
 
 
-def sweep_(weight: Tensor, unit: Tensor, grid: Grid, group: Tensor, bits: int, block_size: int) -> Tensor:
+def sweep_(
+    weight: Tensor, unit: Tensor, grid: Grid, group: Tensor, bits: int, block_size: int, keep: Tensor | None = None
+) -> Tensor:
     """Quantize all columns in order, and return their codes: int8 [in, rows].
 
     weight: float32 [in, rows]; overwritten with the errors. unit: `Factor.unit`. grid: scales [groups, rows]. group:
-    int64 [in], the group of each column. block_size: columns between two lazy updates.
+    int64 [in], the group of each column. block_size: columns between two lazy updates. keep: float32 [in, rows], 0 for
+    what was pruned, whose value stays exactly 0, and 1 for all else; None keeps all.
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    kernels = fused.has_kernels(weight.device)
+    kernels = keep is None and fused.has_kernels(weight.device)
     groups = [] if kernels else group.tolist()
     inverse = grid.scale.reciprocal()
     for start in range(0, weight.shape[0], block_size):
@@ -49,7 +52,7 @@ def sweep_(weight: Tensor, unit: Tensor, grid: Grid, group: Tensor, bits: int, b
             done = sweep_block(weight[start:stop], block, grid.scale, grid.zero, inside, bits=bits)
             codes[start:stop], weight[start:stop] = done
         else:
-            _block_(weight, codes, unit, grid, inverse, groups, bits, start, stop)
+            _block_(weight, codes, unit, grid, inverse, groups, bits, start, stop, keep)
     return codes
 
 
@@ -63,6 +66,7 @@ def _block_(
     bits: int,
     start: int,
     stop: int,
+    keep: Tensor | None,
 ) -> None:
     """Quantize columns start..stop, which have collected what the columns before them left, in place."""
     low, high = code_range(bits)
@@ -77,9 +81,13 @@ def _block_(
             code = torch.mul(column, inverse[g]).round_()
             if grid.zero is None:
                 code.clamp_(low, high)
+                if keep is not None:
+                    code.mul_(keep[i])
                 codes[i] = code
             else:
                 code.add_(grid.zero[g]).clamp_(low, high)
+                if keep is not None:
+                    code.lerp_(grid.zero[g], 1 - keep[i])
                 codes[i] = code
                 code.sub_(grid.zero[g])
             column.addcmul_(code, grid.scale[g], value=-1.0)

@@ -40,12 +40,12 @@ OPPOSITE = (0.9, 1.0, 1.1)
 
 
 def trial_sweep_(
-    weight: Tensor, factor: Factor, size: int, spec: QuantizeSpec, dtype: torch.dtype
+    weight: Tensor, factor: Factor, size: int, spec: QuantizeSpec, dtype: torch.dtype, keep: Tensor | None = None
 ) -> tuple[Tensor, Grid]:
     """Quantize group after group, and return codes, int8 [in, rows], and grid, [groups in the factor's order, rows].
 
     weight: float32 [in, rows], transposed and in the factor's order, in which each group's columns must be
-    consecutive; overwritten with the errors.
+    consecutive; overwritten with the errors. keep: as in `sweep.sweep_`, in the same order.
     """
     inputs, rows = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -55,9 +55,10 @@ def trial_sweep_(
         stop = start + size
         collect_(weight, factor.unit, 0, start, stop)
         unit = factor.unit[start:stop, start:stop].contiguous()
-        guess = fit(weight[start:stop], None, spec, dtype)
+        part_of = weight[start:stop] if keep is None else weight[start:stop] * keep[start:stop]
+        guess = fit(part_of, None, spec, dtype)
         tried = candidates(guess, spec, dtype)
-        if fused.has_kernels(weight.device):
+        if keep is None and fused.has_kernels(weight.device):
             from llmshrink_kernels.gptq_block import trial_block
 
             important = factor.importance[start:stop]
@@ -76,6 +77,7 @@ def trial_sweep_(
                 factor.importance[start:stop],
                 Grid(tried.scale[:, part], None if tried.zero is None else tried.zero[:, part]),
                 spec.bits,
+                None if keep is None else keep[start:stop, part],
             )
             scale[g, part] = best.scale
             value = weight[start:stop, part] / best.scale
@@ -102,11 +104,13 @@ def candidates(guess: Grid, spec: QuantizeSpec, dtype: torch.dtype) -> Grid:
     return Grid(stored(scale, dtype), zero)
 
 
-def _try(weight: Tensor, unit: Tensor, importance: Tensor, grid: Grid, bits: int) -> tuple[Grid, Tensor]:
+def _try(
+    weight: Tensor, unit: Tensor, importance: Tensor, grid: Grid, bits: int, keep: Tensor | None
+) -> tuple[Grid, Tensor]:
     """Sweep one group with every candidate.
 
-    weight: float32 [size, rows]. grid: [candidates, rows]. Returns the best scale (and zero) of each row, [rows], and
-    its errors in units of that scale, [size, rows].
+    weight, keep: float32 [size, rows]. grid: [candidates, rows]. Returns the best scale (and zero) of each row, [rows],
+    and its errors in units of that scale, [size, rows].
     """
     low, high = code_range(bits)
     size, rows = weight.shape
@@ -131,6 +135,8 @@ def _try(weight: Tensor, unit: Tensor, importance: Tensor, grid: Grid, bits: int
                 nearest.clamp_(low, high)
             else:
                 nearest.clamp_(*bounds)
+            if keep is not None:
+                nearest.view(candidates, rows).mul_(keep[i])
             column.sub_(nearest)
         torch.mul(flat[run:end], flat[run:end], out=square[: end - run])
         damage.addmv_(square[: end - run].T, importance[run:end])

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import Parallel, Verdict, servable
-from llmshrink.methods.contract import QuantizeSpec
-from llmshrink.recipe.schema import Override, Quantize, Recipe
+from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
+from llmshrink.recipe.schema import Override, Prune, Quantize, Recipe
 
 SCHEME = {"bits", "group_size", "symmetric"}
 """What an engine's layer has one of; how its shards' codes were found may differ."""
@@ -46,15 +46,27 @@ class SiteShape:
 class Assigned:
     """What one site gets.
 
-    spec: how it's quantized, its group_size always a real number of inputs; None: it stays as it is.
+    spec: what happens to it, its group_size always a real number of inputs; None: it stays as it is.
     note: why that differs from what the recipe asks; None when it doesn't (spec None: the recipe ignores it).
-    verdict: what the engines say of its layer as decided; None when the site stays as it is.
+    verdict: what the engines say of its layer as decided; None when the site isn't quantized.
     """
 
     site: SiteShape
-    spec: QuantizeSpec | None
+    spec: SiteSpec | None
     note: str | None
     verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the recipe asks for one site; both None: it stays as it is."""
+
+    prune: Prune | None
+    quantize: Quantize | None
+
+    @property
+    def nothing(self) -> bool:
+        return self.prune is None and self.quantize is None
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -83,8 +95,7 @@ def assign(
         raise RecipeError([f"{recipe.name}: {fault}" for fault in faults])
     decided: dict[str, Assigned] = {}
     for layer in layers:
-        wanted = asked[layer[0].name]
-        for decision in _decide(layer, wanted, tp):
+        for decision in _decide(layer, asked, tp):
             decided[decision.site.name] = decision
     assigned = [decided[site.name] for site in sites]
     notes = [f"{decision.site.name}: {decision.note}" for decision in assigned if decision.note]
@@ -100,7 +111,8 @@ def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
     verdicts = [decision.verdict for decision in assigned if decision.verdict is not None]
     refusals = Counter((engine, why) for v in verdicts for engine, why in v.engines.items() if why is not None)
     packages = Counter(v.needs for v in verdicts if v.needs is not None)
-    bits = sorted({decision.spec.bits for decision in assigned if decision.spec and _needs(decision)})
+    quantized = [decision.spec.quantize for decision in assigned if decision.spec and _needs(decision)]
+    bits = sorted({spec.bits for spec in quantized if spec is not None})
     return [
         f"{engine} won't serve this checkpoint: {count} of {len(verdicts)} quantized sites: {why}"
         for (engine, why), count in refusals.items()
@@ -114,16 +126,24 @@ def _needs(decision: Assigned) -> bool:
     return decision.verdict is not None and decision.verdict.needs is not None
 
 
-def _asked(recipe: Recipe, name: str) -> Quantize | None:
+def _asked(recipe: Recipe, name: str) -> Asked:
     """What the recipe says of one site: `ignore` is final, then the last override that matches wins, field by field."""
+    nothing, whole = Asked(None, None), Asked(recipe.prune, recipe.quantize)
     if any(matches(pattern, name) for pattern in recipe.ignore):
-        return None
-    asked: Quantize | None = recipe.quantize
+        return nothing
+    asked = whole
     for number, override in enumerate(recipe.overrides):
         if not matches(override.match, name):
             continue
+        if override.ignore:
+            asked = nothing
+            continue
+        before = whole if asked.nothing else asked
         try:
-            asked = override.quantize.onto(asked or recipe.quantize) if override.quantize else None
+            asked = Asked(
+                override.prune.onto(before.prune) if override.prune and before.prune else before.prune,
+                override.quantize.onto(before.quantize) if override.quantize and before.quantize else before.quantize,
+            )
         except ValidationError as error:
             raise RecipeError(
                 [f"{recipe.name}: overrides[{number}]: at {name}: {fault['msg']}" for fault in error.errors()]
@@ -143,7 +163,7 @@ def _pattern_faults(recipe: Recipe, sites: Sequence[str], others: Sequence[str])
         inside = [name for name in sites if matches(override.match, name)]
         if not inside and not outside:
             faults.append(f"{where} matches no module; {known}")
-        elif not inside and override.quantize is not None:
+        elif not inside and not override.ignore:
             faults.append(
                 f"{where} matches only {outside[0]}, outside the model's blocks, where weights stay as they are"
             )
@@ -171,12 +191,12 @@ def _layers(sites: Sequence[SiteShape]) -> list[list[SiteShape]]:
     return list(layers.values())
 
 
-def _fused_faults(layers: Sequence[Sequence[SiteShape]], asked: dict[str, Quantize | None]) -> list[str]:
+def _fused_faults(layers: Sequence[Sequence[SiteShape]], asked: dict[str, Asked]) -> list[str]:
     """A line for each way in which fused sites differ; the same difference in many blocks is one line."""
     found: dict[str, list[str]] = {}
     for first, *rest in layers:
         for other in rest:
-            difference = _difference(asked[first.name], asked[other.name])
+            difference = _difference(asked[first.name].quantize, asked[other.name].quantize)
             if difference:
                 kind = re.sub(r"\d+", "N", f"{first.name} {other.name}") + difference
                 found.setdefault(kind, []).append(
@@ -195,10 +215,41 @@ def _difference(first: Quantize | None, other: Quantize | None) -> str:
     return ", ".join(f"{name} {one[name]} and {two[name]}" for name in one if one[name] != two[name])
 
 
-def _decide(layer: Sequence[SiteShape], asked: Quantize | None, tp: int) -> list[Assigned]:
-    """One layer: as asked, or with the largest smaller group that an engine serves, or not at all."""
+def _decide(layer: Sequence[SiteShape], asked: dict[str, Asked], tp: int) -> list[Assigned]:
+    """One layer: as asked, or with the largest smaller group that suits most engines, or not at all."""
+    wanted = asked[layer[0].name].quantize
+    quantize, verdict, note = (None, None, None) if wanted is None else _quantized(layer, wanted, tp)
+    decided = []
+    for site in layer:
+        prune, fault = _pruned(site, asked[site.name].prune)
+        spec = SiteSpec(prune, quantize) if prune is not None or quantize is not None else None
+        said = "; ".join(line for line in (note, fault) if line)
+        decided.append(Assigned(site, spec, said or None, verdict if quantize is not None else None))
+    return decided
+
+
+def _pruned(site: SiteShape, asked: Prune | None) -> tuple[PruneSpec | None, str | None]:
+    """How a site is pruned, or why it isn't as asked."""
     if asked is None:
-        return [Assigned(site, None, None) for site in layer]
+        return None, None
+    if asked.pattern is None:
+        assert asked.ratio is not None, "a recipe gives one of both"
+        pattern = Pattern.unstructured(asked.ratio)
+    else:
+        keep, block = map(int, asked.pattern.split(":"))
+        if site.in_features % block:
+            return (
+                None,
+                f"isn't pruned: {asked.pattern} needs a multiple of {block} inputs, and it has {site.in_features}",
+            )
+        pattern = Pattern.n_of_m(keep, block)
+    return PruneSpec(asked.method, pattern, asked.repair, asked.corrected, asked.damp), None
+
+
+def _quantized(
+    layer: Sequence[SiteShape], asked: Quantize, tp: int
+) -> tuple[QuantizeSpec | None, Verdict | None, str | None]:
+    """(spec, what the engines say of it, why it isn't as asked) for a layer."""
     widths = {site.in_features for site in layer}
     assert len(widths) == 1, f"fused sites read one input: {[site.name for site in layer]}"
     width = widths.pop()
@@ -211,12 +262,9 @@ def _decide(layer: Sequence[SiteShape], asked: Quantize | None, tp: int) -> list
     chosen = wanted if wanted in served else max(served, key=lambda size: verdicts[size].count, default=None)
     why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else _reason(verdicts[wanted])
     if chosen is None:
-        return [
-            Assigned(site, None, f"stays as it is: {why_not}, and no smaller group is served either") for site in layer
-        ]
+        return None, None, f"stays as it is: {why_not}, and no smaller group is served either"
     spec = QuantizeSpec(**asked.model_dump() | {"group_size": chosen})
-    note = f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
-    return [Assigned(site, spec, note, verdicts[chosen]) for site in layer]
+    return spec, verdicts[chosen], f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
 
 
 def _reason(verdict: Verdict) -> str:

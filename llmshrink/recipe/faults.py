@@ -7,15 +7,28 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from llmshrink.recipe.schema import Override, Quantize, QuantizePatch, Recipe, ScaleSearch, Step, methods
+from llmshrink.recipe.schema import (
+    Override,
+    Prune,
+    PrunePatch,
+    Quantize,
+    QuantizePatch,
+    Recipe,
+    ScaleSearch,
+    Step,
+    methods,
+    pruners,
+)
 
 _KNOWN_KEYS: dict[str, tuple[str, ...]] = {
     "": tuple(Recipe.model_fields),
     "steps": tuple(Step.model_fields),
     "quantize": tuple(Quantize.model_fields),
+    "prune": tuple(Prune.model_fields),
     "overrides": tuple(Override.model_fields),
 }
 assert tuple(Quantize.model_fields) == tuple(QuantizePatch.model_fields)
+assert tuple(Prune.model_fields) == tuple(PrunePatch.model_fields)
 
 _WANTED = {
     "int_type": "a whole number",
@@ -47,12 +60,16 @@ def describe(fault: Mapping[str, Any], label: str, origins: Mapping[str, str]) -
         return f"{where}: missing{'; for example steps: [{quantize: {bits: 4}}]' if path == 'steps' else ''}"
     if kind == "method":
         return f"{where}: {value}: unknown method{nearest(str(value), methods())}; methods: {', '.join(methods())}"
+    if kind == "pruner":
+        return f"{where}: {value}: unknown way to prune{nearest(str(value), pruners())}; ways: {', '.join(pruners())}"
+    if kind == "string_type" and path.endswith("pattern"):
+        return f'{where}: {value} isn\'t text: write the pattern with quotes, as "2:4"'
     if kind == "literal_error":
         known = get_args(ScaleSearch)
         return f"{where}: {_shown(value)} isn't one of {', '.join(known)}{nearest(str(value), known)}"
     if kind in _WANTED:
         return f"{where}: {_shown(value)} isn't {_WANTED[kind]}{_number_hint(kind, value)}"
-    if kind in ("bits", "group_size"):
+    if kind in ("bits", "group_size", "pattern"):
         return f"{where}: {value} {fault['msg']}"
     if isinstance(value, int | float | str):
         return f"{where}: {_shown(value)}: {_lower(fault['msg']).replace('input ', '')}"

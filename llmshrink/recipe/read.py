@@ -29,7 +29,9 @@ _FLAGS = {
     "bits": "--bits",
     "group_size": "--group-size",
     "symmetric": "--symmetric/--asymmetric",
+    "repair": "--repair/--no-repair",
 }
+_PRUNE_FLAGS = {"repair"}
 
 
 def load_recipe(
@@ -37,7 +39,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe by its shipped name or from a YAML file, changed by `flags` and then by `sets`.
 
-    flags: any of method, bits, group_size, symmetric; None means not given. A change of method drops the fields that
+    flags: any of method, bits, group_size, symmetric (of the quantize step), repair (of the prune step); None means not
+    given. A change of method drops the fields that
     only the old method reads. sets: `steps.0.quantize.bits=3`, the value a YAML scalar or flow list. What they change
     is added to the recipe's name and summary, which would not be true without it.
     Raises RecipeError with one line for each fault.
@@ -78,7 +81,7 @@ def made_for(name_or_path: str, recipe: Recipe) -> str | None:
 
 
 def _kind(recipe: Recipe) -> list[tuple[str, int, bool]]:
-    steps = [step.quantize for step in recipe.steps]
+    steps = [step.quantize for step in recipe.steps if step.quantize is not None]
     return [(step.method, step.bits, step.symmetric) for step in steps]
 
 
@@ -169,25 +172,28 @@ def _apply_flags(
     """Put each given flag into the one step that has such a field."""
     assert given.keys() <= _FLAGS.keys(), given
     steps = document.get("steps")
-    places = [
-        number
-        for number, step in enumerate(steps if isinstance(steps, list) else [])
-        if isinstance(step, dict) and isinstance(step.get("quantize"), dict)
-    ]
-    if not given or not places:
+    found = [step for step in (steps if isinstance(steps, list) else []) if isinstance(step, dict)]
+    if len(found) != len(steps if isinstance(steps, list) else [None]):
         return []  # what is wrong with the steps is said by their validation
-    if len(places) > 1:
-        could = " or ".join(f"steps[{number}].quantize" for number in places)
-        return [
-            f"{_FLAGS[name]}: could mean {could} of {label}; say which: "
-            f"--set steps.{places[0]}.quantize.{name}={_scalar(value)}"
-            for name, value in given.items()
-        ]
-    step = document["steps"][places[0]]
-    step["quantize"] = {**switch_method(step["quantize"], given.get("method")), **given}
-    for name in given:
-        origins[f"steps[{places[0]}].quantize.{name}"] = _FLAGS[name]
-    return []
+    faults = []
+    for name, value in given.items():
+        kind = "prune" if name in _PRUNE_FLAGS else "quantize"
+        places = [number for number, step in enumerate(found) if isinstance(step.get(kind), dict)]
+        if not places:
+            if not any(kind in step for step in found):
+                faults.append(f"{_FLAGS[name]}: changes a {kind} step, and {label} has none; name another recipe")
+        elif len(places) > 1:
+            could = " or ".join(f"steps[{number}].{kind}" for number in places)
+            faults.append(
+                f"{_FLAGS[name]}: could mean {could} of {label}; say which: "
+                f"--set steps.{places[0]}.{kind}.{name}={_scalar(value)}"
+            )
+        else:
+            step = found[places[0]]
+            base = switch_method(step[kind], value) if name == "method" else step[kind]
+            step[kind] = {**base, name: value}
+            origins[f"steps[{places[0]}].{kind}.{name}"] = _FLAGS[name]
+    return faults
 
 
 def _apply_set(document: dict[str, Any], assignment: str, origins: dict[str, str]) -> list[str]:

@@ -1,9 +1,10 @@
 """The recipe, as a frozen model: what its YAML may say, and nothing else.
 
-A recipe says once what happens to every linear weight inside the model's blocks (`steps`), which of them stay as they
-are (`ignore`), and where a pattern asks for something else (`overrides`; a later one wins over an earlier one).
-A pattern is matched against the site's full module name (`model.layers.0.mlp.down_proj`), case-sensitively, with `*`,
-`?` and `[...]`; a bare name such as `down_proj` also means every module whose last part it is.
+A recipe says once what happens to every linear weight inside the model's blocks (`steps`: pruned, quantized, or pruned
+and quantized in one visit), which of them stay as they are (`ignore`), and where a pattern asks for something else
+(`overrides`; a later one wins over an earlier one). A pattern is matched against the site's full module name
+(`model.layers.0.mlp.down_proj`), case-sensitively, with `*`, `?` and `[...]`; a bare name such as `down_proj` also
+means every module whose last part it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pydantic_core import PydanticCustomError
 BITS = (2, 3, 4, 8)
 BUILT_IN = ("gptq", "rtn")
 """Methods accepted without a look into the registry, whose import brings torch; a test checks they are there."""
+PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
+"""The same of the ways to prune."""
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -48,6 +51,28 @@ def methods() -> tuple[str, ...]:
     from llmshrink.methods import names
 
     return names()
+
+
+def pruners() -> tuple[str, ...]:
+    """Every way to prune that is registered."""
+    from llmshrink.methods.pruning import names
+
+    return names()
+
+
+def _known_pruner(method: str | None) -> str | None:
+    if method is not None and method not in PRUNERS and method not in pruners():
+        raise PydanticCustomError("pruner", "unknown way to prune")
+    return method
+
+
+def _known_pattern(pattern: str | None) -> str | None:
+    if pattern is None:
+        return None
+    keep, of, block = pattern.partition(":")
+    if not (of and keep.isdecimal() and block.isdecimal() and 0 < int(keep) < int(block)):
+        raise PydanticCustomError("pattern", 'isn\'t n:m with 0 < n < m, as "2:4"')
+    return pattern
 
 
 class Quantize(_Frozen):
@@ -136,10 +161,69 @@ class QuantizePatch(_Frozen):
         return Quantize.model_validate(switch_method(base.model_dump(), patch.get("method")) | patch)
 
 
-class Step(_Frozen):
-    """One thing that is done to the model. Now there is one: quantize."""
+class Prune(_Frozen):
+    """Which weights become zero, and what the others become.
 
-    quantize: Quantize
+    method: `alps` (ADMM), `sparsegpt` (a sweep), `wanda` or `magnitude` (scores); all use calibration data.
+    pattern: "n:m", n of every m consecutive inputs are kept (with quotes: YAML takes 2:4 for a time of day).
+    ratio: instead of a pattern, the share of weights that goes, anywhere.
+    repair: exact least squares on what is kept.
+    corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
+    damp: share of the mean of the Hessian's diagonal that is added to it.
+    """
+
+    method: Annotated[str, Field(validate_default=True)] = "alps"
+    pattern: str | None = None
+    ratio: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    repair: bool = True
+    corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
+
+    _method = field_validator("method")(_known_pruner)
+    _pattern = field_validator("pattern")(_known_pattern)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.pattern is None) == (self.ratio is None):
+            raise PydanticCustomError(
+                "prune", 'says neither or both of pattern and ratio; give pattern: "2:4", or ratio: 0.5'
+            )
+        return self
+
+
+class PrunePatch(_Frozen):
+    """The fields of Prune that an override changes; a pattern takes the place of a ratio, and the other way round."""
+
+    method: str | None = None
+    pattern: str | None = None
+    ratio: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    repair: bool | None = None
+    corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
+    damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+
+    _method = field_validator("method")(_known_pruner)
+    _pattern = field_validator("pattern")(_known_pattern)
+
+    def onto(self, base: Prune) -> Prune:
+        """`base` with this patch's fields."""
+        patch = self.model_dump(exclude_none=True)
+        fields = base.model_dump(exclude_none=True)
+        if patch.keys() & {"pattern", "ratio"}:
+            fields = {name: value for name, value in fields.items() if name not in ("pattern", "ratio")}
+        return Prune.model_validate(fields | patch)
+
+
+class Step(_Frozen):
+    """One thing that is done to every weight: it is pruned, or quantized."""
+
+    quantize: Quantize | None = None
+    prune: Prune | None = None
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Self:
+        if (self.quantize is None) == (self.prune is None):
+            raise PydanticCustomError("step", "is nothing or two things; give either quantize: {...} or prune: {...}")
+        return self
 
 
 class Override(_Frozen):
@@ -147,13 +231,15 @@ class Override(_Frozen):
 
     match: Text
     quantize: QuantizePatch | None = None
+    prune: PrunePatch | None = None
     ignore: bool = False
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
-        if self.ignore == (self.quantize is not None):
+        if self.ignore == (self.quantize is not None or self.prune is not None):
             raise PydanticCustomError(
-                "override", "says nothing or two things; give either `quantize: {...}` or `ignore: true`"
+                "override",
+                "says nothing or two things; give either `quantize: {...}` (or `prune: {...}`) or `ignore: true`",
             )
         return self
 
@@ -169,19 +255,37 @@ class Recipe(_Frozen):
 
     @field_validator("steps")
     @classmethod
-    def _one_quantize_step(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        if len(steps) != 1:
+    def _prune_then_quantize(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        kinds = ["prune" if step.prune is not None else "quantize" for step in steps]
+        if kinds not in (["quantize"], ["prune"], ["prune", "quantize"]):
             raise PydanticCustomError(
                 "steps",
-                "{count} quantize steps; exactly one quantizes the sites (overrides say what differs where)",
-                {"count": len(steps)},
+                "{found}; a recipe quantizes, prunes, or prunes and then quantizes (overrides say what differs where)",
+                {"found": f"are {', '.join(kinds)}" if kinds else "there are none"},
             )
         return steps
 
+    @model_validator(mode="after")
+    def _overrides_change_a_step(self) -> Self:
+        for number, override in enumerate(self.overrides):
+            for kind in ("quantize", "prune"):
+                if getattr(override, kind) is not None and getattr(self, kind) is None:
+                    raise PydanticCustomError(
+                        "override_step",
+                        "overrides[{number}] changes a {kind} step, and the recipe has none; add one, or leave it out",
+                        {"number": number, "kind": kind},
+                    )
+        return self
+
     @property
-    def quantize(self) -> Quantize:
-        """What the recipe's one step says."""
-        return self.steps[0].quantize
+    def quantize(self) -> Quantize | None:
+        """What the recipe's quantize step says, if it has one."""
+        return next((step.quantize for step in self.steps if step.quantize is not None), None)
+
+    @property
+    def prune(self) -> Prune | None:
+        """What the recipe's prune step says, if it has one."""
+        return next((step.prune for step in self.steps if step.prune is not None), None)
 
 
 METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size")

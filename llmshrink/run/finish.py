@@ -14,6 +14,7 @@ from torch import Tensor
 from llmshrink.checkpoint.conserve import Ledger
 from llmshrink.checkpoint.index import INDEX_FILE
 from llmshrink.formats import compressed_tensors
+from llmshrink.methods import SiteSpec
 from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk
 from llmshrink.run.card import card
@@ -149,8 +150,11 @@ def _write_index(job: Job, workspace: Workspace) -> None:
         spec = job.assigned[site.name].spec if site is not None else None
         if spec is None:
             ledger.copied.add(key)
+        elif spec.quantize is None:
+            ledger.replaced[key] = [key]
         else:
-            ledger.replaced[key] = compressed_tensors.names(key.removesuffix(".weight"), symmetric=spec.symmetric)
+            name = key.removesuffix(".weight")
+            ledger.replaced[key] = compressed_tensors.names(name, symmetric=spec.quantize.symmetric)
     ledger.check(job.index.keys(), where)
     disk.write_json(
         workspace.checkpoint / INDEX_FILE,
@@ -163,15 +167,19 @@ def _config(job: Job, rows: list[SiteRow]) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((job.source.folder / "config.json").read_text())
     schemes: dict[str, compressed_tensors.GroupedIntScheme | None] = {}
     for row in rows:
-        spec = job.assigned[row.name].spec
-        if spec is None:
-            schemes[row.name] = None
-        else:
-            group_size = -1 if spec.group_size == row.shape[1] else spec.group_size
-            schemes[row.name] = compressed_tensors.GroupedIntScheme(spec.bits, group_size, spec.symmetric)
+        schemes[row.name] = scheme_of(job.assigned[row.name].spec, row.shape[1])
     if any(scheme is not None for scheme in schemes.values()):
         config["quantization_config"] = compressed_tensors.quantization_config(schemes, job.other_linears)
     return config
+
+
+def scheme_of(spec: SiteSpec | None, in_features: int) -> compressed_tensors.GroupedIntScheme | None:
+    """How a site's codes are stored; None where it has none."""
+    if spec is None or spec.quantize is None:
+        return None
+    asked = spec.quantize
+    group_size = -1 if asked.group_size == in_features else asked.group_size
+    return compressed_tensors.GroupedIntScheme(asked.bits, group_size, asked.symmetric)
 
 
 def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ()) -> None:
@@ -205,7 +213,7 @@ def _record(job: Job, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
     identity = job.identity()
     notes = fallen_notes(rows) + job.notes
     widest = max((site.in_features for site in job.sites), default=0)
-    if job.calibration.tokens < widest and any(row.method not in (None, "rtn") for row in rows):
+    if job.calibration.tokens < widest and any(row.pruned or row.method not in (None, "rtn") for row in rows):
         notes.append(
             f"{job.calibration.tokens} calibration tokens for inputs of up to {widest}: their Hessian is singular, and "
             "only damping makes it solvable; give more --samples"

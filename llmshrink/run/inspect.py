@@ -34,12 +34,16 @@ class InspectReport:
 
     def lines(self) -> list[str]:
         width = max((len(row.name) for row in self.sites), default=4)
-        found = [f"{'site':{width}}  {'shape':>13}  bits  group      bytes     error"]
+        pruned = any(row.pruned is not None for row in self.sites)
+        head = f"{'site':{width}}  {'shape':>13}  bits  group      bytes     error"
+        found = [f"{head}   zeros  pruned" if pruned else head]
         for row in self.sites:
             shape = f"{row.shape[0]}x{row.shape[1]}"
             bits, group = (str(row.bits), str(row.group_size)) if row.bits is not None else (_stored_bits(row), "-")
             error = f"{row.error:.6f}" if row.error is not None else "-"
-            found.append(f"{row.name:{width}}  {shape:>13}  {bits:>4}  {group:>5}  {row.bytes:>9}  {error:>8}")
+            line = f"{row.name:{width}}  {shape:>13}  {bits:>4}  {group:>5}  {row.bytes:>9}  {error:>8}"
+            zeros = f"{row.zeros:.1%}" if row.zeros is not None else "-"
+            found.append(f"{line}  {zeros:>6}  {row.pruned or '-'}" if pruned else line)
         found += [
             "",
             f"{self.model}, {self.recipe}: {size(self.bytes)} of weights",

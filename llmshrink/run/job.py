@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,7 +26,7 @@ from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_conf
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.errors import LlmshrinkError, OutputError, RecipeError
 from llmshrink.formats.servable import attention
-from llmshrink.methods import QuantizeSpec
+from llmshrink.methods import SiteSpec
 from llmshrink.model.chain import Chain
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
 from llmshrink.model.skeleton import Skeleton
@@ -43,10 +43,11 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asked for; the names are those of `llmshrink.quantize`."""
+    """What a user asked for; the names are those of `llmshrink.quantize`. verb: which recipes it takes."""
 
     model: str
     output: Path
+    verb: Literal["quantize", "prune", "compress"] = "quantize"
     recipe: str = "gptq-w4a16"
     calibration: str | None = None
     samples: int | None = None
@@ -88,7 +89,8 @@ class Job:
         return [site for stages in self.stages for site in sites_of(stages)]
 
     @property
-    def specs(self) -> dict[str, QuantizeSpec]:
+    def specs(self) -> dict[str, SiteSpec]:
+        """Site name -> what happens to it; the others stay."""
         return {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
 
     @property
@@ -100,6 +102,8 @@ class Job:
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         for engine, why in attention(width, heads, self.options.serve_tp).items():
             notes.append(f"{engine} won't serve this checkpoint: {why}")
+        if any(a.spec.prune and not a.spec.quantize for a in self.assigned.values() if a.spec):
+            notes.append("zeros are stored like any other weight: no engine is faster for them, and nothing is smaller")
         other = made_for(self.options.recipe, self.recipe)
         if other is not None:
             notes.append(
@@ -151,6 +155,7 @@ def here(device: torch.device) -> dict[str, Any]:
 def prepare(options: Options) -> Job:
     """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
     recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
+    check_verb(options.verb, recipe)
     source = resolve(options.model, trust_remote_code=options.trust_remote_code)
     check_source(source, trust_remote_code=options.trust_remote_code)
     index = CheckpointIndex.open(source.folder)
@@ -185,9 +190,7 @@ def prepare(options: Options) -> Job:
     assigned = assign(recipe, shapes, other_modules=others, tp=options.serve_tp, strict=options.strict)
     if not any(decision.spec for decision in assigned):
         why = next((f"{a.site.name} {a.note}" for a in assigned if a.note), "the recipe ignores every site")
-        raise RecipeError(
-            [f"{recipe.name}: nothing would be quantized: {why}; choose other bits or another group_size"]
-        )
+        raise RecipeError([f"{recipe.name}: nothing would change: {why}; choose other bits, group_size or pattern"])
     return Job(
         options=options,
         source=source,
@@ -205,6 +208,14 @@ def prepare(options: Options) -> Job:
         batch_size=batch_size,
         other_linears=others,
     )
+
+
+def check_verb(verb: str, recipe: Recipe) -> None:
+    """Raise RecipeError when a verb is given a recipe that does something else, or more."""
+    does = [step for step, asked in (("prune", recipe.prune), ("quantize", recipe.quantize)) if asked]
+    if verb != "compress" and does != [verb]:
+        proper = "compress" if len(does) > 1 else does[0]
+        raise RecipeError([f"{recipe.name}: it would {' and '.join(does)}: use llmshrink {proper} for it"])
 
 
 def check_work_dir(folder: Path | None) -> None:

@@ -18,7 +18,7 @@ from llmshrink.checkpoint.preflight import check_room
 from llmshrink.formats import compressed_tensors
 from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
-from llmshrink.run.finish import finish, reread
+from llmshrink.run.finish import finish, reread, scheme_of
 from llmshrink.run.job import Job, Options, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import give_back, lean_imports
@@ -26,7 +26,7 @@ from llmshrink.run.progress import Progress
 from llmshrink.run.report import QuantizeReport, SiteRow
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
 from llmshrink.run.transform import SolvedBlock, Walk, replay_block, transform_block
-from llmshrink.weights import GroupedInt
+from llmshrink.weights import Dense, GroupedInt
 
 OUTSIDE = "outside"
 
@@ -146,38 +146,44 @@ class _Run:
         for site in sites_of(self.job.stages[number]):
             assigned = self.job.assigned[site.name]
             solved = block.solved.get(site.key)
+            prune, quantize = (solved.spec.prune, solved.spec.quantize) if solved else (None, None)
             prefix = site.key.removesuffix(".weight") + ".weight"
             held = sum(t.numel() * t.dtype.itemsize for name, t in tensors.items() if name.startswith(prefix))
             rows.append(
                 SiteRow(
                     name=site.name,
                     shape=(site.out_features, site.in_features),
-                    bits=solved.spec.bits if solved else None,
-                    group_size=solved.spec.group_size if solved else None,
-                    method=solved.spec.method if solved else None,
+                    bits=quantize.bits if quantize else None,
+                    group_size=quantize.group_size if quantize else None,
+                    method=quantize.method if quantize else None,
                     bytes=held,
                     error=solved.error if solved else None,
                     damping=solved.damping if solved else None,
                     note=assigned.note,
                     events=solved.events if solved else (),
+                    pruned=f"{prune.method} {prune.pattern}" if prune else None,
+                    zeros=zeros_of(solved.weight) if solved and prune else None,
                 )
             )
             if solved:
                 self.seconds[site.name] = solved.seconds
         return rows
 
-    def _weights_of(self, part: Part, number: int) -> dict[str, GroupedInt]:
+    def _weights_of(self, part: Part, number: int) -> dict[str, Dense | GroupedInt]:
         """The solved weights of a finished part, by the site's path inside its block."""
         with open_shards(self.workspace.checkpoint, part.shards) as shards:
-            found = {}
+            found: dict[str, Dense | GroupedInt] = {}
             for site in sites_of(self.job.stages[number]):
                 spec = self.job.assigned[site.name].spec
-                if spec is not None:
-                    whole = spec.group_size == site.in_features
-                    scheme = compressed_tensors.GroupedIntScheme(
-                        spec.bits, -1 if whole else spec.group_size, spec.symmetric
-                    )
-                    found[site.local] = compressed_tensors.read(site.key.removesuffix(".weight"), shards.read, scheme)
+                if spec is None:
+                    continue
+                scheme = scheme_of(spec, site.in_features)
+                name = site.key.removesuffix(".weight")
+                found[site.local] = (
+                    Dense(shards.read(site.key))
+                    if scheme is None
+                    else compressed_tensors.read(name, shards.read, scheme)
+                )
             return found
 
     def _held_out(self, walk: Walk) -> tuple[heldout.Quality, dict[str, Tensor]]:
@@ -200,11 +206,23 @@ def block_tensors(block: SolvedBlock) -> dict[str, Tensor]:
     """The block's tensors as the output stores them: solved weights packed, everything else as it was."""
     tensors: dict[str, Tensor] = {}
     for key, tensor in block.stored.items():
-        if key in block.solved:
-            tensors |= compressed_tensors.tensors(key.removesuffix(".weight"), block.solved[key].weight)
+        weight = block.solved[key].weight if key in block.solved else Dense(tensor)
+        if isinstance(weight, GroupedInt):
+            tensors |= compressed_tensors.tensors(key.removesuffix(".weight"), weight)
         else:
-            tensors[key] = tensor
+            tensors[key] = weight.weight.to(tensor.dtype)
     return tensors
+
+
+def zeros_of(weight: Dense | GroupedInt) -> float:
+    """The share of a weight that is exactly zero as it is stored."""
+    zero = (
+        0
+        if isinstance(weight, Dense) or weight.zero_point is None
+        else weight.zero_point.repeat_interleave(weight.group_size, 1)
+    )
+    stored = weight.weight if isinstance(weight, Dense) else weight.codes
+    return float((stored == zero).double().mean())
 
 
 @dataclass(frozen=True)
@@ -245,7 +263,8 @@ def expected_bytes(job: Job) -> int:
     for key in job.index:
         entry = job.index.entry(key)
         site = by_key.get(key)
-        spec = job.assigned[site.name].spec if site is not None else None
+        decided = job.assigned[site.name].spec if site is not None else None
+        spec = decided.quantize if decided is not None else None
         if site is None or spec is None:
             total += entry.nbytes
             continue

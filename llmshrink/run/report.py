@@ -17,7 +17,10 @@ from llmshrink.run.progress import duration
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One compressible weight. bits: None where it stays as it is. bytes: as stored. error: relative to the output."""
+    """One compressible weight. bits: None where it isn't quantized. bytes: as stored. error: relative to the output.
+
+    pruned: how, as "alps 2:4"; None where it isn't. zeros: share of its weights that are zero, where it is.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -29,6 +32,13 @@ class SiteRow:
     damping: float | None
     note: str | None
     events: tuple[str, ...]
+    pruned: str | None = None
+    zeros: float | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything happened to it."""
+        return self.bits is not None or self.pruned is not None
 
 
 @dataclass(frozen=True)
@@ -96,12 +106,11 @@ class QuantizeReport:
     def lines(self) -> list[str]:
         """The closing summary for a person."""
         q = self.quality
-        quantized = [row for row in self.sites if row.bits is not None]
         ratio = self.bytes_before / self.bytes_after
         found = [
             f"{self.model} -> {self.output}  ({self.recipe})",
             f"size        {size(self.bytes_before)} -> {size(self.bytes_after)}  ({ratio:.2f}x smaller)",
-            f"sites       {len(quantized)} quantized, {len(self.sites) - len(quantized)} left as they were",
+            f"sites       {changes(self.sites)}, {sum(not row.changed for row in self.sites)} left as they were",
             f"perplexity  {q.ppl_before:.3f} -> {q.ppl_after:.3f}  on {q.tokens} held-out tokens of {self.held_out}",
             f"KL          {q.kl_mean:.5f} +- {q.kl_stderr:.5f} nats/token, same first choice {q.top1_agreement:.1%}",
             f"time        {duration(self.seconds)} ({self.seconds:.1f} s), peak memory {self.peak_memory / 1e9:.2f} GB"
@@ -112,6 +121,18 @@ class QuantizeReport:
         found += [f"note        {note}" for note in self.notes]
         found.append(f"serve       {self.serve}")
         return found
+
+
+def changes(rows: Sequence[SiteRow]) -> str:
+    """How many sites were pruned and how many quantized: "28 quantized", "42 pruned (alps 2:4), 42 quantized"."""
+    found = []
+    pruned = [row.pruned for row in rows if row.pruned is not None]
+    if pruned:
+        found.append(f"{len(pruned)} pruned ({', '.join(sorted(set(pruned)))})")
+    quantized = sum(row.bits is not None for row in rows)
+    if quantized or not pruned:
+        found.append(f"{quantized} quantized")
+    return ", ".join(found)
 
 
 def size(count: int) -> str:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from llmshrink.calibration.activations import Batch, Stream
 from llmshrink.calibration.statistics import Statistics
 from llmshrink.errors import CheckpointError
-from llmshrink.methods import QuantizeSpec, solver
+from llmshrink.methods import SiteSpec, solve
 from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward, pausing_at
 from llmshrink.model.sites import Site, Stage
 from llmshrink.run.memory import give_back
-from llmshrink.weights import GroupedInt
+from llmshrink.weights import Dense, GroupedInt
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class SolvedSite:
     """One site's solved weight and the facts for its row in the report; error is relative, seconds are wall."""
 
     site: Site
-    spec: QuantizeSpec
-    weight: GroupedInt
+    spec: SiteSpec
+    weight: Dense | GroupedInt
     error: float
     damping: float
     events: tuple[str, ...]
@@ -54,7 +54,7 @@ class SolvedBlock:
 class Walk:
     """What stays the same from block to block.
 
-    specs: site name -> how to quantize it; absent: it stays. keep_paused: hold half-finished forwards in memory
+    specs: site name -> what happens to it; absent: it stays. keep_paused: hold half-finished forwards in memory
     instead of running each block again for each stage.
     """
 
@@ -62,18 +62,18 @@ class Walk:
     batches: Sequence[Batch]
     original: Stream
     compressed: Stream
-    specs: Mapping[str, QuantizeSpec]
+    specs: Mapping[str, SiteSpec]
     scale_dtype: torch.dtype
     keep_paused: bool
 
     @property
     def two_streams(self) -> bool:
         """Whether any site's target is corrected, so that calibration batches run through the original too."""
-        return any("cross" in solver(s.method).reads and s.corrected > 0 for s in self.specs.values())
+        return any("cross" in spec.reads for spec in self.specs.values())
 
     @property
     def needs_calibration(self) -> bool:
-        return any(solver(spec.method).reads for spec in self.specs.values())
+        return any(spec.reads for spec in self.specs.values())
 
     def carries(self, batch: Batch, *, original: bool) -> bool:
         """Whether a batch travels in a stream. The held-out ones travel in both: they are the closing summary."""
@@ -106,7 +106,7 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     return SolvedBlock(solved, stored)
 
 
-def replay_block(walk: Walk, number: int, weights: Mapping[str, GroupedInt]) -> None:
+def replay_block(walk: Walk, number: int, weights: Mapping[str, Dense | GroupedInt]) -> None:
     """Carry both streams through a block that an earlier run solved. weights: by the site's path inside the block."""
     chain = walk.chain
     chain.skeleton.load(chain.name(number))
@@ -124,7 +124,7 @@ def shared_twin(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 
 
-def install(block: nn.Module, local: str, weight: GroupedInt) -> None:
+def install(block: nn.Module, local: str, weight: Dense | GroupedInt) -> None:
     """Put the dequantized weight, as an engine computes with it, in place of a linear's own."""
     linear = block.get_submodule(local)
     old = linear._parameters["weight"]
@@ -205,8 +205,8 @@ def _gather(walk: Walk, stages: Sequence[Stage], forwards: _Forwards, position: 
     if not walk.needs_calibration:
         return None
     specs = [walk.specs[site.name] for site in stage.sites if site.name in walk.specs]
-    reads = set().union(*(solver(spec.method).reads for spec in specs))
-    cross = "cross" in reads and any(spec.corrected > 0 for spec in specs)
+    reads = set().union(*(spec.reads for spec in specs))
+    cross = "cross" in reads
     statistics = Statistics(stage.sites[0].in_features, cross=cross, device=walk.chain.skeleton.device)
     for i, batch in enumerate(walk.batches):
         if batch.held_out:
@@ -237,7 +237,7 @@ def _solve_stage(
     walk: Walk, stage: Stage, statistics: Statistics | None, stored: Mapping[str, Tensor]
 ) -> Iterator[SolvedSite]:
     """Solve a stage's sites, those with equal specs stacked into one matrix: rows don't depend on each other."""
-    groups: dict[QuantizeSpec, list[Site]] = {}
+    groups: dict[SiteSpec, list[Site]] = {}
     for site in stage.sites:
         if site.name in walk.specs:
             groups.setdefault(walk.specs[site.name], []).append(site)
@@ -245,7 +245,7 @@ def _solve_stage(
         started = time.perf_counter()
         device = walk.chain.skeleton.device
         stacked = torch.cat([stored[site.key].to(device=device, dtype=torch.float32) for site in sites])
-        result = solver(spec.method).solve(stacked, statistics, spec, walk.scale_dtype)
+        result = solve(stacked, statistics, spec, walk.scale_dtype)
         seconds = time.perf_counter() - started
         start = 0
         for site in sites:

@@ -57,7 +57,11 @@ def faults(*arguments: Any, **options: Any) -> list[str]:
 def test_all_sites_get_the_steps_spec() -> None:
     for decision in assigned().values():
         assert decision.spec is not None and decision.note is None
-        assert (decision.spec.method, decision.spec.bits, decision.spec.group_size) == ("gptq", 4, 128)
+        assert (decision.spec.quantize.method, decision.spec.quantize.bits, decision.spec.quantize.group_size) == (
+            "gptq",
+            4,
+            128,
+        )
         assert decision.verdict is not None and decision.verdict.served
 
 
@@ -66,7 +70,7 @@ def test_every_field_of_the_recipe_reaches_the_spec() -> None:
     decision = next(iter(assigned(recipe="gptq-w2a16").values()))
     assert decision.spec is not None
     for name, value in recipe.quantize.model_dump().items():
-        assert getattr(decision.spec, name) == value
+        assert getattr(decision.spec.quantize, name) == value
 
 
 @pytest.mark.parametrize(
@@ -96,8 +100,8 @@ def test_overrides_change_only_their_fields_and_the_later_wins() -> None:
         " {match: o_proj, ignore: true}, {match: '*.1.*.o_proj', quantize: {method: rtn}}]",
     )
     first, second = found["model.layers.0.mlp.down_proj"].spec, found["model.layers.1.mlp.down_proj"].spec
-    assert first is not None and (first.bits, first.group_size) == (3, 64)
-    assert second is not None and (second.bits, second.group_size) == (8, 64)
+    assert first is not None and (first.quantize.bits, first.quantize.group_size) == (3, 64)
+    assert second is not None and (second.quantize.bits, second.quantize.group_size) == (8, 64)
     assert found["model.layers.0.self_attn.o_proj"].spec is None
     rtn = found["model.layers.1.self_attn.o_proj"].spec
     assert rtn is not None and (rtn.method, rtn.scale_search, rtn.act_order) == ("rtn", "mse", False)
@@ -152,14 +156,18 @@ def test_fused_sites_that_are_asked_for_different_things_are_refused_once_for_al
 def test_minus_one_is_the_whole_row() -> None:
     found = assigned(None, "steps.0.quantize.group_size=-1")
     for decision in found.values():
-        assert decision.spec is not None and decision.spec.group_size == decision.site.in_features and not decision.note
+        assert (
+            decision.spec is not None
+            and decision.spec.quantize.group_size == decision.site.in_features
+            and not decision.note
+        )
 
 
 def test_a_group_that_does_not_divide_falls_to_the_largest_that_suits_every_engine() -> None:
     # 80 suits the CPU alone.
     site = SiteShape("a.o_proj", 64, 320, None)
     decision = assigned([site])["a.o_proj"]
-    assert decision.spec is not None and decision.spec.group_size == 64
+    assert decision.spec is not None and decision.spec.quantize.group_size == 64
     assert decision.note == "group_size 64 instead of 128: 128 doesn't divide 320 inputs"
 
 
@@ -175,13 +183,13 @@ def test_a_site_that_no_engine_serves_stays_16_bit_and_says_why() -> None:
 def test_real_widths_fall_to_a_group_that_both_engines_take(width: int, tp: int, group: int) -> None:
     decision = assigned([SiteShape("a.down_proj", 4096, width, None, "row")], tp=tp)["a.down_proj"]
     assert decision.spec is not None and decision.verdict is not None
-    assert decision.spec.group_size == group and decision.verdict.count == 2
+    assert decision.spec.quantize.group_size == group and decision.verdict.count == 2
 
 
 def test_shards_of_one_layer_may_be_solved_differently() -> None:
     damp = "overrides=[{match: '*.q_proj', quantize: {damp: 0.02}}]"
     found = assigned(None, damp)["model.layers.0.self_attn.q_proj"]
-    assert found.spec is not None and found.spec.damp == 0.02
+    assert found.spec is not None and found.spec.quantize.damp == 0.02
 
 
 def test_fused_sites_fall_together() -> None:
@@ -201,7 +209,7 @@ def test_strict_lists_every_site_that_cannot_be_as_asked() -> None:
 
 def test_tensor_parallelism_is_asked_about() -> None:
     down = assigned(tp=4)["model.layers.0.mlp.down_proj"]  # its 768 inputs are cut into 4 times 192
-    assert down.spec is not None and down.spec.group_size == 64
+    assert down.spec is not None and down.spec.quantize.group_size == 64
     assert down.note is not None and "of one of 4 ranks" in down.note
 
 
@@ -222,8 +230,34 @@ def test_what_is_asked_is_kept_where_it_is_served_and_else_what_most_engines_tak
     }  # fmt: skip
     best = max(engines, key=lambda size: (engines[size], size))
     expected = wanted if engines.get(wanted) else best if engines[best] else None
-    assert (decision.spec.group_size if decision.spec else None) == expected
-    assert (decision.note is None) is (decision.spec is not None and decision.spec.group_size == wanted)
+    assert (decision.spec.quantize.group_size if decision.spec else None) == expected
+    assert (decision.note is None) is (decision.spec is not None and decision.spec.quantize.group_size == wanted)
+
+
+def test_a_site_whose_inputs_the_pattern_does_not_divide_is_not_pruned_and_says_so() -> None:
+    sites = [SiteShape("a.o_proj", 64, 96, None), SiteShape("b.o_proj", 64, 66, None)]
+    found = assigned(sites, recipe="alps-2of4")
+    spec = found["a.o_proj"].spec
+    assert spec is not None and spec.prune is not None and spec.quantize is None
+    assert str(spec.prune.pattern) == "2:4" and spec.prune.repair and found["a.o_proj"].verdict is None
+    assert found["b.o_proj"].spec is None
+    assert found["b.o_proj"].note == "isn't pruned: 2:4 needs a multiple of 4 inputs, and it has 66"
+    assert len(faults(sites, recipe="alps-2of4", strict=True)) == 1
+
+
+def test_what_cannot_be_pruned_is_still_quantized() -> None:
+    site = SiteShape("a.o_proj", 64, 96, None)
+    joint = "steps.0.prune.pattern='3:5'"
+    found = assigned([site], joint, "steps.1.quantize.group_size=32", recipe="alps-2of4-gptq-w4a16")["a.o_proj"]
+    assert found.spec is not None and found.spec.prune is None and found.spec.quantize is not None
+    assert found.note == "isn't pruned: 3:5 needs a multiple of 5 inputs, and it has 96"
+
+
+def test_an_override_changes_how_a_site_is_pruned() -> None:
+    found = assigned(None, "overrides=[{match: down_proj, prune: {ratio: 0.7, repair: false}}]", recipe="alps-2of4")
+    down, other = (found[f"model.layers.0.{name}"].spec for name in ("mlp.down_proj", "self_attn.q_proj"))
+    assert down.prune.pattern.ratio == 0.7 and not down.prune.pattern.block and not down.prune.repair
+    assert str(other.prune.pattern) == "2:4" and other.prune.repair
 
 
 # What the engines say.

@@ -13,7 +13,16 @@ from pydantic import ValidationError
 import llmshrink
 from llmshrink.errors import RecipeError
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash, shipped, shipped_names, to_yaml
-from llmshrink.recipe.schema import BUILT_IN, Quantize, QuantizePatch, Recipe, methods
+from llmshrink.recipe.schema import (
+    BUILT_IN,
+    PRUNERS,
+    Prune,
+    Quantize,
+    QuantizePatch,
+    Recipe,
+    methods,
+    pruners,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
@@ -51,6 +60,8 @@ def faults(name: str, **changes: Any) -> list[str]:
 
 def test_recipes_ship() -> None:
     names = {"gptq-w2a16", "gptq-w3a16", "gptq-w4a16", "gptq-w8a16", "rtn-w4a16"}
+    names |= {f"{method}-2of4" for method in ("magnitude", "wanda", "sparsegpt", "alps")}
+    names |= {"wanda-50", "sparsegpt-50", "sparsegpt-2of4-gptq-w4a16", "alps-2of4-gptq-w4a16"}
     assert names <= set(shipped_names()) == set(shipped()) == {file.stem for file in RECIPES}
 
 
@@ -60,10 +71,19 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
     assert recipe.name == file.stem and recipe.summary
     written = yaml.safe_load(file.read_text())
     assert written.keys() == Recipe.model_fields.keys()
-    assert written["steps"][0]["quantize"].keys() == Quantize.model_fields.keys()
-    assert f"w{recipe.quantize.bits}a16" in file.stem and str(recipe.quantize.bits) in recipe.summary
-    assert recipe.quantize.method == file.stem.partition("-")[0]
-    assert str(recipe.quantize.group_size) in recipe.summary
+    for step in written["steps"]:
+        ((kind, fields),) = step.items()
+        if kind == "quantize":
+            assert fields.keys() == Quantize.model_fields.keys()
+        else:
+            assert fields.keys() == Prune.model_fields.keys() - {"ratio" if "pattern" in fields else "pattern"}
+    if recipe.quantize is not None:
+        assert f"w{recipe.quantize.bits}a16" in file.stem and str(recipe.quantize.bits) in recipe.summary
+        assert f"{recipe.quantize.method}-w" in file.stem
+        assert str(recipe.quantize.group_size) in recipe.summary
+    if recipe.prune is not None:
+        assert recipe.prune.method == file.stem.partition("-")[0] and recipe.prune.method in recipe.summary
+        assert file.stem.split("-")[1] == (recipe.prune.pattern or "50").replace(":", "of")
 
 
 def test_reading_recipes_leaves_the_verb_of_that_name_alone() -> None:
@@ -73,6 +93,7 @@ def test_reading_recipes_leaves_the_verb_of_that_name_alone() -> None:
 
 def test_the_methods_known_without_a_look_into_the_registry_are_in_it() -> None:
     assert set(BUILT_IN) <= set(methods())
+    assert set(PRUNERS) <= set(pruners())
 
 
 # What a file may say.
@@ -127,7 +148,8 @@ ignore: lm_head
         "recipe.yaml: ignore: 'lm_head' isn't a list",
         "recipe.yaml: overrides[0].quantize.bits: 7 isn't one of 2, 3, 4, 8",
         "recipe.yaml: overrides[0].quantize.groupsize: unknown key; did you mean group_size?",
-        "recipe.yaml: overrides[1]: says nothing or two things; give either `quantize: {...}` or `ignore: true`",
+        "recipe.yaml: overrides[1]: says nothing or two things; give either `quantize: {...}` (or `prune: {...}`) or "
+        "`ignore: true`",
         "recipe.yaml: overrides[2].match: missing",
         "recipe.yaml: overrides[2].quantize.group_size: 0 isn't -1 (one group a row) or a positive number of inputs",
     }
@@ -143,15 +165,26 @@ ignore: lm_head
         ("name: x\nsteps:\n  - quantize: {bits: 4, bits: 3}", "bits is given twice"),
         ("name: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("name: x", "steps: missing; for example"),
-        ("name: x\nsteps: []", "0 quantize steps"),
-        ("name: x\nsteps: [{}]", "steps[0].quantize: missing"),
+        ("name: x\nsteps: []", "steps: there are none; a recipe quantizes, prunes, or prunes and then quantizes"),
+        ("name: x\nsteps: [{}]", "steps[0]: is nothing or two things; give either quantize: {...} or prune: {...}"),
         ("name: x\nsteps: [4]", "steps[0]: 4 isn't a mapping"),
         ("name: x\nsteps: [{quantize: {bits: '4'}}]", "bits: '4' isn't a whole number; write 4"),
         ("name: x\nsteps: [{quantize: {bits: true}}]", "bits: true isn't a whole number"),
         ("name: x\nsteps: [{quantize: {bits: 3.5}}]", "bits: 3.5 isn't a whole number"),
         ("name: x\nsteps: [{quantize: {block_size: 0}}]", "block_size: 0: should be greater than 0"),
         ("name: ''\nsteps: [{quantize: {}}]", "name: '' isn't some text"),
-        ("name: x\nsteps: [{prune: {}}]", "steps[0].prune: unknown key"),
+        ("name: x\nsteps: [{prune: {}}]", "steps[0].prune: says neither or both of pattern and ratio"),
+        ('name: x\nsteps: [{prune: {pattern: "2:4", ratio: 0.5}}]', "says neither or both of pattern and ratio"),
+        ("name: x\nsteps: [{prune: {pattern: 2:4}}]", "steps[0].prune.pattern: 124 isn't text: write the pattern with"),
+        ('name: x\nsteps: [{prune: {pattern: "4:2"}}]', "4:2 isn't n:m with 0 < n < m"),
+        ('name: x\nsteps: [{prune: {pattern: "2:4", method: alp}}]', "did you mean alps?; ways: alps, magnitude"),
+        ("name: x\nsteps: [{prune: {ratio: 1.0}}]", "steps[0].prune.ratio: 1.0: "),
+        ('name: x\nsteps: [{prune: {pattern: "2:4", rapair: true}}]', "unknown key; did you mean repair?"),
+        ('name: x\nsteps: [{quantize: {}}, {prune: {pattern: "2:4"}}]', "steps: are quantize, prune; a recipe"),
+        (
+            'name: x\nsteps: [{prune: {pattern: "2:4"}}]\noverrides: [{match: a, quantize: {bits: 4}}]',
+            "overrides[0] changes a quantize step, and the recipe has none",
+        ),
         ("name: x\nsteps: [{quantize: {method: rtn, scale_search: trial}}]", "method rtn reads no statistics"),
         ("name: x\nsteps: [{quantize: {}}, {quantize: {}}]", "2 quantize steps"),
         ("? [a]\n: 3", "found unhashable key"),

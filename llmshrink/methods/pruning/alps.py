@@ -9,9 +9,11 @@ and multipliers V,
     D = the largest of B + V / r            what the pattern allows
     V = V + r (B - D)
 
-r grows while the mask still changes, faster the more it does, until it stands. H is brought to a unit diagonal first,
-which makes one r right for loud and quiet inputs; and taken apart once, H = Q L Q^T, so that every step is two matrix
-products whatever r has become. What comes out is D on its mask; `repair` then gives the mask its best weights.
+r grows by a twentieth a step, from where the pattern hardly pulls to where it decides; the slower, the better the mask
+(KL on wiki7m with 2:4 and repair: .373 against .395 with the paper's three faster rates). H is brought to a unit
+diagonal first, which makes one r right for loud and quiet inputs; and taken apart once, H = Q L Q^T, so that every step
+is two matrix products whatever r has become. What comes out is D on its mask; `repair` then gives the mask its best
+weights.
 """
 
 from __future__ import annotations
@@ -23,14 +25,11 @@ from llmshrink.methods.pruning.contract import Problem, PruneSpec
 from llmshrink.methods.pruning.pattern import choose
 from llmshrink.methods.pruning.registry import mask_chooser
 
-FIRST_PENALTY = 0.1
-EVERY = 3
-"""Iterations between two looks at the mask."""
+FIRST_PENALTY = 0.003
+GROWTH = 1.05
 MOST = 300
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""Above this share of the mask changed: grow the penalty by that."""
-SETTLED = 5
-"""Looks in a row at which nothing of the mask changed."""
+SETTLED = 15
+"""Steps in a row in which nothing of the mask changes."""
 
 
 @mask_chooser("alps")
@@ -44,20 +43,16 @@ def alps(target: Tensor, problem: Problem, spec: PruneSpec) -> tuple[Tensor, Ten
     pull = goal @ hessian
     dense, multiplier = goal.clone(), torch.zeros_like(goal)
     mask = choose(dense.abs(), spec.pattern, by_row=False)
-    seen, penalty, quiet = mask, FIRST_PENALTY, 0
-    for iteration in range(1, MOST + 1):
+    penalty, quiet = FIRST_PENALTY, 0
+    for _ in range(MOST):
         right = pull - multiplier + penalty * dense
         free = ((right @ vectors) / (values + penalty)) @ vectors.T
         leaning = free + multiplier / penalty
-        mask = choose(leaning.abs(), spec.pattern, by_row=False)
+        before, mask = mask, choose(leaning.abs(), spec.pattern, by_row=False)
         dense = leaning * mask
         multiplier.add_(free - dense, alpha=penalty)
-        if iteration % EVERY:
-            continue
-        changed = float((mask != seen).double().mean())
-        seen = mask
-        quiet = 0 if changed else quiet + 1
+        quiet = quiet + 1 if torch.equal(before, mask) else 0
         if quiet == SETTLED:
             break
-        penalty *= next((growth for share, growth in GROWTH if changed > share), GROWTH[-1][1])
+        penalty *= GROWTH
     return dense / loudness, mask

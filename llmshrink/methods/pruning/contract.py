@@ -18,12 +18,15 @@ from llmshrink.methods.factor import Factor
 class Pattern:
     """What may be kept: `keep` of every `block` consecutive inputs of a row; block 0 is any place, by `ratio` alone.
 
-    ratio: the share of weights that go.
+    ratio: the share of weights that go. str() is "2:4", or "50 %".
     """
 
     keep: int
     block: int
     ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.block}" if self.block else f"{100 * self.ratio:g} %"
 
     @staticmethod
     def n_of_m(keep: int, block: int) -> Pattern:
@@ -50,7 +53,7 @@ class PruneSpec:
     pattern: Pattern = Pattern(2, 4, 0.5)
     repair: bool = True
     corrected: float = 1.0
-    damp: float = 0.01
+    damp: float = 0.001
 
 
 @dataclass(frozen=True, eq=False)

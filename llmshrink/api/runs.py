@@ -1,0 +1,218 @@
+"""`llmshrink.quantize`, `llmshrink.prune` and `llmshrink.compress`: the twins of the verbs that write a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+
+from llmshrink.errors import LlmshrinkError, PathLike
+
+if TYPE_CHECKING:
+    from llmshrink.run.progress import Progress
+    from llmshrink.run.report import QuantizeReport
+
+
+_KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
+    ((str, os.PathLike), "a path or a name", ("model", "output", "recipe", "calibration", "work_dir")),
+    ((int,), "a whole number", ("samples", "seq_len", "batch_size", "seed", "serve_tp")),
+    ((str,), "text", ("method", "device", "dtype")),
+    ((bool,), "True or False", ("asymmetric", "repair", "overwrite", "trust_remote_code", "strict", "verify")),
+)
+CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size")
+_NEEDED = ("model", "output", "recipe", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
+
+
+class RunSettings(TypedDict, total=False):
+    """What all three take, as the command line has it; `quantize` shows the defaults."""
+
+    calibration: PathLike | None
+    samples: int | None
+    seq_len: int | None
+    set: str | Sequence[str]
+    device: str | None
+    dtype: str | None
+    batch_size: int | None
+    seed: int
+    work_dir: PathLike | None
+    overwrite: bool
+    max_shard_size: str | int
+    trust_remote_code: bool
+    serve_tp: int
+    strict: bool
+    verify: bool
+    progress: Progress | None
+
+
+def quantize(
+    model: PathLike,
+    *,
+    output: PathLike,
+    recipe: PathLike = "gptq-w4a16",
+    calibration: PathLike | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    asymmetric: bool | None = None,
+    method: str | None = None,
+    set: str | Sequence[str] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    work_dir: PathLike | None = None,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+    trust_remote_code: bool = False,
+    serve_tp: int = 1,
+    strict: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a model into a checkpoint that transformers loads and vLLM serves.
+
+    model: a Hub id (`id` or `id@revision`), a folder, or "demo". output: the folder to make; it appears only whole.
+    recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method and set ("steps.0.quantize.bits=3", or
+    several such) change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets` name, "demo", or None for the
+    default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). A run that was
+    killed goes on where it stood when it is called again. Returns the closing summary; its `ok` is False when the
+    checkpoint didn't verify and was not published. Raises LlmshrinkError for bad input.
+    """
+    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method}
+    return _run(
+        "quantize",
+        model,
+        output,
+        recipe,
+        flags,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        set=set,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        seed=seed,
+        work_dir=work_dir,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+        serve_tp=serve_tp,
+        strict=strict,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def prune(
+    model: PathLike,
+    *,
+    output: PathLike,
+    recipe: PathLike = "alps-2of4",
+    repair: bool | None = None,
+    **settings: Unpack[RunSettings],
+) -> QuantizeReport:
+    """Prune a model: half of its weights become zero, and the others make that good.
+
+    recipe: a shipped name or a YAML file that prunes and doesn't quantize. repair: least squares on what is kept,
+    instead of the recipe's choice. Everything else is as in `quantize`. Raises LlmshrinkError for bad input.
+    """
+    return _run("prune", model, output, recipe, {"repair": repair}, **settings)
+
+
+def compress(
+    model: PathLike,
+    *,
+    output: PathLike,
+    recipe: PathLike,
+    bits: int | None = None,
+    group_size: int | None = None,
+    asymmetric: bool | None = None,
+    method: str | None = None,
+    repair: bool | None = None,
+    **settings: Unpack[RunSettings],
+) -> QuantizeReport:
+    """Carry out any recipe: quantize, prune, or both in one visit of each weight.
+
+    Everything is as in `quantize` and `prune`. Raises LlmshrinkError for bad input.
+    """
+    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method}
+    return _run("compress", model, output, recipe, flags | {"repair": repair}, **settings)
+
+
+def _run(
+    verb: Literal["quantize", "prune", "compress"],
+    model: PathLike,
+    output: PathLike,
+    recipe: PathLike,
+    flags: Mapping[str, object],
+    **settings: Unpack[RunSettings],
+) -> QuantizeReport:
+    from llmshrink.run.job import Options
+    from llmshrink.run.progress import Silent
+    from llmshrink.run.quantize import quantize as run
+
+    typed = {name: value for name, value in {**settings, **flags}.items() if name not in CHECKED_LATER}
+    check_types(model=model, output=output, recipe=recipe, **typed)
+    for name, least in (("serve_tp", 1), ("batch_size", 1), ("seed", 0)):
+        value = settings.get(name)
+        if isinstance(value, int) and value < least:
+            raise LlmshrinkError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    asymmetric = flags.get("asymmetric")
+    changes = {name: value for name, value in flags.items() if name != "asymmetric"}
+    changes["symmetric"] = None if asymmetric is None else not asymmetric
+    calibration, work_dir = settings.get("calibration"), settings.get("work_dir")
+    options = Options(
+        model=os.fspath(model),
+        output=Path(output),
+        verb=verb,
+        recipe=os.fspath(recipe),
+        calibration=None if calibration is None else os.fspath(calibration),
+        samples=settings.get("samples"),
+        seq_len=settings.get("seq_len"),
+        flags=changes,
+        sets=_assignments(settings.get("set", ())),
+        device=settings.get("device"),
+        dtype=settings.get("dtype"),
+        batch_size=settings.get("batch_size"),
+        seed=settings.get("seed", 0),
+        work_dir=None if work_dir is None else Path(work_dir),
+        overwrite=settings.get("overwrite", False),
+        max_shard_size=parse_size(settings.get("max_shard_size", "5GB")),
+        trust_remote_code=settings.get("trust_remote_code", False),
+        serve_tp=settings.get("serve_tp", 1),
+        strict=settings.get("strict", False),
+        verify=settings.get("verify", True),
+    )
+    return run(options, settings.get("progress") or Silent())
+
+
+def check_types(**given: object) -> None:
+    """Raise LlmshrinkError for the first argument that is of another type than its name says; None is left out."""
+    for name, value in given.items():
+        types, wanted = next(kind for kind in _KINDS if name in kind[2])[:2]
+        optional = name not in _NEEDED
+        # To Python True is a whole number; to a user it isn't.
+        if (value is None and optional) or (isinstance(value, types) and isinstance(value, bool) == (types == (bool,))):
+            continue
+        raise LlmshrinkError(f"{name}={value!r}: not {wanted}; pass one{' or None' if optional else ''}")
+
+
+def _assignments(given: str | Sequence[str]) -> tuple[str, ...]:
+    found = (given,) if isinstance(given, str) else tuple(given)
+    wrong = next((each for each in found if not isinstance(each, str)), None)
+    if wrong is not None:
+        raise LlmshrinkError(f"set={wrong!r}: not text; pass for example 'steps.0.quantize.bits=3', or a list of such")
+    return found
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a number. Raises LlmshrinkError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise LlmshrinkError(f"--max-shard-size {text}: not a size; for example 5GB or 500MB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -1,0 +1,72 @@
+"""One site, whatever is asked for it: pruned, quantized, or both in one visit.
+
+Both together are not one after the other: the mask is chosen and its best weights are found on the full target, and the
+quantizer then comes near those, keeping what was pruned exactly zero in the codes. A quantizer that knows nothing of
+the mask would make good its errors in pruned weights too, and bring some of them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmshrink.methods.contract import QuantizeSpec, SiteStatistics, Solved, SolveError, measure, relative
+from llmshrink.methods.gptq import gptq_on
+from llmshrink.methods.pruning import Pruned, PruneSpec, prune
+from llmshrink.methods.registry import solver
+from llmshrink.weights import Dense, GroupedInt
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """What happens to one site: pruned, quantized, or both; at least one of them."""
+
+    prune: PruneSpec | None = None
+    quantize: QuantizeSpec | None = None
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Which statistics are read: a subset of {"hessian", "cross"}."""
+        if self.prune is not None:
+            # What is quantized on a mask comes near the pruner's target, which is corrected already.
+            return frozenset({"hessian", "cross"} if self.prune.corrected > 0 else {"hessian"})
+        assert self.quantize is not None, "a site that nothing happens to isn't solved"
+        reads = solver(self.quantize.method).reads
+        return reads if self.quantize.corrected > 0 else reads - {"cross"}
+
+
+def solve(weight: Tensor, statistics: SiteStatistics | None, spec: SiteSpec, dtype: torch.dtype) -> Solved:
+    """Solve one weight, or several stacked along out_features.
+
+    weight: [out_features, in_features], any float dtype. dtype: how a pruned weight, or a quantized one's scales, are
+    stored. Raises SolveError as the methods do.
+    """
+    if spec.prune is None:
+        assert spec.quantize is not None, "a site that nothing happens to isn't solved"
+        return solver(spec.quantize.method).solve(weight, statistics, spec.quantize, dtype)
+    pruned = prune(weight, statistics, spec.prune)
+    if spec.quantize is None:
+        stored = Dense(pruned.weight.to(dtype))
+        error, energy = measure(weight.to(torch.float32), Dense(stored.dequantize()), _hessian(statistics))
+        return Solved(stored, relative(error, energy), error, energy, pruned.damping, pruned.events)
+    assert statistics is not None, "pruning asked for it"
+    quantized = _on_mask(pruned, statistics, spec.quantize, dtype)
+    error, energy = measure(weight.to(torch.float32), quantized, statistics.hessian)
+    return Solved(quantized, relative(error, energy), error, energy, pruned.damping, pruned.events)
+
+
+def _on_mask(pruned: Pruned, statistics: SiteStatistics, spec: QuantizeSpec, dtype: torch.dtype) -> GroupedInt:
+    if spec.method == "gptq":
+        return gptq_on(pruned.weight, pruned.mask, statistics, spec, dtype)
+    if spec.method == "rtn":
+        # Zero is a code of every grid, the nearest one to itself.
+        found = solver("rtn").solve(pruned.weight, statistics, spec, dtype).weight
+        assert isinstance(found, GroupedInt)
+        return found
+    raise SolveError(f"method {spec.method} knows nothing of a mask: quantize pruned weights by gptq or rtn")
+
+
+def _hessian(statistics: SiteStatistics | None) -> Tensor | None:
+    return None if statistics is None else statistics.hessian
