@@ -33,8 +33,13 @@ def map_names(
     missing = sorted(name for name, key in found.items() if key is None)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(
-            f"the checkpoint has no tensor for {', '.join(missing[:3])}{more}; "
-            "it doesn't match its config.json: download it again"
-        )
+        said = f"the checkpoint has no tensor for {', '.join(missing[:3])}{more}"
+        # A missing matrix whose module has other tensors was replaced by them: codes, scales, zero-points.
+        instead = sorted(k for k in keys if k.startswith(missing[0].removesuffix("weight")) and k not in parameters)
+        if missing[0].endswith(".weight") and instead:
+            raise CheckpointError(
+                f"{said}, instead {', '.join(instead[:3])}: it is already quantized, though config.json has no "
+                "quantization_config; start from the original model"
+            )
+        raise CheckpointError(f"{said}; it doesn't match its config.json: download it again")
     return {name: key for name, key in found.items() if key is not None}

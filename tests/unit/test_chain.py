@@ -201,6 +201,22 @@ def test_experts_in_a_list_are_named() -> None:
     assert listed_experts(torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)}), "layers.1") is None
 
 
+def test_a_matrix_that_other_tensors_stand_for_is_quantized_already(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight; it doesn't match"
+    ):
+        chain_of(folder)
+    for name in ("qweight", "scales"):
+        tensors[f"model.layers.1.mlp.up_proj.{name}"] = torch.zeros(8, 8, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"instead model\..*up_proj\.qweight, .*scales: it is already quantized"):
+        chain_of(folder)
+
+
 def test_checkpoint_without_the_base_prefix_is_found(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", tie_word_embeddings=True)
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
