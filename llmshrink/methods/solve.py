@@ -27,6 +27,11 @@ class SiteSpec:
     quantize: QuantizeSpec | None = None
 
     @property
+    def rows_together(self) -> bool:
+        """Whether a row's result depends on the other rows: a share of the whole matrix is taken, not of each row."""
+        return self.prune is not None and not self.prune.pattern.block
+
+    @property
     def reads(self) -> frozenset[str]:
         """Which statistics are read: a subset of {"hessian", "cross"}."""
         if self.prune is not None:

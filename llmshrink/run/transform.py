@@ -236,12 +236,16 @@ def _gather(walk: Walk, stages: Sequence[Stage], forwards: _Forwards, position: 
 def _solve_stage(
     walk: Walk, stage: Stage, statistics: Statistics | None, stored: Mapping[str, Tensor]
 ) -> Iterator[SolvedSite]:
-    """Solve a stage's sites, those with equal specs stacked into one matrix: rows don't depend on each other."""
-    groups: dict[SiteSpec, list[Site]] = {}
+    """Solve a stage's sites, those with equal specs stacked into one matrix: rows don't depend on each other.
+
+    Where a share of a whole matrix goes, they do: such sites are solved one by one.
+    """
+    groups: dict[tuple[SiteSpec, str], list[Site]] = {}
     for site in stage.sites:
         if site.name in walk.specs:
-            groups.setdefault(walk.specs[site.name], []).append(site)
-    for spec, sites in groups.items():
+            spec = walk.specs[site.name]
+            groups.setdefault((spec, site.name if spec.rows_together else ""), []).append(site)
+    for (spec, _), sites in groups.items():
         started = time.perf_counter()
         device = walk.chain.skeleton.device
         stacked = torch.cat([stored[site.key].to(device=device, dtype=torch.float32) for site in sites])

@@ -87,6 +87,25 @@ def test_a_fault_at_any_disk_operation_is_survived(
         assert not out.with_name(out.name + ".partial").exists(), at
 
 
+@pytest.mark.parametrize("recipe", ["alps-2of4", "sparsegpt-50", "sparsegpt-2of4-gptq-w4a16"])
+def test_a_pruning_run_goes_on_where_it_stood(
+    recipe: str, model: Path, story: Path, tmp_path: Path, failing: Callable[..., list[str]]
+) -> None:
+    def prune(out: Path) -> Any:
+        return llmshrink.compress(model, output=out, recipe=recipe, calibration=story, samples=2, seq_len=32, **group)
+
+    group = {"group_size": 32} if "w4a16" in recipe else {}
+    operations = failing(None, Killed())
+    prune(tmp_path / "undisturbed")
+    # After the first block's line in the journal, well before the end.
+    failing(len(operations) * 6 // 10, Killed())
+    with pytest.raises(Killed):
+        prune(tmp_path / "out")
+    failing(None, Killed())
+    assert prune(tmp_path / "out").blocks_kept >= 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
 def test_kill_9_resumes_to_the_same_bytes(model: Path, story: Path, tmp_path: Path) -> None:
     """A real process, really killed once its first block is on disk."""
     run(model, tmp_path / "undisturbed", story)

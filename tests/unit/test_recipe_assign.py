@@ -104,7 +104,11 @@ def test_overrides_change_only_their_fields_and_the_later_wins() -> None:
     assert second is not None and (second.quantize.bits, second.quantize.group_size) == (8, 64)
     assert found["model.layers.0.self_attn.o_proj"].spec is None
     rtn = found["model.layers.1.self_attn.o_proj"].spec
-    assert rtn is not None and (rtn.method, rtn.scale_search, rtn.act_order) == ("rtn", "mse", False)
+    assert rtn is not None and (rtn.quantize.method, rtn.quantize.scale_search, rtn.quantize.act_order) == (
+        "rtn",
+        "mse",
+        False,
+    )
 
 
 def test_what_the_recipe_ignores_stays_without_a_note() -> None:

@@ -186,7 +186,7 @@ ignore: lm_head
             "overrides[0] changes a quantize step, and the recipe has none",
         ),
         ("name: x\nsteps: [{quantize: {method: rtn, scale_search: trial}}]", "method rtn reads no statistics"),
-        ("name: x\nsteps: [{quantize: {}}, {quantize: {}}]", "2 quantize steps"),
+        ("name: x\nsteps: [{quantize: {}}, {quantize: {}}]", "steps: are quantize, quantize; a recipe"),
         ("? [a]\n: 3", "found unhashable key"),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_wrong_file_is_refused(write: Any, text: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gptq-w4", "unknown recipe; did you mean gptq-w4a16?; shipped: gptq-w2a16"),
+        ("gptq-w4", "unknown recipe; did you mean gptq-w4a16?; shipped: alps-2of4"),
         ("zzz", "zzz: unknown recipe; shipped:"),
         ("nothing.yaml", "nothing.yaml: no such file; shipped recipes:"),
         ("no/such", "no/such: no such file"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import llmshrink
 from llmshrink.calibration.activations import Stream, batches_of
+from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
 from llmshrink.run import job as jobs
@@ -280,13 +281,74 @@ def test_inspect_counts_what_is_stored(model_of: Callable[..., Path], story: Pat
 
 def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
     recipes = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
-    assert len(recipes) >= 5
+    assert len(recipes) >= 13
     for recipe in recipes:
-        report = llmshrink.quantize(
-            model_of("llama"), output=tmp_path / recipe, recipe=recipe, calibration=story, **SMALL
-        )
+        asked = llmshrink.recipes()[recipe]
+        group = {"group_size": 32} if asked.quantize is not None else {}
+        report = llmshrink.compress(
+            model_of("llama"), output=tmp_path / recipe, recipe=recipe, calibration=story,
+            samples=6, seq_len=32, **group,
+        )  # fmt: skip
         assert report.ok
-        assert {f"w{row.bits}" for row in report.sites} == {recipe.partition("-")[2].removesuffix("a16")}
+        bits = {"w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a16": 8}.get(recipe.rpartition("-")[2])
+        assert {row.bits for row in report.sites} == {bits}
+        for row in report.sites:
+            if asked.prune is not None:
+                assert row.pruned == f"{asked.prune.method} {asked.prune.pattern or '50 %'}"
+                assert row.zeros is not None and row.zeros >= 0.4999
+                assert asked.prune.pattern is None or two_of_four(tmp_path / recipe, row.name)
+            else:
+                assert row.pruned is None and row.zeros is None
+
+
+def two_of_four(folder: Path, site: str) -> bool:
+    """Whether no four consecutive inputs of a stored matrix hold more than two weights."""
+    reader = Decompressed(folder, json.loads((folder / "config.json").read_text()), torch.float32)
+    weight = reader.read(f"{site}.weight")
+    return bool(((weight.view(len(weight), -1, 4) != 0).sum(-1) <= 2).all())
+
+
+def test_a_pruned_model_is_a_plain_one_that_transformers_loads(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    report = llmshrink.prune(model_of("llama"), output=tmp_path / "out", calibration=story, samples=6, seq_len=32)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert any("no engine is faster for them" in note for note in report.notes)
+    kept = load_file(tmp_path / "out" / "verify" / "held_out.safetensors")
+    with torch.no_grad():
+        logprobs = dense(tmp_path / "out")(kept["input_ids"]).logits.log_softmax(-1)
+    found = logprobs[:, :-1].gather(-1, kept["input_ids"][:, 1:, None]).reshape(-1)
+    assert (found - kept["token_logprobs"]).abs().mean() < 0.05
+
+
+def test_repair_is_the_recipes_choice_or_ones_own(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    errors = {}
+    for repair in (None, True, False):
+        report = llmshrink.prune(
+            model_of("llama"), output=tmp_path / str(repair), recipe="magnitude-2of4", calibration=story,
+            repair=repair, samples=6, seq_len=32,
+        )  # fmt: skip
+        errors[repair] = [row.error for row in report.sites]
+    assert errors[None] == errors[True] != errors[False]
+
+
+def test_each_verb_refuses_a_recipe_that_does_something_else(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    joint = "sparsegpt-2of4-gptq-w4a16"
+    for verb, recipe, proper in (
+        (llmshrink.quantize, "alps-2of4", "it would prune: use llmshrink prune"),
+        (llmshrink.quantize, joint, "it would prune and quantize: use llmshrink compress"),
+        (llmshrink.prune, joint, "it would prune and quantize: use llmshrink compress"),
+        (llmshrink.prune, "gptq-w4a16", "it would quantize: use llmshrink quantize"),
+    ):
+        with pytest.raises(RecipeError, match=proper):
+            verb(model_of("llama"), output=tmp_path / "out", recipe=recipe, calibration=story)
+    with pytest.raises(RecipeError, match="--group-size: changes a quantize step, and alps-2of4 has none"):
+        llmshrink.compress(
+            model_of("llama"), output=tmp_path / "out", recipe="alps-2of4", calibration=story, group_size=32
+        )
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_method_of_one_s_own_is_a_function_and_a_name(
@@ -379,7 +441,7 @@ def test_a_run_that_would_quantize_nothing_is_refused(
     model_of: Callable[..., Path], story: Path, tmp_path: Path
 ) -> None:
     for options, why in (
-        ({"bits": 8, "group_size": 2}, ".*q_proj stays as it is: .*another group_size"),
+        ({"bits": 8, "group_size": 2}, ".*q_proj stays as it is: .*choose other bits, group_size"),
         ({"set": ["ignore=['*']", "overrides=[]"]}, "the recipe ignores every site"),
     ):
         with pytest.raises(RecipeError, match=f"nothing would change: {why}"):
