@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmshrink.run.report import size
+from llmshrink.run.report import SiteRow, changes, rows_of, size
 
 
 def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
@@ -15,12 +16,16 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
     record: llmshrink.json; source: the original's folder, whose licence carries over; bytes_after: of the weights.
     """
     quality, calibration = record["quality"], record["calibration"]
-    quantized = [row for row in record["sites"] if row["bits"] is not None]
-    schemes = sorted({f"{row['bits']}-bit, groups of {row['group_size']}" for row in quantized})
+    rows = rows_of(record["sites"])
+    quantized = [row for row in rows if row.bits is not None]
+    schemes = sorted({f"{row.bits}-bit, groups of {row.group_size}" for row in quantized})
+    how = f" ({'; '.join(schemes)})" if schemes else ""
+    layout = "compressed-tensors `pack-quantized`" if quantized else "plain safetensors, in the original's dtype"
     revision = f" (revision {record['revision']})" if record["revision"] else ""
     lines = [
         "---",
         *_front_matter(record, source),
+        f"tags: [{', '.join(_tags(rows))}]",
         "---",
         "",
         f"# {record['model']}, {record['recipe']}",
@@ -38,10 +43,10 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
         f"(standard error {quality['kl_stderr']:.5f}) nats/token; "
         f"the most likely next token is the same at {quality['top1_agreement']:.1%} of positions.",
         "",
-        f"- Weights: {len(quantized)} of {len(record['sites'])} linear layers in the blocks are quantized "
-        f"({'; '.join(schemes) or 'none'}); embeddings, norms and the head are as they were.",
+        f"- Weights: of {len(rows)} linear layers in the blocks {changes(rows)}{how}; "
+        "embeddings, norms and the head are as they were.",
         f"- Calibration: {calibration['tokens']} tokens of {calibration['name']}.",
-        "- Format: compressed-tensors `pack-quantized`; per-layer errors are in `llmshrink.json`.",
+        f"- Format: {layout}; per-layer errors are in `llmshrink.json`.",
         *[f"- {note}" for note in record["notes"]],
         "",
         "```",
@@ -59,4 +64,9 @@ def _front_matter(record: dict[str, Any], source: Path) -> list[str]:
         head = re.match(r"---\n(.*?)\n---\n", readme.read_text(errors="replace"), re.DOTALL)
         kept = ("license:", "license_name:", "license_link:")
         lines += [line for line in (head.group(1).splitlines() if head else []) if line.startswith(kept)]
-    return [*lines, "library_name: transformers", "tags: [llmshrink, compressed-tensors, quantized]"]
+    return [*lines, "library_name: transformers"]
+
+
+def _tags(rows: Sequence[SiteRow]) -> list[str]:
+    quantized = ["compressed-tensors", "quantized"] if any(row.bits is not None for row in rows) else []
+    return ["llmshrink", *quantized, *(["pruned"] if any(row.pruned is not None for row in rows) else [])]

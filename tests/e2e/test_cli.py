@@ -69,7 +69,7 @@ def test_stories260k_keeps_what_no_engine_serves(stories260k: Path, calibration_
     found = summary(*arguments)
     kept = {row["name"].rpartition(".")[2] for row in found["sites"] if row["bits"] is None}
     assert kept == {"down_proj"}
-    assert any("5 sites" in note and "16-bit" in note and "172" in note for note in found["notes"])
+    assert any("5 sites" in note and "stays as it is" in note and "172" in note for note in found["notes"])
     assert summary("verify", out)["ok"]
     refused = llmshrink(*arguments[:3], tmp_path / "strict", *arguments[4:], "--strict", code=2)
     assert len(refused.stderr.strip().splitlines()) == 5

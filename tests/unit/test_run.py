@@ -21,6 +21,7 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
 from llmshrink.run import job as jobs
 from llmshrink.run import quantize as runs
+from llmshrink.run.card import card
 from llmshrink.run.report import size
 
 SMALL: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 32}
@@ -476,11 +477,24 @@ def test_activations_that_fill_the_disk_are_said_with_bytes(tmp_path: Path) -> N
 
 
 def test_the_card_says_what_was_and_what_is(finished: Path) -> None:
-    card = (finished / "README.md").read_text()
+    text = (finished / "README.md").read_text()
     after = sum(path.stat().st_size for path in finished.glob("*.safetensors"))
     before = json.loads((finished / "llmshrink.json").read_text())["bytes_before"]
-    assert f"| weights on disk | {size(before)} | {size(after)} |" in card
+    assert f"| weights on disk | {size(before)} | {size(after)} |" in text
     assert after < before
+    assert "tags: [llmshrink, compressed-tensors, quantized]\n" in text
+    assert "- Weights: of 14 linear layers in the blocks 14 quantized (4-bit, groups of 32); embeddings" in text
+
+
+def test_the_card_of_a_pruned_model_does_not_call_it_quantized(finished: Path) -> None:
+    record = json.loads((finished / "llmshrink.json").read_text())
+    for row in record["sites"]:
+        row.update(bits=None, group_size=None, pruned="wanda 2:4", zeros=0.5)
+    text = card(record, finished, 10)
+    assert "tags: [llmshrink, pruned]\n" in text
+    assert "in the blocks 14 pruned (wanda 2:4); embeddings" in text
+    assert "- Format: plain safetensors" in text
+    assert "quantized" not in text and "pack-quantized" not in text
 
 
 def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None:
