@@ -3,7 +3,8 @@
 With many rows of x the multiplication is what takes time, and nothing multiplies like the vendor's library: the weight
 is brought back to x's dtype a block at a time and multiplied there. The same code is the plain torch path where there
 is no Triton (then in float32), and the backward. A block is at most `BLOCK_BYTES`, so that memory doesn't grow with
-the weight, and so that on a Hopper the block is still in the L2 cache when it is read.
+the weight, and so that the block is still in the cache when it is read: a Hopper's L2, a CPU core's share of the last
+level (one row by 4096 x 4096 in 4 bits: 14 ms in blocks of 4 MB, 47 ms of 32 MB).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from llmshrink_kernels.device import runs_triton
 from llmshrink_kernels.wna16.prepack import PackedWeight, unpack_block
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = {"cuda": 32 << 20, "cpu": 4 << 20}
 TILE_ROWS = 64
 
 
@@ -46,7 +47,7 @@ def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
     result = x.new_empty(x.shape[0], packed.out_features)
     work = _work(x)
     packets = range(packed.padded_in // packed.packet)
-    step = max(TILE_ROWS, BLOCK_BYTES // (packed.in_features * work.element_size()) // TILE_ROWS * TILE_ROWS)
+    step = max(TILE_ROWS, _block_bytes(work) // (packed.in_features * work.element_size()) // TILE_ROWS * TILE_ROWS)
     for rows in _ranges(packed.out_features, step):
         result[:, rows.start : rows.stop] = work @ dequantize(packed, rows, packets, work.dtype).t()
     return result
@@ -57,11 +58,17 @@ def matmul_transposed(y: Tensor, packed: PackedWeight) -> Tensor:
     result = y.new_empty(y.shape[0], packed.in_features)
     work = _work(y)
     every = range(packed.out_features)
-    step = max(packed.step, BLOCK_BYTES // (packed.out_features * work.element_size()) // packed.step * packed.step)
+    step = max(
+        packed.step, _block_bytes(work) // (packed.out_features * work.element_size()) // packed.step * packed.step
+    )
     for columns in _ranges(packed.in_features, step):
         packets = range(columns.start // packed.packet, -(-columns.stop // packed.packet))
         result[:, columns.start : columns.stop] = work @ dequantize(packed, every, packets, work.dtype)
     return result
+
+
+def _block_bytes(x: Tensor) -> int:
+    return BLOCK_BYTES.get(x.device.type, BLOCK_BYTES["cuda"])
 
 
 def _work(x: Tensor) -> Tensor:
