@@ -71,7 +71,7 @@ def load(original: Path, compressed: Path, *, own_reader: bool) -> tuple[Any, bo
     config = json.loads((compressed / "config.json").read_text())
     quantization = config.get("quantization_config")
     bits = {group["weights"]["num_bits"] for group in quantization["config_groups"].values()} if quantization else {4}
-    if bits <= {4, 8} and not own_reader:
+    if not quantization or (bits <= {4, 8} and not own_reader):
         return AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32).eval(), False
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
     stored = dict(_stored(compressed))
