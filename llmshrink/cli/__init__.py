@@ -10,10 +10,14 @@ import errno
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
 PROGRAM = "llmshrink"
 INTERRUPTED = 130
@@ -26,39 +30,75 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Carry out one command line (without the program's name); returns the exit code. Never raises for bad input."""
+    _hush_libraries()
+    with _CtrlC() as ctrl_c:
+        try:
+            return _carry_out(arguments)
+        except (Exception, KeyboardInterrupt) as error:
+            # A library that was being imported may have swallowed the Ctrl-C, and failed of what it left half-done.
+            code = _interrupted(arguments) if ctrl_c.pressed else _explain(error, arguments)
+            if code is None:
+                raise
+            return code
+
+
+def _carry_out(arguments: Sequence[str]) -> int:
+    from llmshrink.cli.app import command
+
+    result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+    sys.stdout.flush()
+    # The parser makes 130 of a Ctrl-C; no verb of ours returns it.
+    return _interrupted(arguments) if result == INTERRUPTED else result if isinstance(result, int) else 0
+
+
+def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
+    """Say what a user did, or what befell the run, and return the exit code; None for what only a bug can do."""
     import typer
     from llmshrink_eval.errors import EvalError, EvalFailed
 
-    from llmshrink.cli.app import command
     from llmshrink.errors import LlmshrinkError, RecipeError
 
-    _hush_libraries()
-    try:
-        result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
-        # The parser makes 130 of a Ctrl-C; no verb of ours returns it.
-        return _interrupted(arguments) if result == INTERRUPTED else result if isinstance(result, int) else 0
-    except RecipeError as error:
+    if isinstance(error, RecipeError):
         return _refuse(*error.faults)
-    except (LlmshrinkError, EvalError) as error:
+    if isinstance(error, LlmshrinkError | EvalError):
         return _refuse(str(error))
-    except EvalFailed as error:
+    if isinstance(error, EvalFailed):
         _refuse(str(error))
         return 1
-    except (typer.Abort, KeyboardInterrupt):
+    if isinstance(error, typer.Abort | KeyboardInterrupt):
         return _interrupted(arguments)
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # The reader (`| head`) left; without this, Python would complain again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _refuse(_no_space(error))
-    except Exception as error:
-        if not isinstance(error, _usage_error()):
-            raise
-        return _refuse(_usage_line(error))
+    return _refuse(_usage_line(error)) if isinstance(error, _usage_error()) else None
+
+
+class _CtrlC:
+    """While open, remembers that Ctrl-C was pressed, which raises KeyboardInterrupt as ever."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> Self:
+        # A handler can be set in the main thread only; one that isn't Python's own is the caller's business.
+        self._ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        signal.default_int_handler(number, frame)
 
 
 def _refuse(*lines: str) -> int:
@@ -111,7 +151,7 @@ def _usage_error() -> type[BaseException]:
     return parent
 
 
-def _usage_line(error: Exception) -> str:
+def _usage_line(error: BaseException) -> str:
     format_message = getattr(error, "format_message", None)
     message = str(format_message() if format_message else error).strip().rstrip(".")
     message = message.replace("Value error, ", "").replace("Input should be", "should be").partition(", unable to")[0]
@@ -123,7 +163,7 @@ def _usage_line(error: Exception) -> str:
     return f"{message[:1].lower()}{message[1:]}; see {path} --help"
 
 
-def _refused_value(error: Exception) -> object:
+def _refused_value(error: BaseException) -> object:
     """What was given for an option, where the parser's own message only says what should have been."""
     cause = error.__cause__ or error.__context__
     faults = getattr(cause, "errors", None)

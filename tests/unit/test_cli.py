@@ -6,10 +6,12 @@ import errno
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -303,6 +305,22 @@ def test_ctrl_c_before_anything_was_begun_promises_nothing(
     monkeypatch.setattr("llmshrink.cli.app.command", interrupted_once(app.command))
     assert run(["quantize", "demo", *output]) == 130
     assert capsys.readouterr().err == "llmshrink: interrupted\n"
+
+
+def test_a_ctrl_c_that_a_library_swallows_is_no_fault_of_the_users(
+    twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swallow(*_: object, **__: object) -> Report:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise CheckpointError("half-imported")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "quantize", swallow)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(["quantize", "demo", "-o", "out"]) == 130
+    assert capsys.readouterr().err == "llmshrink: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def interrupted_once(parser: Callable[[], Any]) -> Callable[[], Any]:
