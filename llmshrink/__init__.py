@@ -2,7 +2,8 @@
 
 The verbs of the command line are functions here, with the same names and defaults: `llmshrink.quantize(...)`,
 `llmshrink.prune(...)`, `llmshrink.compare(...)` and so on; `llmshrink.load(...)` is for torch. They are looked up on
-first use, because `import llmshrink` happens for `llmshrink --help` too, which has no time for torch.
+first use, because `import llmshrink` happens for `llmshrink --help` too, which has no time for torch. Once llmshrink is
+imported, before transformers or after, `AutoModelForCausalLM.from_pretrained` reads its format too.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from llmshrink.errors import LlmshrinkError
+from llmshrink.runtime.register import when_imported
 
 if TYPE_CHECKING:
     from llmshrink.api import (
         bench_kernels,
         compare,
         compress,
+        convert,
         eval,
         generate,
         inspect,
@@ -35,6 +38,7 @@ __all__ = [
     "bench_kernels",
     "compare",
     "compress",
+    "convert",
     "eval",
     "generate",
     "inspect",
@@ -57,3 +61,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+when_imported()

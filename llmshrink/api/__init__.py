@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmshrink.api.bench import bench_kernels
 from llmshrink.api.checkpoints import inspect, recipes, verify
+from llmshrink.api.conversion import convert
 from llmshrink.api.evaluate import compare, eval
 from llmshrink.api.runs import compress, parse_size, prune, quantize
 from llmshrink.api.runtime import generate, load
@@ -12,6 +13,7 @@ __all__ = [
     "bench_kernels",
     "compare",
     "compress",
+    "convert",
     "eval",
     "generate",
     "inspect",

@@ -21,7 +21,8 @@ _KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
     ((str,), "text", ("method", "device", "dtype")),
     ((bool,), "True or False", ("asymmetric", "repair", "overwrite", "trust_remote_code", "strict", "verify")),
 )
-CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size")
+CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format")
+FORMATS = ("compressed-tensors", "llmshrink")
 _NEEDED = ("model", "output", "recipe", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
 
 
@@ -44,6 +45,12 @@ class RunSettings(TypedDict, total=False):
     strict: bool
     verify: bool
     progress: Progress | None
+
+
+class StoredSettings(RunSettings, total=False):
+    """What those take that can prune."""
+
+    format: Literal["compressed-tensors", "llmshrink"]
 
 
 def quantize(
@@ -113,12 +120,14 @@ def prune(
     output: PathLike,
     recipe: PathLike = "alps-2of4",
     repair: bool | None = None,
-    **settings: Unpack[RunSettings],
+    **settings: Unpack[StoredSettings],
 ) -> QuantizeReport:
     """Prune a model: half of its weights become zero, and the others make that good.
 
     recipe: a shipped name or a YAML file that prunes and doesn't quantize. repair: least squares on what is kept,
-    instead of the recipe's choice. Everything else is as in `quantize`. Raises LlmshrinkError for bad input.
+    instead of the recipe's choice. format: "compressed-tensors" stores the zeros, in a checkpoint that everything
+    loads; "llmshrink" leaves those of 2:4 out (docs/formats-sparse24.md). Everything else is as in `quantize`. Raises
+    LlmshrinkError for bad input.
     """
     return _run("prune", model, output, recipe, {"repair": repair}, **settings)
 
@@ -133,7 +142,7 @@ def compress(
     asymmetric: bool | None = None,
     method: str | None = None,
     repair: bool | None = None,
-    **settings: Unpack[RunSettings],
+    **settings: Unpack[StoredSettings],
 ) -> QuantizeReport:
     """Carry out any recipe: quantize, prune, or both in one visit of each weight.
 
@@ -149,7 +158,7 @@ def _run(
     output: PathLike,
     recipe: PathLike,
     flags: Mapping[str, object],
-    **settings: Unpack[RunSettings],
+    **settings: Unpack[StoredSettings],
 ) -> QuantizeReport:
     from llmshrink.run.job import Options
     from llmshrink.run.progress import Silent
@@ -157,6 +166,7 @@ def _run(
 
     typed = {name: value for name, value in {**settings, **flags}.items() if name not in CHECKED_LATER}
     check_types(model=model, output=output, recipe=recipe, **typed)
+    check_format(settings.get("format", FORMATS[0]))
     for name, least in (("serve_tp", 1), ("batch_size", 1), ("seed", 0)):
         value = settings.get(name)
         if isinstance(value, int) and value < least:
@@ -186,6 +196,7 @@ def _run(
         serve_tp=settings.get("serve_tp", 1),
         strict=settings.get("strict", False),
         verify=settings.get("verify", True),
+        format=settings.get("format", "compressed-tensors"),
     )
     return run(options, settings.get("progress") or Silent())
 
@@ -199,6 +210,12 @@ def check_types(**given: object) -> None:
         if (value is None and optional) or (isinstance(value, types) and isinstance(value, bool) == (types == (bool,))):
             continue
         raise LlmshrinkError(f"{name}={value!r}: not {wanted}; pass one{' or None' if optional else ''}")
+
+
+def check_format(format: object) -> None:
+    """Raise LlmshrinkError for a format that there isn't."""
+    if format not in FORMATS:
+        raise LlmshrinkError(f"--format {format}: not a format; choose {' or '.join(FORMATS)}")
 
 
 def _assignments(given: str | Sequence[str]) -> tuple[str, ...]:

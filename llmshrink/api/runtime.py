@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 def load(
     model: PathLike, *, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load a model with its weights packed: transformers' own model, with a QuantLinear for each packed linear.
+    """Load a model with its weights packed: transformers' own model, with a QuantLinear for each packed linear,
+    and a SparseLinear for each that is 2:4 without its zeros.
 
     model: a Hub id (`id` or `id@revision`), a folder, or "demo"; compressed-tensors' pack-quantized of 2, 3, 4 or 8
-    bits by any tool, or a model that isn't compressed, which then loads as it is. device: "cpu", "cuda", ...; None is
-    the fastest that is there. dtype: "bfloat16", "float16" or "float32" (a CPU alone computes packed weights in that);
-    None is the checkpoint's own. The model is in evaluation mode, `generate` works, and its memory is the compressed
+    bits by any tool, llmshrink's own format, or a model that isn't compressed, which then loads as it is. device:
+    "cpu", "cuda", ...; None is the fastest that is there. dtype: "bfloat16", "float16" or "float32" (a CPU alone
+    computes packed weights in that); None is the checkpoint's own. The model is in evaluation mode, `generate` works,
+    and its memory is the compressed
     size; `.to(dtype)` changes the activations' dtype and never the scales. Raises LlmshrinkError for bad input.
     """
     from llmshrink.checkpoint.source import resolve

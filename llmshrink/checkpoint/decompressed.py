@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.formats import compressed_tensors
+from llmshrink.formats import stored
 
 
 class Decompressed:
@@ -18,9 +18,8 @@ class Decompressed:
     def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
         self._index = CheckpointIndex.open(folder)
         self._dtype = dtype
-        quantization = config.get("quantization_config")
-        self._schemes = compressed_tensors.schemes(quantization) if quantization else {}
-        packed = {f"{name}.{suffix}" for name in self._schemes for suffix in compressed_tensors.SUFFIXES}
+        self._schemes = stored.schemes(config.get("quantization_config"))
+        packed = {key for name, scheme in self._schemes.items() for key in stored.names(name, scheme)}
         self._keys = [key for key in self._index if key not in packed]
         self._keys += [f"{name}.weight" for name in self._schemes]
 
@@ -31,4 +30,4 @@ class Decompressed:
         name = key.removesuffix(".weight")
         if name not in self._schemes:
             return self._index.read(key)
-        return compressed_tensors.read(name, self._index.read, self._schemes[name]).dequantize(self._dtype)
+        return stored.read(name, self._index.read, self._schemes[name]).dequantize(self._dtype)

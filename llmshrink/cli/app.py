@@ -7,7 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from llmshrink import __version__
-from llmshrink.cli import bench, compare, compress, eval, generate, inspect, prune, quantize, recipes, verify
+from llmshrink.cli import (
+    bench,
+    compare,
+    compress,
+    convert,
+    eval,
+    generate,
+    inspect,
+    prune,
+    quantize,
+    recipes,
+    verify,
+)
 
 app = typer.Typer(
     name="llmshrink",
@@ -40,6 +52,7 @@ def _root(
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("compress")(compress.compress)
+app.command("convert")(convert.convert)
 app.command("eval")(eval.eval)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmshrink.cli import quantize as shared
-from llmshrink.cli.prune import Repair
+from llmshrink.cli.prune import Repair, StoredAs
 from llmshrink.cli.show import JsonFlag, show
 
 
@@ -23,6 +23,7 @@ def compress(
     asymmetric: shared.Asymmetric = None,
     method: shared.Method = None,
     repair: Repair = None,
+    format: StoredAs = "compressed-tensors",
     set_: shared.Set = None,
     device: shared.Device = None,
     dtype: shared.Dtype = None,
@@ -51,6 +52,7 @@ def compress(
             asymmetric=asymmetric,
             method=method,
             repair=repair,
+            format=format,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,13 @@ Repair = Annotated[
     typer.Option("--repair/--no-repair", help="Exact least squares on what is kept, instead of the recipe's choice."),
 ]
 
+StoredAs = Annotated[
+    Literal["compressed-tensors", "llmshrink"],
+    typer.Option(
+        "--format", help="How OUT lies on disk: a standard checkpoint, zeros and all; or 2:4 without its zeros."
+    ),
+]
+
 
 def prune(
     model: shared.Model,
@@ -23,6 +30,7 @@ def prune(
     samples: shared.Samples = None,
     seq_len: shared.SeqLen = None,
     repair: Repair = None,
+    format: StoredAs = "compressed-tensors",
     set_: shared.Set = None,
     device: shared.Device = None,
     dtype: shared.Dtype = None,
@@ -46,6 +54,7 @@ def prune(
             output=output,
             recipe=recipe,
             repair=repair,
+            format=format,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,

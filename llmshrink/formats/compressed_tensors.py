@@ -64,6 +64,14 @@ def names(name: str, *, symmetric: bool) -> list[str]:
     return [f"{name}.{suffix}" for suffix in SUFFIXES if not (symmetric and suffix == "weight_zero_point")]
 
 
+def nbytes(scheme: GroupedIntScheme, shape: tuple[int, int], itemsize: int) -> int:
+    """Bytes of a linear's tensors. shape: (out_features, in_features); itemsize: of a scale."""
+    out_features, in_features = shape
+    groups = 1 if scheme.group_size == -1 else in_features // scheme.group_size
+    zeros = 0 if scheme.symmetric else words_for(out_features, scheme.bits) * groups * 4
+    return out_features * (words_for(in_features, scheme.bits) * 4 + groups * itemsize) + zeros + 16
+
+
 def read(name: str, get: Callable[[str], Tensor], scheme: GroupedIntScheme) -> GroupedInt:
     """The linear `name`, from its checkpoint tensors.
 

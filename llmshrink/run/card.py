@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.run.report import SiteRow, changes, rows_of, size
+from llmshrink.run.storage import format_of
 
 
 def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
@@ -20,12 +21,14 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
     quantized = [row for row in rows if row.bits is not None]
     schemes = sorted({f"{row.bits}-bit, groups of {row.group_size}" for row in quantized})
     how = f" ({'; '.join(schemes)})" if schemes else ""
-    layout = "compressed-tensors `pack-quantized`" if quantized else "plain safetensors, in the original's dtype"
+    own = format_of(record) == "llmshrink"
+    layout = "llmshrink `sparse24`: 2:4 without its zeros" if own else "compressed-tensors `pack-quantized`"
+    layout = layout if own or quantized else "plain safetensors, in the original's dtype"
     revision = f" (revision {record['revision']})" if record["revision"] else ""
     lines = [
         "---",
         *_front_matter(record, source),
-        f"tags: [{', '.join(_tags(rows))}]",
+        f"tags: [{', '.join(_tags(rows, own=own))}]",
         "---",
         "",
         f"# {record['model']}, {record['recipe']}",
@@ -50,6 +53,7 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
         *[f"- {note}" for note in record["notes"]],
         "",
         "```",
+        *(["pip install llmshrink  # beside vLLM, which finds its plugin"] if own else []),
         "vllm serve <this folder>",
         "```",
         "",
@@ -67,6 +71,8 @@ def _front_matter(record: dict[str, Any], source: Path) -> list[str]:
     return [*lines, "library_name: transformers"]
 
 
-def _tags(rows: Sequence[SiteRow]) -> list[str]:
-    quantized = ["compressed-tensors", "quantized"] if any(row.bits is not None for row in rows) else []
-    return ["llmshrink", *quantized, *(["pruned"] if any(row.pruned is not None for row in rows) else [])]
+def _tags(rows: Sequence[SiteRow], *, own: bool) -> list[str]:
+    quantized = any(row.bits is not None for row in rows)
+    found = ["llmshrink", *(["compressed-tensors"] if quantized and not own else [])]
+    found += ["quantized"] if quantized else []
+    return [*found, *(["pruned"] if any(row.pruned is not None for row in rows) else [])]

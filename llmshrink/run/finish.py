@@ -13,8 +13,7 @@ from torch import Tensor
 
 from llmshrink.checkpoint.conserve import Ledger
 from llmshrink.checkpoint.index import INDEX_FILE
-from llmshrink.formats import compressed_tensors
-from llmshrink.methods import SiteSpec
+from llmshrink.formats import stored
 from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk
 from llmshrink.run.card import card
@@ -24,6 +23,7 @@ from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.progress import Progress, peak_memory
 from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of
 from llmshrink.run.shards import open_shards
+from llmshrink.run.storage import format_of
 from llmshrink.run.verify import REFERENCE, verify_reload
 from llmshrink.serving.launch import installed, serve_command
 
@@ -64,20 +64,20 @@ def finish(
     rows = [row for part in workspace.parts for row in rows_of(part.rows)]
     _write_index(job, workspace)
     copy_side_files(job.source.folder, folder, besides=(workspace.folder, workspace.output))
-    disk.write_json(folder / "config.json", _config(job, rows))
+    disk.write_json(folder / "config.json", _config(job))
     disk.write_text(folder / "recipe.yaml", to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
     record = _record(job, quality, rows)
     disk.write_json(folder / RECORD, record)
-    disk.write_text(folder / "README.md", card(record, job.source.folder, _weight_bytes(folder)))
+    disk.write_text(folder / "README.md", card(record, job.source.folder, weight_bytes(folder)))
     verification = verify_reload(folder) if job.options.verify else None
     report = QuantizeReport(
         output=job.options.output,
         model=job.source.name,
         recipe=job.recipe.name,
         bytes_before=job.index.nbytes(),
-        bytes_after=_weight_bytes(folder),
+        bytes_after=weight_bytes(folder),
         quality=quality,
         held_out=job.held_out.name,
         sites=tuple(rows),
@@ -109,7 +109,7 @@ def reread(output: Path, *, seconds: float) -> QuantizeReport:
         model=record["model"],
         recipe=record["recipe"],
         bytes_before=record["bytes_before"],
-        bytes_after=_weight_bytes(output),
+        bytes_after=weight_bytes(output),
         quality=Quality(**record["quality"]),
         held_out=record["held_out"],
         sites=tuple(rows),
@@ -127,6 +127,8 @@ def serve_line(output: Path, record: Mapping[str, Any]) -> str:
     """The line that serves an output with the vLLM at hand, or that this vLLM doesn't."""
     engine = installed()
     command = serve_command(output, tp=record["serve_tp"])
+    if format_of(record) == "llmshrink":
+        command += "  (with llmshrink installed beside vLLM: its plugin reads this format)"
     refusing = {kind for kind in ENGINES for note in record["notes"] if note.startswith(f"{kind} won't")}
     if len(refusing) == len(ENGINES):
         return "no vLLM serves this checkpoint as it is, see the notes"
@@ -144,17 +146,13 @@ def _write_index(job: Job, workspace: Workspace) -> None:
         where = {key: written.entry(key).file.name for key in written}
         total = written.nbytes()
     ledger = Ledger()
-    by_key = {site.key: site for site in job.sites}
+    by_key, specs, schemes = {site.key: site for site in job.sites}, job.specs, job.schemes
     for key in job.index:
         site = by_key.get(key)
-        spec = job.assigned[site.name].spec if site is not None else None
-        if spec is None:
+        if site is None or site.name not in specs:
             ledger.copied.add(key)
-        elif spec.quantize is None:
-            ledger.replaced[key] = [key]
         else:
-            name = key.removesuffix(".weight")
-            ledger.replaced[key] = compressed_tensors.names(name, symmetric=spec.quantize.symmetric)
+            ledger.replaced[key] = stored.names(key.removesuffix(".weight"), schemes[site.name])
     ledger.check(job.index.keys(), where)
     disk.write_json(
         workspace.checkpoint / INDEX_FILE,
@@ -162,24 +160,11 @@ def _write_index(job: Job, workspace: Workspace) -> None:
     )
 
 
-def _config(job: Job, rows: list[SiteRow]) -> dict[str, Any]:
+def _config(job: Job) -> dict[str, Any]:
     """The source's config.json, as it is, with a quantization_config: nothing that a class doesn't know gets lost."""
     config: dict[str, Any] = json.loads((job.source.folder / "config.json").read_text())
-    schemes: dict[str, compressed_tensors.GroupedIntScheme | None] = {}
-    for row in rows:
-        schemes[row.name] = scheme_of(job.assigned[row.name].spec, row.shape[1])
-    if any(scheme is not None for scheme in schemes.values()):
-        config["quantization_config"] = compressed_tensors.quantization_config(schemes, job.other_linears)
-    return config
-
-
-def scheme_of(spec: SiteSpec | None, in_features: int) -> compressed_tensors.GroupedIntScheme | None:
-    """How a site's codes are stored; None where it has none."""
-    if spec is None or spec.quantize is None:
-        return None
-    asked = spec.quantize
-    group_size = -1 if asked.group_size == in_features else asked.group_size
-    return compressed_tensors.GroupedIntScheme(asked.bits, group_size, asked.symmetric)
+    described = stored.quantization_config(job.schemes, job.other_linears, job.options.format)
+    return config if described is None else {**config, "quantization_config": described}
 
 
 def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ()) -> None:
@@ -200,10 +185,11 @@ def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ())
             continue
         name = "SOURCE_README.md" if str(relative) == "README.md" else str(relative)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        disk.write_file(target / name, _pieces(path), path.stat().st_size)
+        disk.write_file(target / name, pieces(path), path.stat().st_size)
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def pieces(path: Path) -> Iterator[bytes]:
+    """A file's bytes, 4 MiB at a time."""
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):
             yield piece
@@ -235,9 +221,12 @@ def _record(job: Job, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
         "bytes_before": job.index.nbytes(),
         "identity": identity,
         "notes": notes,
+        "format_notes": job.format_notes,
+        "other_linears": job.other_linears,
         "sites": [asdict(row) for row in rows],
     }
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all files of weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

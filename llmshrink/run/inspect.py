@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.formats import compressed_tensors
+from llmshrink.formats import stored
 from llmshrink.run.report import SiteRow, rows_of, size
 from llmshrink.run.verify import read_record
 
@@ -63,13 +63,12 @@ def inspect(folder: Path) -> InspectReport:
     rows = tuple(rows_of(record["sites"]))
     with CheckpointIndex.open(folder) as index:
         config = json.loads((folder / "config.json").read_text())
-        quantization = config.get("quantization_config")
-        schemes = compressed_tensors.schemes(quantization) if quantization else {}
+        schemes = stored.schemes(config.get("quantization_config"))
         packed = {key for name in schemes for key in index if key.rpartition(".")[0] == name and "weight" in key}
         others = sum(math.prod(index.entry(key).shape) for key in index if key not in packed)
         total = index.nbytes()
     linear = sum(math.prod(row.shape) for row in rows)
-    weights = others + sum(math.prod(row.shape) for row in rows if row.bits is not None)
+    weights = others + sum(math.prod(row.shape) for row in rows if row.name in schemes)
     return InspectReport(
         folder=folder,
         model=record["model"],

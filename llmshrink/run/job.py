@@ -26,14 +26,16 @@ from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_conf
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.errors import LlmshrinkError, OutputError, RecipeError
 from llmshrink.formats.servable import attention
+from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import SiteSpec
 from llmshrink.model.chain import Chain
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.model.uncovered import refuse_family
-from llmshrink.recipe.assign import Assigned, SiteShape, assign, serving_notes
+from llmshrink.recipe.assign import Assigned, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
+from llmshrink.run.storage import as_sparse24, check_recipe, format_notes, scheme_of
 
 HELD_OUT_TOKENS = 1024
 """About as many tokens are held out as the closing summary needs to tell a good result from a bad one."""
@@ -65,6 +67,7 @@ class Options:
     serve_tp: int = 1
     strict: bool = False
     verify: bool = True
+    format: Format = "compressed-tensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +97,31 @@ class Job:
         return {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
 
     @property
+    def schemes(self) -> dict[str, Scheme | None]:
+        """Site name -> how it will be stored; None: as a plain weight."""
+        format = self.options.format
+        return {site.name: scheme_of(self.assigned[site.name].spec, site.in_features, format) for site in self.sites}
+
+    @property
+    def format_notes(self) -> dict[Format, list[str]]:
+        """What a user should know of each format in which the result can lie."""
+        return format_notes(list(self.assigned.values()))
+
+    @property
     def notes(self) -> list[str]:
         """What a user should know before the work: who won't serve the result, and a recipe that suits better."""
-        notes = serving_notes(list(self.assigned.values()))
+        notes = []
         config = self.chain.skeleton.model.config.get_text_config()
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         for engine, why in attention(width, heads, self.options.serve_tp).items():
             notes.append(f"{engine} won't serve this checkpoint: {why}")
-        if any(a.spec.prune and not a.spec.quantize for a in self.assigned.values() if a.spec):
-            notes.append("zeros are stored like any other weight: no engine is faster for them, and nothing is smaller")
         other = made_for(self.options.recipe, self.recipe)
         if other is not None:
             notes.append(
                 f"{self.options.recipe} was measured at other bits; --recipe {other} is the one made for these"
             )
-        return notes
+        return [*notes, *self.format_notes[self.options.format]]
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -124,6 +136,7 @@ class Job:
             "revision": self.source.revision,
             "checkpoint": self.index.fingerprint(),
             "config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
+            "format": self.options.format,
             "recipe": recipe_hash(self.recipe),
             "sites": _hash({name: None if a.spec is None else asdict(a.spec) for name, a in self.assigned.items()}),
             "calibration": self.calibration.fingerprint,
@@ -156,6 +169,8 @@ def prepare(options: Options) -> Job:
     """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
     recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
     check_verb(options.verb, recipe)
+    if options.format == "llmshrink":
+        check_recipe(recipe)
     source = resolve(options.model, trust_remote_code=options.trust_remote_code)
     check_source(source, trust_remote_code=options.trust_remote_code)
     index = CheckpointIndex.open(source.folder)
@@ -188,6 +203,9 @@ def prepare(options: Options) -> Job:
         for s in sites
     ]
     assigned = assign(recipe, shapes, other_modules=others, tp=options.serve_tp, strict=options.strict)
+    if options.format == "llmshrink":
+        dtypes = {site.name: index.entry(site.key).dtype for site in sites}
+        assigned = as_sparse24(recipe.name, assigned, dtypes, strict=options.strict)
     if not any(decision.spec for decision in assigned):
         why = next((f"{a.site.name} {a.note}" for a in assigned if a.note), "the recipe ignores every site")
         raise RecipeError([f"{recipe.name}: nothing would change: {why}; choose other bits, group_size or pattern"])

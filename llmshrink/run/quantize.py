@@ -15,10 +15,11 @@ from torch import Tensor
 
 from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
-from llmshrink.formats import compressed_tensors
+from llmshrink.formats import stored
+from llmshrink.formats.stored import Scheme
 from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
-from llmshrink.run.finish import finish, reread, scheme_of
+from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import give_back, lean_imports
@@ -130,7 +131,8 @@ class _Run:
 
     def _solve(self, walk: Walk, number: int) -> None:
         block = transform_block(walk, number, self.job.stages[number])
-        tensors = block_tensors(block)
+        schemes = self.job.schemes
+        tensors = block_tensors(block, {site.key: schemes[site.name] for site in sites_of(self.job.stages[number])})
         rows = [asdict(row) for row in self._rows(number, block, tensors)]
         part = write_part(
             self.workspace.checkpoint, f"block {number}", f"block-{number:05}", layout_of(tensors),
@@ -171,20 +173,13 @@ class _Run:
 
     def _weights_of(self, part: Part, number: int) -> dict[str, Dense | GroupedInt]:
         """The solved weights of a finished part, by the site's path inside its block."""
+        schemes, specs = self.job.schemes, self.job.specs
         with open_shards(self.workspace.checkpoint, part.shards) as shards:
-            found: dict[str, Dense | GroupedInt] = {}
-            for site in sites_of(self.job.stages[number]):
-                spec = self.job.assigned[site.name].spec
-                if spec is None:
-                    continue
-                scheme = scheme_of(spec, site.in_features)
-                name = site.key.removesuffix(".weight")
-                found[site.local] = (
-                    Dense(shards.read(site.key))
-                    if scheme is None
-                    else compressed_tensors.read(name, shards.read, scheme)
-                )
-            return found
+            return {
+                site.local: stored.whole(stored.read(site.key.removesuffix(".weight"), shards.read, schemes[site.name]))
+                for site in sites_of(self.job.stages[number])
+                if site.name in specs
+            }
 
     def _held_out(self, walk: Walk) -> tuple[heldout.Quality, dict[str, Tensor]]:
         give_back()
@@ -202,15 +197,21 @@ class _Run:
         return found
 
 
-def block_tensors(block: SolvedBlock) -> dict[str, Tensor]:
-    """The block's tensors as the output stores them: solved weights packed, everything else as it was."""
+def block_tensors(block: SolvedBlock, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
+    """The block's tensors as the output stores them: solved weights packed, everything else as it was.
+
+    schemes: by the key of the weight that is replaced.
+    """
     tensors: dict[str, Tensor] = {}
     for key, tensor in block.stored.items():
-        weight = block.solved[key].weight if key in block.solved else Dense(tensor)
-        if isinstance(weight, GroupedInt):
-            tensors |= compressed_tensors.tensors(key.removesuffix(".weight"), weight)
-        else:
-            tensors[key] = weight.weight.to(tensor.dtype)
+        if key not in block.solved:
+            tensors[key] = tensor
+            continue
+        weight = block.solved[key].weight
+        if isinstance(weight, Dense):
+            # A mask times a negative weight is -0.0, and formats that leave zeros out don't keep its sign.
+            weight = Dense(weight.weight.to(tensor.dtype) + 0.0)
+        tensors |= stored.tensors(key.removesuffix(".weight"), stored.as_stored(weight, schemes[key]))
     return tensors
 
 
@@ -260,16 +261,13 @@ def expected_bytes(job: Job) -> int:
     """Bytes of the output, to within its headers and side files (for which a megabyte is added)."""
     total = 1_000_000
     by_key = {site.key: site for site in job.sites}
+    schemes = job.schemes
     for key in job.index:
         entry = job.index.entry(key)
         site = by_key.get(key)
-        decided = job.assigned[site.name].spec if site is not None else None
-        spec = decided.quantize if decided is not None else None
-        if site is None or spec is None:
+        if site is None:
             total += entry.nbytes
-            continue
-        weights = site.out_features * site.in_features
-        groups = weights // spec.group_size
-        total += weights * spec.bits // 8 + groups * entry.dtype.itemsize
-        total += 0 if spec.symmetric else groups * spec.bits // 8
+        else:
+            shape = (site.out_features, site.in_features)
+            total += stored.nbytes(schemes[site.name], shape, entry.dtype.itemsize)
     return total

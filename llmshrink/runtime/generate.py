@@ -24,6 +24,7 @@ from llmshrink.run.job import pick_device
 from llmshrink.run.report import size
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.load import config_of, load
+from llmshrink.runtime.sparse import SparseLinear
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def generate(
             ids, attention_mask=torch.ones_like(ids), streamer=heard, **_padding(loaded), **sampling.options()
         )
     new = output[0, ids.shape[1] :]
-    packed = [module for module in loaded.modules() if isinstance(module, QuantLinear)]
+    packed = [module for module in loaded.modules() if isinstance(module, QuantLinear | SparseLinear)]
     return Generation(
         model=source.name,
         prompt=prompt,

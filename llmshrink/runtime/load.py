@@ -1,36 +1,42 @@
 """A checkpoint as a transformers model that computes with packed weights.
 
-The modules are built without parameters; each linear that the checkpoint holds packed becomes a QuantLinear. Tensors
-come from the files one at a time and go to their device at once, so that what is resident is the compressed model and
-one tensor on its way; no weight is ever dense. A checkpoint that isn't compressed loads as transformers loads it.
+The modules are built without parameters; each linear that the checkpoint holds packed becomes a QuantLinear, and each
+that it holds as 2:4 without its zeros a SparseLinear. Tensors come from the files one at a time and go to their device
+at once, so that what is resident is the compressed model and one tensor on its way; no weight is ever dense. A
+checkpoint that isn't compressed loads as transformers loads it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from llmshrink_kernels.wna16 import PackedWeight, prepack
+from llmshrink_kernels.wna16 import prepack
 from torch import Tensor, nn
 
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_config
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
-from llmshrink.formats import compressed_tensors
-from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.formats import compressed_tensors, sparse24, stored
+from llmshrink.formats.stored import Scheme
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run.job import DTYPES, pick_device
 from llmshrink.run.memory import give_back
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.scheme import schemes
+from llmshrink.runtime.sparse import SparseLinear
+from llmshrink.weights import Dense, GroupedInt, Sparse24
 
 logger = logging.getLogger("llmshrink")
 
-PACKED = ".weight_packed"
+MARKS = {".weight_packed": compressed_tensors.SUFFIXES, ".weight_values": sparse24.SUFFIXES}
+"""What tells that a linear is packed, and what its tensors may be called."""
 
 
 class _Reader:
@@ -38,10 +44,12 @@ class _Reader:
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
-        self.packed = {key.removesuffix(PACKED) for key in index if key.endswith(PACKED)}
+        self.packed = {
+            key.removesuffix(mark): suffixes for mark, suffixes in MARKS.items() for key in index if key.endswith(mark)
+        }
 
     def keys(self) -> list[str]:
-        own = {f"{name}.{suffix}" for name in self.packed for suffix in compressed_tensors.SUFFIXES}
+        own = {f"{name}.{suffix}" for name, suffixes in self.packed.items() for suffix in suffixes}
         return [key for key in self._index if key not in own] + [f"{name}.weight" for name in self.packed]
 
     def read(self, key: str) -> Tensor:
@@ -140,11 +148,11 @@ def _load_packed(
     skeleton = Skeleton(config, reader, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model = skeleton.model
     packed = _packed_linears(skeleton, reader)
-    described = schemes(quantization, dict.fromkeys(packed, "Linear"))
+    described = _described(quantization, packed)
     for module_name, stored_name in packed.items():
-        weight = _read(stored_name, index, described[module_name], device)
         bias = model.get_submodule(module_name).bias
-        model.set_submodule(module_name, QuantLinear(weight, bias, dtype=dtype))
+        weight = _read(stored_name, index, described[module_name])
+        model.set_submodule(module_name, linear_of(weight, bias, device=device, dtype=dtype))
         give_back()
     _load_rest(skeleton, index)
     model.config.use_cache = use_cache
@@ -167,22 +175,46 @@ def _packed_linears(skeleton: Skeleton, reader: _Reader) -> dict[str, str]:
                     f"{name} is packed, and a {type(module).__name__} in this model; only nn.Linear can be run packed"
                 )
             places[name] = stored
-    missing = sorted(reader.packed - set(places.values()))
+    missing = sorted(reader.packed.keys() - set(places.values()))
     if missing:
         logger.warning("%s: %d packed weights that the model's class has no place for", missing[0], len(missing))
     return places
 
 
-def _read(name: str, index: CheckpointIndex, scheme: GroupedIntScheme, device: torch.device) -> PackedWeight:
-    """One linear, packed for the kernels, on its device."""
+def _described(quantization: dict[str, Any], packed: dict[str, str]) -> Mapping[str, Scheme]:
+    """Module path -> scheme of every packed linear. CheckpointError where the config doesn't say."""
+    if quantization.get("quant_method") != sparse24.METHOD:
+        return schemes(quantization, dict.fromkeys(packed, "Linear"))
+    described = sparse24.schemes(quantization)
+    for name in packed:
+        if name not in described:
+            raise CheckpointError(f"{name} is packed, but no config group targets it; the checkpoint is damaged")
+    return described
+
+
+def _read(name: str, index: CheckpointIndex, scheme: Scheme) -> GroupedInt | Sparse24:
+    """One linear from the files."""
     if f"{name}.weight_g_idx" in index:
         raise CheckpointError(f"{name}.weight_g_idx: columns in a permuted order can't be run here; serve it with vLLM")
-    weight = compressed_tensors.read(name, index.read, scheme)
+    weight = stored.read(name, index.read, scheme)
+    assert not isinstance(weight, Dense), name
+    return weight
+
+
+def linear_of(
+    weight: GroupedInt | Sparse24, bias: nn.Parameter | None, *, device: torch.device, dtype: torch.dtype
+) -> QuantLinear | SparseLinear:
+    """The module that computes with a weight, packed for the kernels on `device`."""
+    if isinstance(weight, Sparse24):
+        scale = None if weight.scale is None else weight.scale.to(device)
+        moved = replace(weight, values=weight.values.to(device), positions=weight.positions.to(device), scale=scale)
+        return SparseLinear.of(moved, bias, dtype=dtype)
     codes, scale, zero_point = (
         None if tensor is None else tensor.to(device) for tensor in (weight.codes, weight.scale, weight.zero_point)
     )
     assert codes is not None and scale is not None
-    return prepack(codes, scale, zero_point, bits=scheme.bits, group_size=scheme.group_size)
+    packed = prepack(codes, scale, zero_point, bits=weight.bits, group_size=weight.group_size)
+    return QuantLinear(packed, bias, dtype=dtype)
 
 
 def _load_rest(skeleton: Skeleton, index: CheckpointIndex) -> None:
@@ -194,7 +226,7 @@ def _load_rest(skeleton: Skeleton, index: CheckpointIndex) -> None:
                 slots.setdefault(skeleton.key_of[f"{path}.{name}".lstrip(".")], []).append((module, name))
         for name, buffer in module._buffers.items():
             key = f"{path}.{name}".lstrip(".")
-            if buffer is not None and key in index and not isinstance(module, QuantLinear):
+            if buffer is not None and key in index and not isinstance(module, QuantLinear | SparseLinear):
                 module._buffers[name] = index.read(key).to(buffer.device)
     for key, owners in slots.items():
         real = nn.Parameter(index.read(key).to(skeleton.device, skeleton.dtype), requires_grad=False)

@@ -2,5 +2,6 @@
 
 from llmshrink.weights.dense import Dense
 from llmshrink.weights.grouped_int import SMALLEST_SCALE, GroupedInt, code_range
+from llmshrink.weights.sparse24 import Sparse24
 
-__all__ = ["SMALLEST_SCALE", "Dense", "GroupedInt", "code_range"]
+__all__ = ["SMALLEST_SCALE", "Dense", "GroupedInt", "Sparse24", "code_range"]

@@ -1,0 +1,146 @@
+"""In which format a result is stored, and what that asks of the recipe: settled before any work.
+
+`compressed-tensors` takes whatever a recipe does. `llmshrink` (formats.sparse24) stores 2:4 alone, in what its kernel
+multiplies: 16 bits, or symmetric integers of 4 or 8 bits. A site that can't be 2:4 stays as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from llmshrink.errors import RecipeError
+from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
+from llmshrink.formats.stored import Format, Scheme
+from llmshrink.methods import SiteSpec
+from llmshrink.recipe.assign import Assigned, serving_notes
+from llmshrink.recipe.schema import Prune, Recipe
+from llmshrink.weights.sparse24 import VALUE_DTYPES
+
+FLAG = "--format llmshrink"
+INSTEAD = "or leave --format out"
+BITS = (4, 8)
+GROUP_STEP = 32
+"""Groups of scales are multiples of this, or whole rows: what the kernel takes."""
+ZEROS_STORED = "zeros are stored like any other weight: no engine is faster for them, and nothing is smaller"
+OWN_FORMAT = (
+    "stored as 2:4 without its zeros, which llmshrink.load and vLLM with llmshrink's plugin read, and no other engine; "
+    "llmshrink convert makes a standard checkpoint of it"
+)
+
+
+def scheme_of(spec: SiteSpec | None, in_features: int, format: Format) -> Scheme | None:
+    """How a site is stored; None: as a plain weight."""
+    quantize = None if spec is None else spec.quantize
+    group_size = None if quantize is None else -1 if quantize.group_size == in_features else quantize.group_size
+    if format == "llmshrink":
+        return None if spec is None else Sparse24Scheme(16 if quantize is None else quantize.bits, group_size)
+    if quantize is None or group_size is None:
+        return None
+    return GroupedIntScheme(quantize.bits, group_size, quantize.symmetric)
+
+
+def format_of(record: Mapping[str, Any]) -> Format:
+    """The format that a record (llmshrink.json) says its weights are in; older ones knew of one alone."""
+    found: Format = record["identity"].get("format", "compressed-tensors")
+    return found
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise RecipeError, a line for each reason, when the llmshrink format can't hold what a recipe asks for."""
+    faults = []
+    if recipe.prune is None:
+        faults.append(f"it prunes nothing, and {FLAG} stores {PATTERN} alone; take a recipe that prunes, {INSTEAD}")
+    elif recipe.prune.pattern != PATTERN:
+        faults.append(_other_pattern(recipe.prune))
+    if recipe.quantize is not None:
+        faults += _quantize_faults(recipe.quantize.bits, recipe.quantize.symmetric)
+    if faults:
+        raise RecipeError([f"{recipe.name}: {fault}" for fault in faults])
+
+
+def _other_pattern(prune: Prune) -> str:
+    asked = prune.pattern or f"{100 * (prune.ratio or 0):g} % anywhere"
+    return f'it prunes {asked}, and {FLAG} stores {PATTERN} alone; prune by pattern: "{PATTERN}", {INSTEAD}'
+
+
+def _quantize_faults(bits: int, symmetric: bool) -> list[str]:
+    faults = []
+    if bits not in BITS:
+        faults.append(f"{bits} bits: {FLAG} stores integers of 4 or 8; take one of them, {INSTEAD}")
+    if not symmetric:
+        faults.append(f"asymmetric: {FLAG} stores symmetric integers, whose zero is no weight; take those, {INSTEAD}")
+    return faults
+
+
+def as_sparse24(
+    recipe: str, assigned: Sequence[Assigned], dtypes: Mapping[str, torch.dtype], *, strict: bool
+) -> list[Assigned]:
+    """What each site gets where only 2:4 is stored: one that isn't pruned so stays as it is, and says so.
+
+    dtypes: of each site's weight, by name. Raises RecipeError for a site that is asked for what the format doesn't
+    hold, for a layer of which engines would find only a part sparse, and with `strict` for a site that stays.
+    """
+    decided, faults = [], []
+    for one in assigned:
+        fault = _site_fault(one, dtypes[one.site.name])
+        if fault is not None:
+            faults.append(f"{recipe}: {one.site.name}: {fault}")
+        if one.spec is not None and one.spec.prune is None:
+            stays = f"stays as it is: it isn't {PATTERN}, and {FLAG} stores nothing else compressed"
+            if strict:
+                faults.append(f"{recipe}: {one.site.name}: {stays} (refused by --strict)")
+            one = replace(one, spec=None, verdict=None, note="; ".join(filter(None, (one.note, stays))))
+        decided.append(one)
+    faults = faults[:1] or _mixed_layer(recipe, decided)
+    if faults:
+        raise RecipeError(faults)
+    return decided
+
+
+def _site_fault(one: Assigned, dtype: torch.dtype) -> str | None:
+    """Why the format can't hold what an override, or the fall to another group, made of a site."""
+    spec = one.spec
+    if spec is None or spec.prune is None:
+        return None
+    if str(spec.prune.pattern) != PATTERN:
+        return f"pruned {spec.prune.pattern}, and {FLAG} stores {PATTERN} alone; change the override, {INSTEAD}"
+    if spec.quantize is None:
+        if dtype in VALUE_DTYPES:
+            return None
+        return (
+            f"stored in {str(dtype).removeprefix('torch.')}, and {FLAG} stores values of 16 bits as bfloat16 or "
+            f"float16: quantize too, bring the model to bfloat16 first, {INSTEAD}"
+        )
+    size = spec.quantize.group_size
+    if size % GROUP_STEP and size != one.site.in_features:
+        return (
+            f"groups of {size}, and {FLAG} takes multiples of {GROUP_STEP} or whole rows; "
+            f"--group-size {GROUP_STEP} or -1, {INSTEAD}"
+        )
+    return next(iter(_quantize_faults(spec.quantize.bits, spec.quantize.symmetric)), None)
+
+
+def _mixed_layer(recipe: str, decided: Sequence[Assigned]) -> list[str]:
+    first: dict[str, Assigned] = {}
+    for one in decided:
+        other = first.setdefault(one.site.fused or one.site.name, one)
+        if (one.spec is None) != (other.spec is None):
+            return [
+                f"{recipe}: {other.site.name} and {one.site.name} are one layer in every engine, but only one of them "
+                f"is {PATTERN}; let one pattern match both, {INSTEAD}"
+            ]
+    return []
+
+
+def format_notes(assigned: Sequence[Assigned]) -> dict[Format, list[str]]:
+    """What a user should know of a result in each format: who serves it, and what its zeros are worth there."""
+    specs = [one.spec for one in assigned if one.spec is not None]
+    standard = serving_notes(assigned)
+    if any(spec.prune for spec in specs):
+        standard.append(ZEROS_STORED)
+    return {"compressed-tensors": standard, "llmshrink": [OWN_FORMAT]}
