@@ -56,7 +56,8 @@ class LlmshrinkQuantizer(HfQuantizer):
         from llmshrink.runtime.linear import DTYPES
         from llmshrink.runtime.sparse import SparseLinear, meta
 
-        dtype, files = model.dtype, given["checkpoint_files"]
+        self._dtype = dtype = model.dtype
+        files = given["checkpoint_files"]
         if dtype not in DTYPES:
             raise LlmshrinkError(f"dtype {dtype}: sparse24 weights compute in float32, bfloat16 or float16")
         held = {entry.key: entry.dtype for file in files for entry in read_header(Path(file)).entries}
@@ -83,6 +84,9 @@ class LlmshrinkQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from llmshrink.runtime.sparse import SparseLinear
 
+        if model.dtype != self._dtype:
+            # Of a model without its head transformers finds every tensor under another name, and leaves its dtype.
+            model.to(self._dtype)
         for module in model.modules():
             if isinstance(module, SparseLinear):
                 module.settle()
