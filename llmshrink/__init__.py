@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         prune,
         quantize,
         recipes,
+        serve,
         verify,
     )
 
@@ -46,6 +47,7 @@ __all__ = [
     "prune",
     "quantize",
     "recipes",
+    "serve",
     "verify",
 ]
 

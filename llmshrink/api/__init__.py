@@ -8,6 +8,7 @@ from llmshrink.api.conversion import convert
 from llmshrink.api.evaluate import compare, eval
 from llmshrink.api.runs import compress, parse_size, prune, quantize
 from llmshrink.api.runtime import generate, load
+from llmshrink.api.serving import serve
 
 __all__ = [
     "bench_kernels",
@@ -22,5 +23,6 @@ __all__ = [
     "prune",
     "quantize",
     "recipes",
+    "serve",
     "verify",
 ]

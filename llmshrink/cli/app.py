@@ -18,6 +18,7 @@ from llmshrink.cli import (
     prune,
     quantize,
     recipes,
+    serve,
     verify,
 )
 
@@ -58,6 +59,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")
 

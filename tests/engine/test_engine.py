@@ -101,9 +101,9 @@ def test_wiki7m_is_served_in_mixed_groups_and_asymmetric(
 def test_bits_that_the_cpu_build_does_not_serve_are_refused_at_once(tmp_path: Path, story: Path) -> None:
     from llmshrink.formats.compressed_tensors import GroupedIntScheme, quantization_config
 
-    config = {"quantization_config": quantization_config({"a.b": GroupedIntScheme(3, 64, True)}, [])}
+    config = {"quantization_config": quantization_config({"a.b": GroupedIntScheme(5, 64, True)}, [])}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EngineError, match="3-bit"):
+    with pytest.raises(EngineError, match="5-bit"):
         engine_logprobs(tmp_path, [[1, 2]])
 
 

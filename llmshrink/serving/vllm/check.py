@@ -12,16 +12,21 @@ nat are its arithmetic, and cost 1e-5 to 1e-4 nats of KL at most. A weight that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmshrink.serving.vllm.engine import EngineResult, Generation, engine_logprobs
+from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.formats import compressed_tensors, sparse24
+from llmshrink.formats.bitpack import WORD
+from llmshrink.serving.vllm.engine import EngineError, EngineResult, Generation, engine_logprobs
 
 TOLERANCE = 5e-4
 """nats/token of KL, averaged over a prompt. Measured on small Llamas in int4: an engine in float16 3e-6, in bfloat16
@@ -70,11 +75,18 @@ def compare_with_transformers(
 
 
 def transformers_logits(checkpoint: Path) -> Reference:
-    """The checkpoint in transformers, in float32, as a reference."""
+    """The checkpoint in transformers, in float32, as a reference.
+
+    Its weights come through llmshrink's own reader where transformers has none: llmshrink's own format, and bits that
+    don't divide a word, which the compressed-tensors library that vLLM pins packs otherwise.
+    """
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()), torch.no_grad():  # progress bars of three libraries; what goes wrong is raised
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+        if only_we_read(json.loads((checkpoint / "config.json").read_text())):
+            model = _decompressed(checkpoint)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
         model(
             torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         )  # weights are decompressed at the first forward
@@ -85,6 +97,34 @@ def transformers_logits(checkpoint: Path) -> Reference:
         return found
 
     return logits
+
+
+def only_we_read(config: Mapping[str, Any]) -> bool:
+    """Whether transformers, beside vLLM, can't read a checkpoint with this config.json, and llmshrink can."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") == sparse24.METHOD:
+        return True
+    if quantization.get("format") != compressed_tensors.FORMAT:
+        return False
+    groups = (quantization.get("config_groups") or {}).values()
+    return any(WORD % int((group.get("weights") or {}).get("num_bits", WORD)) for group in groups)
+
+
+def _decompressed(checkpoint: Path) -> Any:
+    """transformers' model of a checkpoint over dequantized weights, float32. EngineError where they don't fit it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    reader = Decompressed(checkpoint, json.loads((checkpoint / "config.json").read_text()), torch.float32)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    weights = {key: reader.read(key) for key in list(reader.keys())}
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    absent = set(missing) - set(model.all_tied_weights_keys)
+    if absent or unknown:
+        key = sorted([*absent, *unknown])[0]
+        raise EngineError(f"{checkpoint}: its tensors aren't those of the model ({key}); copy it again")
+    return model
 
 
 def compare(

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from llmshrink.errors import LlmshrinkError
-from llmshrink.formats import compressed_tensors
+from llmshrink.formats import compressed_tensors, sparse24
 from llmshrink.serving.launch import AS_MEASURED, Installed, installed
+from llmshrink.serving.preflight import plugin_here
 
 TOP = 20
 """How many of the likeliest next tokens the engine is asked for: as many as it gives by default."""
@@ -115,13 +116,15 @@ def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
     except (OSError, ValueError) as error:
         raise EngineError(f"{checkpoint}: no readable config.json there; name a checkpoint's folder") from error
     quantization = config.get("quantization_config")
-    schemes = compressed_tensors.schemes(quantization) if quantization else {}
-    others = sorted({scheme.bits for scheme in schemes.values()} - {4})
+    if not quantization or quantization.get("quant_method") == sparse24.METHOD:
+        return
+    served = {4, 2, 3, 8} if plugin_here(os.environ).kernel else {4}
+    others = sorted({scheme.bits for scheme in compressed_tensors.schemes(quantization).values()} - served)
     if others:
-        bits = " and ".join(map(str, others))
+        bits, here = " and ".join(map(str, others)), ", ".join(map(str, sorted(served)))
         raise EngineError(
-            f"{checkpoint} has {bits}-bit weights, and vLLM's CPU build serves 4 bits only; verify it where vLLM runs"
-            " on CUDA, or with --engine transformers"
+            f"{checkpoint} has {bits}-bit weights, and vLLM's CPU build serves {here} bits only here; verify it where"
+            " vLLM runs on CUDA, or with --engine transformers"
         )
 
 

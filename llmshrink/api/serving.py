@@ -1,0 +1,29 @@
+"""`llmshrink.serve`: the twin of `llmshrink serve`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmshrink.errors import PathLike
+
+
+def serve(
+    checkpoint: PathLike,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    options: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> int:
+    """Serve a checkpoint's folder over HTTP with the vLLM of this environment; blocks until the server ends.
+
+    options: vLLM's own, as on its command line ("--max-model-len", "4096"). say: gets every line that `llmshrink serve`
+    prints. Returns the server's exit code. Raises LlmshrinkError, before anything is started, when there is no vLLM,
+    when this one can't serve the checkpoint on this device, or when the port is taken: str(error) says why, and what to
+    do. SIGINT and SIGTERM are passed on when this is called from the main thread.
+    """
+    from llmshrink.serving import serve as serving
+
+    return serving.serve(Path(os.fspath(checkpoint)), host=host, port=port, options=options, say=say)

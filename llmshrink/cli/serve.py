@@ -1,0 +1,38 @@
+"""`llmshrink serve`: a checkpoint behind vLLM's HTTP server, after a check that it can be."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Options that aren't ours are vLLM's."""
+
+
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint's folder.")],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> int:
+    """Serve DIR with vLLM, its OpenAI-compatible API on --host and --port.
+
+    First checks that this vLLM can serve it on this device, and says why not otherwise (exit code 2). Further options
+    are vLLM's own and follow DIR: llmshrink serve DIR --max-model-len 4096 --dtype float16. Ctrl-C stops the server; a
+    second one kills it. The exit code is the server's.
+    """
+    from llmshrink import api
+    from llmshrink.errors import LlmshrinkError
+
+    if checkpoint.startswith("-"):
+        raise LlmshrinkError(f"{checkpoint}: the checkpoint's folder comes first, then vLLM's options")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    status = api.serve(checkpoint, host=host, port=port, options=context.args, say=say)
+    if status:
+        print(f"llmshrink: vLLM ended with exit code {status}", file=sys.stderr)
+    return status

@@ -1,0 +1,248 @@
+"""Can the vLLM of this environment serve this checkpoint on this device? Asked before half a minute of starting it.
+
+The engine, the device, the plugin where the checkpoint needs it, the model's attention, and every compressed layer as
+vLLM will make it: its parts stored alike, its bits, groups and shape taken by one of vLLM's kernels or by the plugin's.
+What can't be judged from here (other tools' formats, patterns for names, architectures that llmshrink doesn't know) is
+left to vLLM, and a note says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.errors import CheckpointError, LlmshrinkError
+from llmshrink.formats import compressed_tensors, sparse24
+from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.formats.servable import attention, plugin_kernel, servable, sparse24_kernel
+from llmshrink.formats.sparse24 import Sparse24Scheme
+from llmshrink.model.families import FAMILIES, Family
+from llmshrink.serving.fused import one_scheme
+from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, installed
+from llmshrink.serving.options import EngineOptions
+from llmshrink.serving.vllm.plugin import GROUP, KERNELS, NAME, kernels_place
+
+OLDEST = (0, 32)
+"""The vLLM whose kernels and plugin interface are known."""
+OLDEST_CAPABILITY = (8, 0)
+"""Of the plugin's kernels: Ampere."""
+
+Scheme = GroupedIntScheme | Sparse24Scheme
+
+
+class ServeError(LlmshrinkError):
+    """This vLLM can't serve this checkpoint on this device."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """llmshrink's plugin as vLLM will see it. why: None when it is loaded, else why not and what to do.
+
+    kernel: whether its kernel for grouped integers is offered.
+    """
+
+    why: str | None
+    kernel: bool
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A checkpoint that can be served. device: "the CPU" or a GPU's name. notes: what wasn't checked."""
+
+    engine: Installed
+    device: str
+    notes: tuple[str, ...] = ()
+
+
+def check(checkpoint: Path, asked: EngineOptions) -> Passed:
+    """Raise ServeError, one line with the reason and the way out, where the checkpoint can't be served."""
+    config = read_config(checkpoint)
+    engine, device = engine_here()
+    plugin = plugin_here(os.environ)
+    target = "vllm-cpu" if engine.cpu else "vllm-cuda"
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    why = _attention(text or {}, target, asked.tp)
+    if why is not None:
+        raise ServeError(f"{checkpoint}: {why}{_elsewhere(target, asked.tp)}")
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return Passed(engine, device)
+    if not isinstance(quantization, dict):
+        raise ServeError(f"{checkpoint}: the quantization_config of config.json is no mapping; copy the folder again")
+    notes = check_layers(checkpoint, config, quantization, asked, target, plugin)
+    return Passed(engine, device, tuple(notes))
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """config.json of a folder; ServeError where there is none."""
+    try:
+        config = json.loads((checkpoint / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ServeError(
+            f"{checkpoint}: no readable config.json there; name a checkpoint's folder (hf download gets one)"
+        ) from error
+    if not isinstance(config, dict):
+        raise ServeError(f"{checkpoint / 'config.json'}: no mapping; copy the folder again")
+    return config
+
+
+def engine_here() -> tuple[Installed, str]:
+    """The vLLM and the name of the device that it will run on; ServeError where there isn't one, or it is too old."""
+    import torch
+
+    engine = installed()
+    if engine is None:
+        install = INSTALL_CUDA if torch.cuda.is_available() else INSTALL_CPU
+        raise ServeError(f"vLLM isn't installed in this environment; install it beside llmshrink: {install}")
+    numbers = re.match(r"(\d+)\.(\d+)", engine.version)
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST:
+        install = INSTALL_CPU if engine.cpu else INSTALL_CUDA
+        raise ServeError(f"vLLM {engine.version} is older than {'.'.join(map(str, OLDEST))}; update it: {install}")
+    if engine.cpu:
+        return engine, "the CPU"
+    if not torch.cuda.is_available():
+        raise ServeError(
+            f"vLLM {engine.version} is built for GPUs and torch sees none here; show it one (nvidia-smi,"
+            f" CUDA_VISIBLE_DEVICES), or in another environment take vLLM's CPU build: {INSTALL_CPU}"
+        )
+    return engine, torch.cuda.get_device_name()
+
+
+def plugin_here(environment: Mapping[str, str]) -> Plugin:
+    """Whether vLLM's processes will load the plugin. Raises ServeError for a LLMSHRINK_VLLM_KERNELS that isn't one."""
+    try:
+        place = kernels_place(environment.get(KERNELS))
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+    allowed = environment.get("VLLM_PLUGINS")
+    why = None
+    if not any(point.name == NAME for point in entry_points(group=GROUP)):
+        why = "vLLM doesn't see llmshrink's plugin; install llmshrink into this environment again (pip install -e .)"
+    elif allowed is not None and NAME not in allowed.split(","):
+        why = f"VLLM_PLUGINS={allowed!r} keeps llmshrink's plugin out; add {NAME} to it, or unset it"
+    return Plugin(why, why is None and place != "off")
+
+
+def check_layers(
+    checkpoint: Path,
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+    asked: EngineOptions,
+    target: str,
+    plugin: Plugin,
+) -> list[str]:
+    """Hold every compressed layer to the kernels; returns what wasn't checked. target: "vllm-cpu" or "vllm-cuda"."""
+    sparsity = quantization.get("sparsity_config")
+    if sparsity and sparsity.get("format") != "dense":
+        raise ServeError(
+            f"{checkpoint} has a sparsity_config, with which no vLLM since 0.19 starts; compress the original again"
+            " with llmshrink, whose formats need none"
+        )
+    method, form = quantization.get("quant_method"), quantization.get("format")
+    own = method == sparse24.METHOD
+    if not own and (method, form) != ("compressed-tensors", compressed_tensors.FORMAT):
+        return [f"quantized by {method}{f', format {form}' if form else ''}: whether vLLM serves that wasn't checked"]
+    if own and plugin.why is not None:
+        raise ServeError(f"{checkpoint} is in llmshrink's own format, and {plugin.why}")
+    if asked.dtype in ("float32", "float"):
+        raise ServeError(f"{checkpoint}: vLLM's kernels for compressed weights compute in 16 bits; --dtype float16")
+    try:
+        schemes = sparse24.schemes(quantization) if own else compressed_tensors.schemes(quantization)
+    except CheckpointError as error:
+        if own:
+            raise ServeError(f"{checkpoint}: {error}") from error
+        return [f"the layers weren't checked: {error}"]
+    family = FAMILIES.get(str(config.get("model_type")))
+    layers = _Layers(checkpoint, schemes, family, asked.tp, target, plugin)
+    notes = [] if family else [f"fused layers weren't checked: architecture {config.get('model_type')!r} isn't known"]
+    return notes + layers.check()
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The compressed layers of a checkpoint, and what is asked of them."""
+
+    checkpoint: Path
+    schemes: Mapping[str, Scheme]
+    family: Family | None
+    tp: int
+    target: str
+    plugin: Plugin
+
+    def check(self) -> list[str]:
+        """Raise ServeError naming the first layer of each fault; returns notes."""
+        faults: dict[str, list[str]] = {}
+        needs: set[str] = set()
+        fused = self.family.fused if self.family else {}
+        for layer, parts in self._fused().items():
+            try:
+                scheme = one_scheme(self.schemes, layer, fused.get)
+            except CheckpointError as error:
+                raise ServeError(f"{self.checkpoint}: {error}") from error
+            assert scheme is not None
+            why, package = self._refusal(scheme, layer, parts)
+            if why is not None:
+                faults.setdefault(why, []).append(layer)
+            elif package is not None:
+                needs.add(package)
+        if faults:
+            told = "; ".join(f"{_named(layers)}: {why}" for why, layers in faults.items())
+            raise ServeError(f"{self.checkpoint}: {told}{_elsewhere(self.target, self.tp)}")
+        return [f"some layers need {package}" for package in sorted(needs)]
+
+    def _fused(self) -> dict[str, list[tuple[int, int]]]:
+        """vLLM's layers, each with the shapes of its parts."""
+        layers: dict[str, list[tuple[int, int]]] = {}
+        with CheckpointIndex.open(self.checkpoint) as index:
+            for name in self.schemes:
+                key = f"{name}.weight_shape"
+                if key not in index:
+                    raise ServeError(f"{self.checkpoint}: no {key} there, which config.json promises; copy it again")
+                rows, columns = index.read(key).tolist()
+                layer = (self.family.fused_name(name) if self.family else None) or name
+                layers.setdefault(layer, []).append((rows, columns))
+        return layers
+
+    def _refusal(self, scheme: Scheme, layer: str, parts: list[tuple[int, int]]) -> tuple[str | None, str | None]:
+        """(why no kernel takes a layer or None, the optional package that it takes or None)."""
+        parallel = self.family.parallel(layer) if self.family else None
+        if isinstance(scheme, Sparse24Scheme):
+            return sparse24_kernel(scheme.group_size, parts, self.tp, parallel), None
+        described = (scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel)
+        verdict = servable(*described)
+        why = verdict.engines[self.target]
+        if why is None and verdict.needs is None:
+            return None, None
+        if self.plugin.kernel and plugin_kernel(*described) is None:
+            return None, None
+        if why is None and importlib.util.find_spec("humming") is None:
+            return f"{scheme.bits} bits need {verdict.needs}, which aren't installed", None
+        return why, verdict.needs
+
+
+def _attention(config: Mapping[str, Any], target: str, tp: int) -> str | None:
+    """Why the engine can't compute the model's attention; None when it can, or config.json doesn't tell."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+        return None
+    width = config.get("head_dim") or hidden // heads
+    return attention(width, heads, tp).get(target)
+
+
+def _named(layers: Iterable[str]) -> str:
+    first, *others = layers
+    return first + (f" and {len(others)} more" if others else "")
+
+
+def _elsewhere(target: str, tp: int) -> str:
+    fewer = "serve it with a smaller --tensor-parallel-size, " if tp > 1 else ""
+    cuda = "serve it where vLLM runs on CUDA, " if target == "vllm-cpu" else ""
+    return f"; {fewer}{cuda}run it with llmshrink generate, or compress the original again as vLLM serves it"

@@ -1,0 +1,184 @@
+"""vLLM's server as a child: started, waited for until it is healthy, its signals and its exit code passed on.
+
+The child leads a process group of its own, so that Ctrl-C reaches it once, from here, and so that whatever it leaves
+behind can be ended with it. What it prints goes to stderr; stdout has our lines alone. SIGINT, SIGTERM, SIGHUP and
+SIGQUIT are passed on; a second one ends the whole group, for a server that hangs. Should this process be killed with no
+chance to pass anything on, Linux sends the child a SIGTERM.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+from urllib.request import Request, urlopen
+
+from llmshrink.errors import LlmshrinkError
+
+POLL = 0.25
+"""Seconds between two looks at a server that isn't healthy yet."""
+PROGRESS = 15.0
+"""Seconds between two lines while it starts: 15 s of CPU, which is minutes of wall time on a busy machine."""
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server listens: host and port as given, and whether it speaks https."""
+
+    host: str
+    port: int
+    tls: bool = False
+
+    @property
+    def url(self) -> str:
+        """How this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def check_free(self) -> None:
+        """Raise LlmshrinkError where the server couldn't listen: the port is taken, the host isn't this machine's."""
+        if not 0 < self.port < 65536:
+            raise LlmshrinkError(f"--port {self.port}: a number from 1 to 65535 is expected")
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(
+                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+        except OSError as error:
+            said = (error.strerror or str(error)).lower()
+            raise LlmshrinkError(
+                f"can't listen on {self.host}, port {self.port}: {said}; name another with --port or --host"
+            ) from error
+
+
+def run(
+    words: Sequence[str],
+    environment: dict[str, str],
+    address: Address,
+    *,
+    say: Callable[[str], None],
+    ready: Callable[[float], None],
+) -> int:
+    """Run a server until it ends; returns its exit code (128 + the signal's number where one ended it).
+
+    say: gets a line every PROGRESS seconds while it starts. ready: called once, with the seconds it took, when its
+    health check answers.
+    """
+    with _Child(words, environment) as child:
+        start = time.monotonic()
+        if _until_healthy(child.process, address, lambda seconds: say(f"starting, {seconds:.0f} s")):
+            ready(time.monotonic() - start)
+        status = child.process.wait()
+    return 128 - status if status < 0 else status
+
+
+def _until_healthy(process: subprocess.Popen[bytes], address: Address, waiting: Callable[[float], None]) -> bool:
+    """Wait for the health check; False when the server ended before it answered."""
+    start = said = time.monotonic()
+    while process.poll() is None:
+        if _healthy(address):
+            return True
+        now = time.monotonic()
+        if now - said >= PROGRESS:
+            said = now
+            waiting(now - start)
+        time.sleep(POLL)
+    return False
+
+
+def _healthy(address: Address) -> bool:
+    import ssl
+
+    unchecked = ssl._create_unverified_context() if address.tls else None  # our own child, by its loopback name
+    try:
+        with urlopen(Request(f"{address.url}/health"), timeout=10, context=unchecked) as response:
+            return bool(response.status == 200)
+    except OSError:  # URLError and HTTPError are such
+        return False
+
+
+class _Child:
+    """While open: a child in a group of its own, to which signals go; afterwards nothing of the group is left."""
+
+    process: subprocess.Popen[bytes]
+
+    def __init__(self, words: Sequence[str], environment: dict[str, str]) -> None:
+        self._words, self._environment = words, environment
+        self._received: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Handlers before the child: a signal in between would leave it behind.
+        if threading.current_thread() is threading.main_thread():
+            for handled in _PASSED_ON:
+                self._before[handled] = signal.signal(handled, self._receive)
+        try:
+            self.process = subprocess.Popen(
+                self._words,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,
+                start_new_session=True,
+                preexec_fn=_end_with(os.getpid()),
+            )
+        except BaseException:
+            self._restore()
+            raise
+        for number in self._received:
+            self.process.send_signal(number)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._kill()
+            self.process.wait()
+        finally:
+            self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+        if not hasattr(self, "process"):
+            return
+        if len(self._received) == 1:
+            self.process.send_signal(number)
+        else:
+            self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _restore(self) -> None:
+        for handled, before in self._before.items():
+            signal.signal(handled, before)
+
+
+_STDERR = 2
+
+
+def _end_with(parent: int) -> Callable[[], None] | None:
+    """What the child does before it becomes the server: ask Linux for a SIGTERM when `parent` is gone."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
