@@ -154,7 +154,7 @@ def add_splits(parts, out, size, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):  #
     inside = i < size
     total = tl.load(parts + i, mask=inside)
     for split in tl.static_range(1, SPLIT_K):
-        total += tl.load(parts + split * size.to(tl.int64) + i, mask=inside)
+        total += tl.load(parts + split * tl.cast(size, tl.int64) + i, mask=inside)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
