@@ -83,6 +83,10 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
     """
     started = time.perf_counter()
     record = read_record(source)
+    if not {"format_notes", "other_linears"} <= record.keys():
+        raise SourceError(
+            f"{source}: its {RECORD} is an earlier llmshrink's, which kept less: make the checkpoint again"
+        )
     if format_of(record) == format:
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")
     if output.resolve() == source.resolve():

@@ -303,6 +303,17 @@ def test_convert_refuses_what_is_no_output_and_what_is_in_the_way(
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
 
+def test_a_record_of_an_earlier_version_is_told_so(made: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(made["plain", "compressed-tensors"], source)
+    record = json.loads((source / "llmshrink.json").read_text())
+    del record["format_notes"], record["identity"]["format"]
+    (source / "llmshrink.json").write_text(json.dumps(record))
+    assert llmshrink.verify(source).ok
+    with pytest.raises(SourceError, match="an earlier llmshrink's.*make the checkpoint again"):
+        llmshrink.convert(source, output=tmp_path / "out", format="llmshrink")
+
+
 def test_a_damaged_source_is_not_published(made: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(made["joint", "llmshrink"], source)
