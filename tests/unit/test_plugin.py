@@ -1,4 +1,4 @@
-"""The plugin without vLLM: found, quick to import, quiet where there is nothing to plug into; fused layers; the hook."""
+"""The plugin without vLLM: found, quick to import, quiet with nothing to plug into; fused layers; the hook."""
 
 from __future__ import annotations
 
