@@ -310,7 +310,7 @@ def test_a_record_of_an_earlier_version_is_told_so(made: dict[tuple[str, str], P
     del record["format_notes"], record["identity"]["format"]
     (source / "llmshrink.json").write_text(json.dumps(record))
     assert llmshrink.verify(source).ok
-    with pytest.raises(SourceError, match="an earlier llmshrink's.*make the checkpoint again"):
+    with pytest.raises(SourceError, match=r"an earlier llmshrink's.*make the checkpoint again"):
         llmshrink.convert(source, output=tmp_path / "out", format="llmshrink")
 
 
