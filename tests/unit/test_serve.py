@@ -203,9 +203,19 @@ def test_each_build_is_started_its_own_way() -> None:
     assert cpu == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "d", "--x"]
     cuda = server_words(Installed("vllm", "0.33.0"), Path("d"), [])
     assert cuda == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "d"]
-    assert server_environment(CPU, {})["VLLM_CPU_INT4_W4A8"] == "0"
-    assert server_environment(CPU, {"VLLM_CPU_INT4_W4A8": "1", "A": "b"})["VLLM_CPU_INT4_W4A8"] == "1"
-    assert "VLLM_CPU_INT4_W4A8" not in server_environment(Installed("vllm", "0.33.0"), {})
+
+
+def test_the_servers_environment_is_the_users_with_defaults() -> None:
+    def said(engine: Installed, own: dict[str, str], *words: str) -> dict[str, str]:
+        return server_environment(engine, own, words, free=18 * 2**30)
+
+    assert said(CPU, {})["VLLM_CPU_INT4_W4A8"] == "0"
+    assert said(CPU, {})["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert server_environment(CPU, {}, [], free=2**30)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    own = {"VLLM_CPU_INT4_W4A8": "1", "VLLM_CPU_KVCACHE_SPACE": "9", "A": "b"}
+    assert said(CPU, own).items() >= own.items()
+    assert "VLLM_CPU_KVCACHE_SPACE" not in said(CPU, {}, "--gpu-memory-utilization=0.5")
+    assert not {"VLLM_CPU_INT4_W4A8", "VLLM_CPU_KVCACHE_SPACE"} & said(Installed("vllm", "0.33.0"), {}).keys()
 
 
 def free_port() -> int:
