@@ -197,6 +197,18 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def renamed() -> list[str]:
+    """The targets of a model that vLLM wraps."""
+    from sparse24 import described
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from llmshrink.serving.vllm.config import LlmshrinkConfig
+
+    config = LlmshrinkConfig.from_config(described(["model.layers.0.mlp.down_proj"], 16, None, []))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    return list(config.schemes)
+
+
 def main() -> None:
     facts: dict[str, Any] = {"registration": registration()}
     facts["ranks"] = {str(bits): ranks(bits, group) for bits, group in ((4, 32), (8, -1), (16, None))}
@@ -206,6 +218,7 @@ def main() -> None:
         for symmetric in (True, False)
     }
     facts["refusals"] = refusals()
+    facts["renamed"] = renamed()
     facts["triton_files"] = sorted(
         name for name in sys.modules if name.startswith("llmshrink_kernels") and name.endswith((".kernel", ".launch"))
     )

@@ -64,6 +64,21 @@ def test_grouped_integers_in_both_of_vllms_layouts(facts: dict[str, Any]) -> Non
     assert all(0 < error < 2**-8 for error in facts["grouped"].values()), facts["grouped"]
 
 
+def test_targets_are_renamed_as_vllm_renames_a_wrapped_model(facts: dict[str, Any]) -> None:
+    assert facts["renamed"] == ["language_model.model.layers.0.mlp.down_proj"]
+
+
+def test_llmshrink_and_vllm_live_in_one_environment() -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    # The CPU build names companions of torch that it doesn't need here; they are left out on purpose.
+    companions = tuple(
+        f"requires {name}, which is not installed." for name in ("torchaudio", "torchcodec", "torchvision")
+    )
+    complaints = [line for line in done.stdout.splitlines() if not line.endswith(companions)]
+    assert complaints in ([], ["No broken requirements found."])
+
+
 def test_on_a_cpu_no_file_of_ours_that_needs_triton_is_imported(facts: dict[str, Any]) -> None:
     assert facts["triton_files"] == []
 
