@@ -69,9 +69,10 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
     plugin = plugin_here(os.environ)
     target = "vllm-cpu" if engine.cpu else "vllm-cuda"
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    why = _attention(text or {}, target, asked.tp)
-    if why is not None:
-        raise ServeError(f"{checkpoint}: {why}{_elsewhere(target, asked.tp)}")
+    refused = _attention(text or {}, asked.tp)
+    if target in refused:
+        ways = _ways_out(target, asked.tp, cuda="vllm-cuda" not in refused)
+        raise ServeError(f"{checkpoint}: {refused[target]}; {ways}")
     quantization = config.get("quantization_config")
     if quantization is None:
         return Passed(engine, device)
@@ -180,6 +181,7 @@ class _Layers:
     def check(self) -> list[str]:
         """Raise ServeError naming the first layer of each fault; returns notes."""
         faults: dict[str, list[str]] = {}
+        ways: set[str] = set()
         needs: set[str] = set()
         fused = self.family.fused if self.family else {}
         for layer, parts in self._fused().items():
@@ -191,11 +193,12 @@ class _Layers:
             why, package = self._refusal(scheme, layer, parts)
             if why is not None:
                 faults.setdefault(why, []).append(layer)
+                ways.add(self._ways_out(scheme, layer, parts))
             elif package is not None:
                 needs.add(package)
         if faults:
             told = "; ".join(f"{_named(layers)}: {why}" for why, layers in faults.items())
-            raise ServeError(f"{self.checkpoint}: {told}{_elsewhere(self.target, self.tp)}")
+            raise ServeError(f"{self.checkpoint}: {told}; {min(ways, key=len)}")
         return [f"some layers need {package}" for package in sorted(needs)]
 
     def _fused(self) -> dict[str, list[tuple[int, int]]]:
@@ -216,25 +219,39 @@ class _Layers:
         parallel = self.family.parallel(layer) if self.family else None
         if isinstance(scheme, Sparse24Scheme):
             return sparse24_kernel(scheme.group_size, parts, self.tp, parallel), None
-        described = (scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel)
-        verdict = servable(*described)
+        verdict = servable(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel)
         why = verdict.engines[self.target]
         if why is None and verdict.needs is None:
             return None, None
-        if self.plugin.kernel and plugin_kernel(*described) is None:
+        if self.plugin.kernel and self._plugin_takes(scheme, layer, parts):
             return None, None
         if why is None and importlib.util.find_spec("humming") is None:
             return f"{scheme.bits} bits need {verdict.needs}, which aren't installed", None
         return why, verdict.needs
 
+    def _plugin_takes(self, scheme: GroupedIntScheme, layer: str, parts: list[tuple[int, int]]) -> bool:
+        parallel = self.family.parallel(layer) if self.family else None
+        return plugin_kernel(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel) is None
 
-def _attention(config: Mapping[str, Any], target: str, tp: int) -> str | None:
-    """Why the engine can't compute the model's attention; None when it can, or config.json doesn't tell."""
+    def _ways_out(self, scheme: Scheme, layer: str, parts: list[tuple[int, int]]) -> str:
+        """What a user can do about a layer that no kernel takes."""
+        if isinstance(scheme, Sparse24Scheme):
+            return _ways_out(self.target, self.tp, cuda=False)
+        parallel = self.family.parallel(layer) if self.family else None
+        verdict = servable(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel)
+        ways = _ways_out(self.target, self.tp, cuda=verdict.engines["vllm-cuda"] is None)
+        if not self.plugin.kernel and self._plugin_takes(scheme, layer, parts):
+            return f"llmshrink's kernel takes it: {self.plugin.why or f'unset {KERNELS}'}; or {ways}"
+        return ways
+
+
+def _attention(config: Mapping[str, Any], tp: int) -> dict[str, str]:
+    """The engines that can't compute the model's attention, and why; none where config.json doesn't tell."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-        return None
+        return {}
     width = config.get("head_dim") or hidden // heads
-    return attention(width, heads, tp).get(target)
+    return attention(width, heads, tp)
 
 
 def _named(layers: Iterable[str]) -> str:
@@ -242,7 +259,8 @@ def _named(layers: Iterable[str]) -> str:
     return first + (f" and {len(others)} more" if others else "")
 
 
-def _elsewhere(target: str, tp: int) -> str:
-    fewer = "serve it with a smaller --tensor-parallel-size, " if tp > 1 else ""
-    cuda = "serve it where vLLM runs on CUDA, " if target == "vllm-cpu" else ""
-    return f"; {fewer}{cuda}run it with llmshrink generate, or compress the original again as vLLM serves it"
+def _ways_out(target: str, tp: int, *, cuda: bool) -> str:
+    """What a user can do. cuda: whether vLLM on CUDA would serve what this one, `target`, doesn't."""
+    ways = ["serve it with a smaller --tensor-parallel-size"] if tp > 1 else []
+    ways += ["serve it where vLLM runs on CUDA"] if cuda and target != "vllm-cuda" else []
+    return ", ".join([*ways, "run it with llmshrink generate"]) + ", or compress the original again as vLLM serves it"

@@ -90,7 +90,10 @@ def test_bits_without_a_kernel_are_named_with_their_layers(tmp_path: Path, monke
     three = int_checkpoint(tmp_path, 3, 64)
     assert preflight.check(three, EngineOptions()).notes == ()
     monkeypatch.setenv("LLMSHRINK_VLLM_KERNELS", "off")
-    assert "not 3" in refusal(three)
+    assert "not 3; llmshrink's kernel takes it: unset LLMSHRINK_VLLM_KERNELS; or " in refusal(three)
+    monkeypatch.delenv("LLMSHRINK_VLLM_KERNELS")
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert "keeps llmshrink's plugin out" in refusal(three)
 
 
 def test_bits_that_need_an_optional_package_are_refused_without_it(
@@ -109,7 +112,9 @@ def test_parts_of_a_fused_layer_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_ranks_that_dont_divide_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    assert "4 attention heads can't be split over 3 ranks" in refusal(int_checkpoint(tmp_path, 4, 64), tp=3)
+    heads = refusal(int_checkpoint(tmp_path, 4, 64), tp=3)
+    assert "4 attention heads can't be split over 3 ranks; serve it with a smaller --tensor-parallel-size" in heads
+    assert "CUDA" not in heads
     said = refusal(int_checkpoint(tmp_path, 4, 64, (130, 128)), tp=4)
     assert "130 outputs can't be split over 4 ranks" in said
     assert "a smaller --tensor-parallel-size" in said
