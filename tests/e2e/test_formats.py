@@ -26,7 +26,7 @@ def llmshrink(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("verb", "recipe", "options", "bits"),
     [
-        ("prune", "sparsegpt-2of4", (), 9.0),
+        pytest.param("prune", "sparsegpt-2of4", (), 9.0, marks=pytest.mark.long),
         ("compress", "sparsegpt-2of4-gptq-w4a16", ("--group-size", "64"), 3.25),
     ],
 )

@@ -164,7 +164,9 @@ def test_parts_of_a_fused_layer_that_differ_are_vllms_refusal(tmp_path: Path, de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["magnitude-2of4", "sparsegpt-2of4-gptq-w4a16"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("magnitude-2of4", marks=pytest.mark.long), "sparsegpt-2of4-gptq-w4a16"]
+)
 def test_what_the_command_line_writes_is_verified_in_the_engine(
     recipe: str, tmp_path: Path, serve_once: Callable[[Path], Served]
 ) -> None:

@@ -55,12 +55,17 @@ def test_error_falls_with_smaller_groups(seed: int, search: str, method: str) ->
     assert errors == sorted(errors, reverse=True)
 
 
-@few
-@given(seed=seeds, signed=st.booleans(), act_order=st.booleans())
-def test_the_trial_beats_scales_fixed_beforehand(seed: int, signed: bool, act_order: bool) -> None:
-    weight, statistics = site(64, 64, seed)
-    fields = {"signed": signed, "act_order": act_order, "bits": 3}
-    assert solve(weight, statistics, **fields).error < solve(weight, statistics, scale_search="mse", **fields).error
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_trial_beats_scales_fixed_beforehand(signed: bool, act_order: bool) -> None:
+    """Over many weights: which scale is best is only known once all is quantized, and now and then the guess was."""
+    errors = {"trial": 0.0, "mse": 0.0}
+    for seed in range(12):
+        weight, statistics = site(64, 64, seed)
+        for search in errors:
+            fields = {"signed": signed, "act_order": act_order, "bits": 3, "scale_search": search}
+            errors[search] += solve(weight, statistics, **fields).error
+    assert errors["trial"] < 0.96 * errors["mse"]
 
 
 @few
