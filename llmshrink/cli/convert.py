@@ -6,18 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from llmshrink.cli import quantize as shared
+from llmshrink.cli import runs
 from llmshrink.cli.show import JsonFlag, show
 
 
 def convert(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that llmshrink wrote, pruned 2:4.")],
-    output: shared.Output,
+    output: runs.Output,
     format: Annotated[
         Literal["compressed-tensors", "llmshrink"],
         typer.Option("--format", help="A standard checkpoint, zeros and all; or 2:4 without its zeros."),
     ],
-    overwrite: shared.Overwrite = False,
+    overwrite: runs.Overwrite = False,
     json: JsonFlag = False,
 ) -> int:
     """Store DIR as OUT in the other format. Every weight stays as it is, and the result is verified."""

@@ -2,113 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from llmshrink.cli.show import JsonFlag, show
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hub id (owner/name or owner/name@revision), a folder, or `demo`.")
-]
-Output = Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write; it appears whole.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe (`llmshrink recipes`) or a YAML file.")]
-Calibration = Annotated[
-    str | None,
-    typer.Option(help="A name from `datasets`, a .txt, .jsonl or .parquet file, or `demo`; else a public mix."),
-]
-Samples = Annotated[int | None, typer.Option(min=1, help="Calibration sequences (256 for a real model).")]
-SeqLen = Annotated[int | None, typer.Option(min=1, help="Tokens in each (2048, or the model's limit where shorter).")]
-Bits = Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8, instead of the recipe's.")]
-GroupSize = Annotated[
-    int | None, typer.Option(help="Inputs that share a scale (-1: a whole row), instead of the recipe's.")
-]
-Asymmetric = Annotated[
-    bool | None, typer.Option("--asymmetric/--symmetric", help="With or without zero-points, instead of the recipe's.")
-]
-Method = Annotated[
-    str | None, typer.Option(help="gptq or rtn, instead of the recipe's; what only the old one reads is left out.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Any field of the recipe, as steps.0.quantize.bits=3. Repeatable."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; left out: the fastest that is there.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16: what the model computes in meanwhile; auto: as stored."),
-]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences in a forward; left out: chosen by their length.")]
-Seed = Annotated[int, typer.Option(min=0, help="Which calibration text is drawn.")]
-WorkDir = Annotated[str | None, typer.Option(help="Where what a run keeps on disk meanwhile goes; else beside OUT.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if llmshrink made it.")]
-MaxShardSize = Annotated[str, typer.Option(help="The largest file of weights, as 5GB or 500MB.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own Python here.")
-]
-ServeTp = Annotated[int, typer.Option(min=1, help="Over how many devices it will be served (tensor parallel).")]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse when a site can't be quantized exactly as asked.")]
-Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Reload the result and compare, before OUT appears.")
-]
+from llmshrink.cli import runs
+from llmshrink.cli.show import JsonFlag
 
 
+@runs.with_settings
 def quantize(
-    model: Model,
-    output: Output,
-    recipe: RecipeName = "gptq-w4a16",
-    calibration: Calibration = None,
-    samples: Samples = None,
-    seq_len: SeqLen = None,
-    bits: Bits = None,
-    group_size: GroupSize = None,
-    asymmetric: Asymmetric = None,
-    method: Method = None,
-    set_: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    work_dir: WorkDir = None,
-    overwrite: Overwrite = False,
-    max_shard_size: MaxShardSize = "5GB",
-    trust_remote_code: TrustRemoteCode = False,
-    serve_tp: ServeTp = 1,
-    strict: Strict = False,
-    verify: Verify = True,
+    model: runs.Model,
+    output: runs.Output,
+    recipe: runs.RecipeName = "gptq-w4a16",
+    bits: runs.Bits = None,
+    group_size: runs.GroupSize = None,
+    asymmetric: runs.Asymmetric = None,
+    method: runs.Method = None,
     json: JsonFlag = False,
+    **settings: Any,
 ) -> int:
     """Quantize MODEL's weights into OUT. A run that was stopped goes on when the same command is given again."""
     from llmshrink import api
-    from llmshrink.run.progress import Shown
 
-    with Shown(json=json) as progress:
-        report = api.quantize(
-            model,
-            output=output,
-            recipe=recipe,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            bits=bits,
-            group_size=group_size,
-            asymmetric=asymmetric,
-            method=method,
-            set=tuple(set_ or ()),
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            seed=seed,
-            work_dir=work_dir,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            trust_remote_code=trust_remote_code,
-            serve_tp=serve_tp,
-            strict=strict,
-            verify=verify,
-            progress=progress,
-        )
-    show(report, as_json=json)
-    return 0 if report.ok else 1
+    return runs.carry_out(
+        api.quantize,
+        model,
+        output=output,
+        recipe=recipe,
+        bits=bits,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        method=method,
+        json=json,
+        **settings,
+    )

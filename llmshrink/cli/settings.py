@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import typer
+
+from llmshrink.cli.sharing import sharing
 
 Output = Annotated[
     str, typer.Option("--output", "-o", metavar="REPORT", help="The folder for results.json, table.md, report.html.")
@@ -92,10 +92,4 @@ def settings(
     """Never called: its signature is what `with_settings` gives a verb."""
 
 
-def with_settings(verb: Callable[..., int]) -> Callable[..., int]:
-    """Give a verb that takes `**settings` the options of `settings`, after its own, as the parser reads them."""
-    own, shared = (inspect.signature(each, eval_str=True).parameters.values() for each in (verb, settings))
-    together = [*(one for one in own if one.kind is not one.VAR_KEYWORD), *shared]
-    verb.__signature__ = inspect.Signature(together, return_annotation=int)  # type: ignore[attr-defined]
-    verb.__annotations__ = {one.name: one.annotation for one in together} | {"return": int}
-    return verb
+with_settings = sharing(settings)
