@@ -115,7 +115,7 @@ def _read(path: Path) -> dict[str, Plan]:
         entries = dict(content["plans"])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         notice(f"llmshrink kernels: {path} can't be read ({error!r}) and is ignored; a new search writes it again")
         return {}
     plans = {name: _plan(entry) for name, entry in entries.items()}

@@ -49,7 +49,7 @@ def bench_kernels(
     if not torch.cuda.is_available():
         raise LlmshrinkError(
             "bench kernels times kernels on a CUDA device, and this machine has none; what the compiler makes of them"
-            " needs none: python kernels/benchmarks/facts.py"
+            " needs none: python kernels/benchmarks/facts.py, in a checkout"
         )
     if not has_triton():
         raise LlmshrinkError("bench kernels needs Triton: pip install triton")
@@ -65,17 +65,16 @@ def bench_kernels(
 def _tune(bench: Any, shapes: Sequence[Any], say: Callable[[str], None]) -> None:
     """Search each format of ours, shape and class of rows once."""
     from llmshrink_kernels.benchmark.problem import problem
-    from llmshrink_kernels.wna16.prepack import prepack
-    from llmshrink_kernels.wna16.search import search
 
-    bits = sorted({who.bits for who in bench.who if who.name.startswith("llmshrink W")})
     for shape in shapes:
-        for width in bits:
-            asked = problem(shape, width, bench.group_size, bench.dtype, bench.device, 0)
-            packed = prepack(asked.codes, asked.scale, None, bits=width, group_size=bench.group_size)
-            for count in bench.rows:
-                best = search(packed, count, bench.dtype)[0]
-                say(f"tuned {shape.name}, {width} bits, {count} rows: {best.plan}, {1e6 * (best.seconds or 0):.1f} us")
+        for who in bench.who:
+            if who.search is None:
+                continue
+            asked = who.adapt(problem(shape, who.bits, bench.group_size, bench.dtype, bench.device, 0))
+            # Plans are filed by rows up to a power of two, 16 at the least: others of a class would be searched again.
+            for count in sorted({max(16, 1 << (rows - 1).bit_length()) for rows in bench.rows}):
+                best = who.search(asked, count)[0]
+                say(f"tuned {shape.name}, {who.name}, {count} rows: {best.plan}, {1e6 * (best.seconds or 0):.1f} us")
 
 
 def _measure(bench: Any, shapes: Sequence[Any], output: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -104,7 +103,8 @@ def _measure(bench: Any, shapes: Sequence[Any], output: Path, say: Callable[[str
                 say(line(vars(row)))
         content["solver"] += [vars(solved) for solved in solver.measure(shape.outputs, bench.device)]
         for solved in content["solver"][-2:]:
-            say(f"{shape.name}  {solved['operator']}: {solved['over_eager']} times as fast as the eager loop")
+            times = f"{solved['over_eager']} times as fast as the eager loop"
+            say(f"{shape.name}  {solved['operator']}: {times if solved['over_eager'] else 'not the eager result'}")
         run.write(content, path)
     try:
         from llmshrink_kernels.benchmark.plot import plot

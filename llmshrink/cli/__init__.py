@@ -45,7 +45,8 @@ def run(arguments: Sequence[str]) -> int:
 def _carry_out(arguments: Sequence[str]) -> int:
     from llmshrink.cli.app import command
 
-    result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+    # obj: what a verb finds as the root's `obj`, the command line as it was given.
+    result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False, obj=tuple(arguments))
     sys.stdout.flush()
     # The parser makes 130 of a Ctrl-C; no verb of ours returns it.
     return _interrupted(arguments) if result == INTERRUPTED else result if isinstance(result, int) else 0

@@ -13,6 +13,7 @@ from llmshrink.cli.watch import command_line, show_results, watching
 
 @with_settings
 def compare(
+    context: typer.Context,
     original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="The model that was compressed.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Its compressed forms.")],
     output: Output,
@@ -23,5 +24,7 @@ def compare(
     from llmshrink import api
 
     with watching(json=json) as progress:
-        results = api.compare(original, *models, output=output, command=command_line(), progress=progress, **settings)
+        results = api.compare(
+            original, *models, output=output, command=command_line(context), progress=progress, **settings
+        )
     return show_results(results, output, as_json=json)

@@ -13,6 +13,7 @@ from llmshrink.cli.watch import command_line, show_results, watching
 
 @with_settings
 def eval(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A Hub id (owner/name or owner/name@revision), a folder, or `demo`.")
     ],
@@ -33,6 +34,6 @@ def eval(
 
     with watching(json=json) as progress:
         results = api.eval(
-            model, output=output, baseline=baseline, command=command_line(), progress=progress, **settings
+            model, output=output, baseline=baseline, command=command_line(context), progress=progress, **settings
         )
     return show_results(results, output, as_json=json)

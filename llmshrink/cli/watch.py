@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import typer
     from llmshrink_eval.progress import Progress
     from llmshrink_eval.results import Results
 
@@ -104,6 +105,6 @@ def show_results(results: Results, output: str, *, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-def command_line() -> str:
+def command_line(context: typer.Context) -> str:
     """The command as it was given, for the report to say how it was made."""
-    return shlex.join(["llmshrink", *sys.argv[1:]])
+    return shlex.join(["llmshrink", *context.find_root().obj])

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llmshrink.errors import CheckpointError
 from llmshrink.formats.bitpack import BITS, pack, unpack, words_for
+from llmshrink.formats.groups import by_scheme, checked, literal
 from llmshrink.weights import GroupedInt
 
 FORMAT = "pack-quantized"
@@ -79,17 +80,10 @@ def read(name: str, get: Callable[[str], Tensor], scheme: GroupedIntScheme) -> G
     shape or dtype isn't what `scheme` and `weight_shape` say.
     """
 
-    def checked(suffix: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> Tensor:
-        key = f"{name}.{suffix}"
-        tensor = get(key)
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{key} is {tensor.dtype} {list(tensor.shape)}, expected {' or '.join(map(str, dtypes))} {list(shape)}"
-                f" for {scheme}; the checkpoint is damaged or not of this format"
-            )
-        return tensor
+    def part(suffix: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> Tensor:
+        return checked(get, f"{name}.{suffix}", dtypes, shape, scheme)
 
-    out_features, in_features = checked("weight_shape", (torch.int64,), (2,)).tolist()
+    out_features, in_features = part("weight_shape", (torch.int64,), (2,)).tolist()
     group_size = in_features if scheme.group_size == -1 else scheme.group_size
     if out_features < 1 or in_features < 1 or in_features % group_size:
         raise CheckpointError(
@@ -97,12 +91,12 @@ def read(name: str, get: Callable[[str], Tensor], scheme: GroupedIntScheme) -> G
             " the checkpoint is damaged"
         )
     groups = in_features // group_size
-    packed = checked("weight_packed", (torch.int32,), (out_features, words_for(in_features, scheme.bits)))
-    scale = checked("weight_scale", SCALE_DTYPES, (out_features, groups))
+    packed = part("weight_packed", (torch.int32,), (out_features, words_for(in_features, scheme.bits)))
+    scale = part("weight_scale", SCALE_DTYPES, (out_features, groups))
     zero_point = None
     if not scheme.symmetric:
         rows = words_for(out_features, scheme.bits)
-        stored = checked("weight_zero_point", (torch.int32,), (rows, groups))
+        stored = part("weight_zero_point", (torch.int32,), (rows, groups))
         zero_point = unpack(stored.t().contiguous(), scheme.bits, out_features).t().contiguous()
     return GroupedInt(unpack(packed, scheme.bits, in_features), scale, zero_point, scheme.bits, group_size)
 
@@ -113,13 +107,7 @@ def quantization_config(sites: Mapping[str, GroupedIntScheme | None], ignore: It
     sites: module path of every linear inside the blocks -> its scheme, or None when it stays as it is. ignore: further
     linears that stay as they are (`lm_head`). One config group for each distinct scheme, in the order met.
     """
-    targets: dict[GroupedIntScheme, list[str]] = {}
-    ignored = dict.fromkeys(ignore)
-    for name, scheme in sites.items():
-        if scheme is None:
-            ignored[name] = None
-        else:
-            targets.setdefault(scheme, []).append(name)
+    targets, ignored = by_scheme(sites, ignore)
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
@@ -134,7 +122,7 @@ def quantization_config(sites: Mapping[str, GroupedIntScheme | None], ignore: It
             }
             for number, (scheme, names) in enumerate(targets.items())
         },
-        "ignore": list(ignored),
+        "ignore": ignored,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,
@@ -151,19 +139,7 @@ def schemes(config: Mapping[str, object]) -> dict[str, GroupedIntScheme]:
             f"quantization_config is {config.get('quant_method')!r}, format {config.get('format')!r}; only"
             f" compressed-tensors {FORMAT} can be read here"
         )
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise CheckpointError("quantization_config has no config_groups; the checkpoint is damaged")
-    found: dict[str, GroupedIntScheme] = {}
-    for label, group in groups.items():
-        scheme = _scheme(label, group)
-        for target in group.get("targets", ()):
-            if not isinstance(target, str) or target.startswith("re:") or "." not in target:
-                raise CheckpointError(
-                    f"quantization_config {label} targets {target!r}; only literal module paths can be read here"
-                )
-            found[target] = scheme
-    return found
+    return literal(config, _scheme)
 
 
 def _weights(scheme: GroupedIntScheme) -> dict[str, object]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llmshrink.errors import CheckpointError
 from llmshrink.formats.compressed_tensors import SCALE_DTYPES
+from llmshrink.formats.groups import by_scheme, checked, literal
 from llmshrink.weights import Sparse24
 from llmshrink.weights.sparse24 import VALUE_DTYPES
 
@@ -84,17 +85,10 @@ def read(name: str, get: Callable[[str], Tensor], scheme: Sparse24Scheme) -> Spa
     shape, dtype or positions aren't what `scheme` and `weight_shape` say.
     """
 
-    def checked(suffix: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> Tensor:
-        key = f"{name}.{suffix}"
-        tensor = get(key)
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{key} is {tensor.dtype} {list(tensor.shape)}, expected {' or '.join(map(str, dtypes))} {list(shape)}"
-                f" for {scheme}; the checkpoint is damaged or not of this format"
-            )
-        return tensor
+    def part(suffix: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> Tensor:
+        return checked(get, f"{name}.{suffix}", dtypes, shape, scheme)
 
-    out_features, in_features = checked("weight_shape", (torch.int64,), (2,)).tolist()
+    out_features, in_features = part("weight_shape", (torch.int64,), (2,)).tolist()
     group_size = in_features if scheme.group_size == -1 else scheme.group_size
     if out_features < 1 or in_features < 1 or in_features % 4 or (group_size and in_features % group_size):
         raise CheckpointError(
@@ -104,10 +98,10 @@ def read(name: str, get: Callable[[str], Tensor], scheme: Sparse24Scheme) -> Spa
         )
     kept = in_features // 2
     if scheme.bits == 4:
-        values = unpack_nibbles(checked("weight_values", (torch.uint8,), (out_features, kept // 2)))
+        values = unpack_nibbles(part("weight_values", (torch.uint8,), (out_features, kept // 2)))
     else:
-        values = checked("weight_values", VALUE_DTYPES if scheme.bits == 16 else (torch.int8,), (out_features, kept))
-    packed = checked("weight_positions", (torch.uint8,), (out_features, -(-kept // 4)))
+        values = part("weight_values", VALUE_DTYPES if scheme.bits == 16 else (torch.int8,), (out_features, kept))
+    packed = part("weight_positions", (torch.uint8,), (out_features, -(-kept // 4)))
     positions = unpack_positions(packed, kept).contiguous()
     low, high = positions.view(out_features, -1, 2).unbind(-1)
     if not bool((low < high).all()) or not torch.equal(pack_positions(positions), packed):
@@ -117,7 +111,7 @@ def read(name: str, get: Callable[[str], Tensor], scheme: Sparse24Scheme) -> Spa
         )
     scale = None
     if group_size is not None:
-        scale = checked("weight_scale", SCALE_DTYPES, (out_features, in_features // group_size))
+        scale = part("weight_scale", SCALE_DTYPES, (out_features, in_features // group_size))
     return Sparse24(values, positions, scale, scheme.bits, group_size)
 
 
@@ -127,13 +121,7 @@ def quantization_config(sites: Mapping[str, Sparse24Scheme | None], ignore: Iter
     sites: module path of every linear inside the blocks -> its scheme, or None when it stays as it is. ignore: further
     linears that stay as they are (`lm_head`). One config group for each distinct scheme, in the order met.
     """
-    targets: dict[Sparse24Scheme, list[str]] = {}
-    ignored = dict.fromkeys(ignore)
-    for name, scheme in sites.items():
-        if scheme is None:
-            ignored[name] = None
-        else:
-            targets.setdefault(scheme, []).append(name)
+    targets, ignored = by_scheme(sites, ignore)
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -142,7 +130,7 @@ def quantization_config(sites: Mapping[str, Sparse24Scheme | None], ignore: Iter
             f"group_{number}": {"targets": names, "weights": _weights(scheme)}
             for number, (scheme, names) in enumerate(targets.items())
         },
-        "ignore": list(ignored),
+        "ignore": ignored,
     }
 
 
@@ -157,19 +145,7 @@ def schemes(config: Mapping[str, object]) -> dict[str, Sparse24Scheme]:
             f"quantization_config is {described[0]!r}, format {described[1]!r}, version {described[2]!r}; only "
             f"{METHOD} {FORMAT} {VERSION} can be read here: update llmshrink"
         )
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise CheckpointError("quantization_config has no config_groups; the checkpoint is damaged")
-    found: dict[str, Sparse24Scheme] = {}
-    for label, group in groups.items():
-        scheme = _scheme(label, group)
-        for target in group.get("targets", ()):
-            if not isinstance(target, str) or target.startswith("re:") or "." not in target:
-                raise CheckpointError(
-                    f"quantization_config {label} targets {target!r}; {FORMAT} names modules literally: it is damaged"
-                )
-            found[target] = scheme
-    return found
+    return literal(config, _scheme)
 
 
 def _weights(scheme: Sparse24Scheme) -> dict[str, object]:

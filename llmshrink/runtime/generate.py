@@ -114,6 +114,10 @@ def generate(
     on_text: Callable[[str], None] | None,
 ) -> Generation:
     """See `llmshrink.generate`. All that can be refused is, before a weight is read."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise LlmshrinkError(f"the prompt isn't UTF-8 text ({error.reason}); give text") from error
     if not prompt.strip():
         raise LlmshrinkError("the prompt is empty; give the text that the model is to go on from")
     pick_device(device)

@@ -63,6 +63,12 @@ def load(source: Source, *, device: str | None, dtype: str | None, trust_remote_
     config = config_of(source, trust_remote_code)
     chosen = choose_dtype(dtype, config, place, compressed=quantization is not None)
     if quantization is None:
+        with CheckpointIndex.open(source.folder) as index:
+            packed = next((key for key in index if key.endswith((".weight_packed", ".weight_values"))), None)
+        if packed is not None:
+            raise CheckpointError(
+                f"{source.name}: {packed} is packed, but config.json has no quantization_config; copy config.json again"
+            )
         logger.warning("%s isn't compressed: loaded as it is", source.name)
         loaded = _load_dense(source, place, chosen, trust_remote_code)
     else:
@@ -177,7 +183,10 @@ def _packed_linears(skeleton: Skeleton, reader: _Reader) -> dict[str, str]:
             places[name] = stored
     missing = sorted(reader.packed.keys() - set(places.values()))
     if missing:
-        logger.warning("%s: %d packed weights that the model's class has no place for", missing[0], len(missing))
+        raise CheckpointError(
+            f"{missing[0]} and {len(missing) - 1} more are packed, and the model that config.json describes has no"
+            " place for them; the two don't belong together: copy the checkpoint again"
+        )
     return places
 
 
@@ -245,7 +254,10 @@ def _generation_config(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise SourceError(f"{folder}/generation_config.json: can't be read: {one_line(error)}") from error
 
 
 def _unsaved(folder: Path) -> Any:

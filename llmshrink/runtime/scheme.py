@@ -98,13 +98,19 @@ def _check(label: str, group: Mapping[str, Any], form: object) -> None:
         )
 
 
-def _matches(name: str, kind: str, targets: Iterable[object]) -> int | None:
+def _matches(name: str, kind: str, targets: object) -> int | None:
     """0 where a target is the module's name or a pattern of it, 1 where it's its class, None where none is."""
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise CheckpointError(f"quantization_config lists its linears as {targets!r}, not as a list; it is damaged")
     best = None
     for target in targets:
         if not isinstance(target, str):
             continue
-        if target == name or (target.startswith("re:") and re.match(target[3:], name)):
+        try:
+            found = target == name or (target.startswith("re:") and re.match(target[3:], name))
+        except re.error as error:
+            raise CheckpointError(f"quantization_config: {target!r} is no pattern ({error}); it is damaged") from error
+        if found:
             return 0
         if target == kind:
             best = 1

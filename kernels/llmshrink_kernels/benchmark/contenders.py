@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from llmshrink_kernels.benchmark.problem import Problem, prune
+from llmshrink_kernels.sparse24 import search as sparse24_search
 from llmshrink_kernels.sparse24.canonical import compress
 from llmshrink_kernels.sparse24.ops import sparse24_matmul
+from llmshrink_kernels.sparse24.prepack import PackedSparse
 from llmshrink_kernels.sparse24.prepack import prepack as prepack_sparse
+from llmshrink_kernels.tune import Trial
+from llmshrink_kernels.wna16 import search as wna16_search
 from llmshrink_kernels.wna16.compressed import to_stream
 from llmshrink_kernels.wna16.ops import wna16_matmul
-from llmshrink_kernels.wna16.prepack import prepack
+from llmshrink_kernels.wna16.prepack import PackedWeight, prepack
 
 Matmul = Callable[[Tensor], Tensor]
 
@@ -35,7 +39,7 @@ class Contender:
     bits: of its codes. stored_bits: of a weight, scales aside. make: a new copy of the weight in the contender's
     layout, and its product with it. grouped: whether it reads scales. adapt: what of the problem's weight it multiplies
     by (2:4 prunes). package: the distribution that it needs, if it isn't ours or PyTorch's. peer: whether others are
-    compared with it.
+    compared with it. search: (problem, rows) -> the trials of its configurations, the best first; None: it has none.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Contender:
     adapt: Callable[[Problem], Problem] = lambda problem: problem
     package: str = ""
     peer: bool = False
+    search: Callable[[Problem, int], list[Trial]] | None = None
 
     def version(self) -> str | None:
         """Of its package; None where that isn't installed, the empty string where it needs none."""
@@ -59,15 +64,33 @@ class Contender:
 
 def ours(problem: Problem) -> Matmul:
     """`wna16_matmul`, through the operator that models call."""
-    packed = prepack(problem.codes, problem.scale, None, bits=problem.bits, group_size=problem.group_size)
+    packed = _packed(problem)
     return lambda x: wna16_matmul(x, packed)
+
+
+def search(problem: Problem, rows: int) -> list[Trial]:
+    """The configurations of `wna16_matmul`, tried; the best is remembered."""
+    return wna16_search.search(_packed(problem), rows, problem.dtype)
 
 
 def ours_sparse(problem: Problem) -> Matmul:
     """`sparse24_matmul`, likewise."""
-    values, positions = compress(problem.codes)
-    packed = prepack_sparse(values, positions, problem.scale, bits=problem.bits, group_size=problem.group_size)
+    packed = _packed_sparse(problem)
     return lambda x: sparse24_matmul(x, packed)
+
+
+def search_sparse(problem: Problem, rows: int) -> list[Trial]:
+    """The configurations of `sparse24_matmul`, likewise."""
+    return sparse24_search.search(_packed_sparse(problem), rows, problem.dtype)
+
+
+def _packed(problem: Problem) -> PackedWeight:
+    return prepack(problem.codes, problem.scale, None, bits=problem.bits, group_size=problem.group_size)
+
+
+def _packed_sparse(problem: Problem) -> PackedSparse:
+    values, positions = compress(problem.codes)
+    return prepack_sparse(values, positions, problem.scale, bits=problem.bits, group_size=problem.group_size)
 
 
 def dense(problem: Problem) -> Matmul:
@@ -140,13 +163,13 @@ def contenders(dtype: torch.dtype) -> tuple[Contender, ...]:
     """All, in the order of the table; PyTorch's int4 product takes bfloat16 alone."""
     found = [
         Contender("cuBLAS", 4, 16.0, dense, grouped=False, peer=True),
-        Contender("llmshrink W4", 4, 4.0, ours),
+        Contender("llmshrink W4", 4, 4.0, ours, search=search),
         Contender("gemlite W4", 4, 4.0, gemlite, package="gemlite", peer=True),
         Contender("Humming W4", 4, 4.0, humming, package="humming-kernels", peer=True),
-        Contender("llmshrink 2:4 W4", 4, 3.0, ours_sparse, adapt=pruned),
-        Contender("llmshrink W8", 8, 8.0, ours),
-        Contender("llmshrink W3", 3, 3.0, ours),
-        Contender("llmshrink W2", 2, 2.0, ours),
+        Contender("llmshrink 2:4 W4", 4, 3.0, ours_sparse, adapt=pruned, search=search_sparse),
+        Contender("llmshrink W8", 8, 8.0, ours, search=search),
+        Contender("llmshrink W3", 3, 3.0, ours, search=search),
+        Contender("llmshrink W2", 2, 2.0, ours, search=search),
     ]
     if dtype == torch.bfloat16:
         found.insert(2, Contender("torch int4", 4, 4.0, torch_int4, peer=True))

@@ -125,8 +125,8 @@ def _one(bench: Bench, shape: Shape, contender: Contender) -> Iterator[Row]:
     if contender.version() is None:
         yield from (row(rows, None, f"{contender.package} is not installed") for rows in bench.rows)
         return
-    asked = contender.adapt(problem(shape, contender.bits, bench.group_size, bench.dtype, bench.device, SEED))
     try:
+        asked = contender.adapt(problem(shape, contender.bits, bench.group_size, bench.dtype, bench.device, SEED))
         count = bench.copies(shape.inputs * shape.outputs * contender.stored_bits / 8, bench.device)
         made = [contender.make(asked) for _ in range(count)]
     except Exception as error:

@@ -49,7 +49,7 @@ def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
     packets = range(packed.padded_in // packed.packet)
     step = max(TILE_ROWS, _block_bytes(work) // (packed.in_features * work.element_size()) // TILE_ROWS * TILE_ROWS)
     for rows in _ranges(packed.out_features, step):
-        result[:, rows.start : rows.stop] = work @ dequantize(packed, rows, packets, work.dtype).t()
+        _product(work, dequantize(packed, rows, packets, work.dtype).t(), result[:, rows.start : rows.stop])
     return result
 
 
@@ -63,8 +63,16 @@ def matmul_transposed(y: Tensor, packed: PackedWeight) -> Tensor:
     )
     for columns in _ranges(packed.in_features, step):
         packets = range(columns.start // packed.packet, -(-columns.stop // packed.packet))
-        result[:, columns.start : columns.stop] = work @ dequantize(packed, every, packets, work.dtype)
+        _product(work, dequantize(packed, every, packets, work.dtype), result[:, columns.start : columns.stop])
     return result
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, without a temporary where the dtypes are the same. out: may be a slice of columns."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _block_bytes(x: Tensor) -> int:

@@ -222,7 +222,7 @@ def unpack_block(packed: PackedWeight, rows: range, packets: range) -> Tensor:
 
 def _checked(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> int:
     """The group size, -1 where it is one group a row; ValueError where an argument isn't what `prepack` asks for."""
-    if bits not in BITS:
+    if bits not in BITS or not isinstance(bits, int):
         raise ValueError(f"bits is {bits}; one of {BITS} is supported")
     if codes.dtype != torch.int8 or codes.dim() != 2 or 0 in codes.shape:
         raise ValueError(f"codes is {codes.dtype} {list(codes.shape)}; a non-empty int8 [N, K] is expected")
