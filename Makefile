@@ -19,6 +19,9 @@ TORTURE ?=
 # hypothesis, and what pyproject.toml asks for.
 GPU_PYTHON ?= $(BIN)/python
 
+# Processes that run the tests side by side; each computes on one core.
+WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-full demo test test-fast lint format bench gpu torture clean
 
@@ -59,10 +62,10 @@ format: venv  ## ruff's formatter and its safe fixes
 	$(BIN)/ruff format .
 
 test: venv-full lint  ## Lint, types and every test, those with the real vLLM engine too
-	$(BIN)/python -u -m pytest
+	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadgroup
 
 test-fast: venv  ## The tests of a minute: no engine, nothing slow
-	$(BIN)/python -u -m pytest -m "not engine and not slow"
+	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadgroup -m "not engine and not slow"
 
 torture: venv  ## A hundred killed runs, a hundred identical results
 	$(BIN)/python -u -m benchmarks.torture $(TORTURE)

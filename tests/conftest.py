@@ -17,6 +17,14 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, a file's are in one, which makes its models once; so are the engine's."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            name = "engine" if "engine" in item.path.parts else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 def shared(*parts: str) -> Path:
     """A file of the shared material beside the checkout, or a skip that says so."""
     path = SHARED.joinpath(*parts)

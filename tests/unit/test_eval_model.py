@@ -148,4 +148,4 @@ def test_a_checkpoint_of_3_gb_is_evaluated_in_less_than_2(story: Path, tmp_path:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "big"), str(tmp_path), str(story)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "eval", timeout=900)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 1.2e9, done.stdout
+    assert int(done.stdout.split()[-1]) < 2e9, done.stdout
