@@ -109,7 +109,7 @@ def work_of(here: Small, cache: Path, monkeypatch: pytest.MonkeyPatch, **changes
     return {kind for kind, _ in work.done}
 
 
-@pytest.mark.parametrize(("changes", "missed"), CHANGES, ids=lambda value: str(value)[:40] if isinstance(value, dict) else "")
+@pytest.mark.parametrize(("changes", "missed"), CHANGES, ids=[str(changes)[:40] for changes, _ in CHANGES])
 def test_a_changed_setting_is_measured_anew_where_it_matters(
     changes: dict[str, Any], missed: set[str], warm: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
