@@ -7,9 +7,10 @@ and shape class, as one readable line. It is looked for in two tables, the first
     the shipped  configurations/*.json beside this file, from machines that the package was measured on: none so far
 
 Nothing is searched at first use: no key in the tables means the kernel's own default. A cache is a convenience, so a
-file that can't be read, or an entry that makes no sense, is passed over with a notice and never an error; it is
-written whole and renamed into place, so that no reader sees half of one. When two processes save at once one of the
-two results may be lost, and is found again by the next search.
+file that can't be read, an entry that makes no sense, or one that the compiler or the driver refuses when it is first
+launched, is passed over with a notice and never an error; it is written whole and renamed into place, so that no reader
+sees half of one. When two processes save at once one of the two results may be lost, and is found again by the next
+search.
 
     {"version": 1, "plans": {"wna16 | NVIDIA H100 80GB HBM3 | 0.1.0 | ...": {"block_m": 16, ...} | "dequantize"}}
 """
@@ -20,21 +21,29 @@ import functools
 import importlib.metadata
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from llmshrink_kernels import stopwatch
 from llmshrink_kernels.device import notice
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("configurations")
 WAYS = ("dequantize",)
 """Plans that are no configuration of the fused kernel."""
+TAKEN: dict[str, Sequence[int]] = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (64, 128),
+    "block_k": range(1, 8193),
+    "num_warps": (4, 8),
+    "num_stages": range(1, 9),
+    "split_k": range(1, 17),
+}
+"""What the kernels were compiled and checked for: searches try nothing else, and filed plans may hold nothing else."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Config:
 
 
 Plan = Config | str
+Clock = Callable[[Sequence[Callable[[], object]]], float]
 
 
 @functools.cache
@@ -80,7 +90,19 @@ def user_file() -> Path:
 
 def lookup(name: str) -> Plan | None:
     """The plan filed under `name`, or None."""
-    return _tables(user_file()).get(name)
+    return None if name in _withdrawn else _tables(user_file()).get(name)
+
+
+def withdraw(name: str, error: Exception) -> bool:
+    """Whether what failed with `error` was a filed plan: it is then passed over for the rest of the process."""
+    if lookup(name) is None:
+        return False
+    notice(
+        f"llmshrink kernels: the configuration filed under {name!r} can't be launched"
+        f" ({' '.join(str(error).split())[:120]}); the default is used"
+    )
+    _withdrawn.add(name)
+    return True
 
 
 def remember(name: str, plan: Plan) -> None:
@@ -95,6 +117,11 @@ def remember(name: str, plan: Plan) -> None:
         os.fsync(file.fileno())
     os.replace(file.name, path)
     _tables.cache_clear()
+    _withdrawn.discard(name)
+
+
+_withdrawn: set[str] = set()
+"""Names whose plan was filed and could not be launched."""
 
 
 @functools.cache
@@ -120,20 +147,23 @@ def _read(path: Path) -> dict[str, Plan]:
         return {}
     plans = {name: _plan(entry) for name, entry in entries.items()}
     if None in plans.values():
-        notice(f"llmshrink kernels: {path} has entries that are no configuration; they are ignored")
+        bad = next(name for name, plan in plans.items() if plan is None)
+        notice(
+            f"llmshrink kernels: {path} has entries that are no configuration ({bad!r} is one); they are ignored, and"
+            " a new search replaces them"
+        )
     return {name: plan for name, plan in plans.items() if plan is not None}
 
 
 def _plan(entry: object) -> Plan | None:
     if isinstance(entry, str):
         return entry if entry in WAYS else None
-    names = {field.name for field in fields(Config)}
-    if not isinstance(entry, dict) or set(entry) != names:
+    if not isinstance(entry, dict) or set(entry) != set(TAKEN):
         return None
-    if not all(type(value) is int and value > 0 for value in entry.values()):
+    # type(): True is an int to isinstance.
+    if not all(type(value) is int and value in TAKEN[name] for name, value in entry.items()):
         return None
-    powers = (entry[name] for name in ("block_m", "block_n", "num_warps"))
-    return Config(**entry) if all(value & (value - 1) == 0 for value in powers) else None
+    return Config(**entry)
 
 
 @dataclass(frozen=True)
@@ -147,43 +177,28 @@ class Trial:
 
 def search(
     candidates: Sequence[Plan],
-    run: Callable[[Plan], Tensor],
+    run: Callable[[Plan, int], Tensor],
     accept: Callable[[Tensor], bool],
-    clock: Callable[[Callable[[], object]], float] | None = None,
+    *,
+    copies: int = 1,
+    clock: Clock | None = None,
 ) -> list[Trial]:
     """Try every candidate, fastest first; those that failed, or computed something else, come last and have no time.
 
-    run: computes with a plan. accept: whether that is the right result; a candidate is timed only when it is. clock:
-    seconds that a call takes (`median_seconds`, when not given). Raises RuntimeError when nothing passed.
+    run: computes with a plan and a copy of the weight, by its number below `copies`. accept: whether that is the right
+    result; a candidate is timed only when it is. clock: seconds of one of some calls that take turns, one for each copy
+    (`stopwatch.seconds`, when not given). Raises RuntimeError when nothing passed.
     """
-    measure = clock or median_seconds
+    measure = clock or stopwatch.seconds
     trials = []
     for plan in candidates:
         try:
-            right = accept(run(plan))
-            seconds = measure(functools.partial(run, plan)) if right else None
-            trials.append(Trial(plan, seconds, "" if right else "wrong result"))
+            right = accept(run(plan, 0))
+            calls = [functools.partial(run, plan, copy) for copy in range(copies)]
+            trials.append(Trial(plan, measure(calls) if right else None, "" if right else "wrong result"))
         # A candidate that the compiler or the driver refuses (registers, shared memory) is only not the one.
         except Exception as error:
             trials.append(Trial(plan, None, f"{type(error).__name__}: {error}"))
     if all(trial.seconds is None for trial in trials):
         raise RuntimeError(f"none of {len(trials)} configurations gave the right result: {trials[:3]}")
     return sorted(trials, key=lambda trial: float("inf") if trial.seconds is None else trial.seconds)
-
-
-def median_seconds(function: Callable[[], object], repetitions: int = 30) -> float:
-    """The median time of a call on the current CUDA device, each after the L2 cache was written over."""
-    size = 4 * torch.cuda.get_device_properties().L2_cache_size
-    flush = torch.empty(size, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        function()
-    times: list[float] = []
-    for _ in range(repetitions):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)

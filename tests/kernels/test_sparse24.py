@@ -5,6 +5,7 @@ Interpreted, the asm-free twin computes in float32; the assembly itself is execu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -13,6 +14,7 @@ import torch
 from llmshrink_kernels import tune
 from llmshrink_kernels.sparse24 import (
     PackedSparse,
+    backward,
     compress,
     dequantize,
     dispatch,
@@ -193,12 +195,45 @@ def test_leading_dimensions_strides_and_no_rows(device: torch.device) -> None:
     assert sparse24_matmul(x[:0], packed).shape == (0, 3, 65)
 
 
+@pytest.mark.parametrize("blocks", [1, dequantize.BLOCK_BYTES], ids=["narrow blocks", "one block"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4], CASES[5], CASES[7], CASES[10]], ids=str)
+def test_the_gradient_is_dy_times_the_weight_and_so_on(
+    case: Case, blocks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantize, "BLOCK_BYTES", blocks)
+    packed, weight = weight_of(case, device)
+    for rows in (0, 5):
+        x = torch.randn(rows, case.in_features, device=device).to(case.dtype).requires_grad_()
+        grad = torch.randn(rows, case.out_features, device=device).to(case.dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(sparse24_matmul(x, packed), x, grad, create_graph=True)
+        assert dx.dtype == case.dtype
+        assert_close(dx, grad, weight.T)
+        (again,) = torch.autograd.grad(dx, grad, x.detach())
+        assert torch.equal(again, sparse24_matmul(x, packed))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[9]], ids=str)
+def test_columns_of_a_weight_are_a_weight(case: Case, device: torch.device) -> None:
+    """By the kernel, and by torch: the same numbers."""
+    packed, weight = weight_of(case, device)
+    span = packed.packet if packed.group_size == -1 else math.lcm(packed.packet, packed.group_size)
+    for start in range(0, case.in_features, span):
+        stop = min(start + span, case.in_features)
+        block, exact = backward.columns(packed, start, stop), weight[:, start:stop].to(case.dtype)
+        every = range(case.out_features)
+        assert torch.equal(launch.dequantize_rows(block, every, case.dtype), exact)
+        assert torch.equal(dequantize.dequantize(block, every, case.dtype), exact)
+
+
+@pytest.mark.parametrize("name", ["sparse24_matmul", "sparse24_matmul_transposed"])
 @pytest.mark.parametrize("case", [CASES[3], CASES[9]], ids=str)
-def test_the_operator_is_a_good_citizen(case: Case, device: torch.device) -> None:
-    """Schema, fake, aot_autograd with dynamic shapes."""
+def test_the_operators_are_good_citizens(name: str, case: Case, device: torch.device) -> None:
+    """Schema, fake, gradient, aot_autograd with dynamic shapes."""
     packed, _ = weight_of(case, device)
-    x = torch.randn(5, case.in_features, device=device).to(case.dtype)
-    torch.library.opcheck(torch.ops.llmshrink.sparse24_matmul.default, (x, *ops.plain(packed)))
+    columns = case.in_features if name == "sparse24_matmul" else case.out_features
+    x = torch.randn(5, columns, device=device).to(case.dtype).requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.llmshrink, name).default, (x, *ops.plain(packed)))
 
 
 class Linear(nn.Module):
@@ -218,8 +253,29 @@ def test_torch_compile_sees_one_graph(device: torch.device) -> None:
     packed, _ = weight_of(CASES[2], device)
     module = torch.compile(Linear(packed), backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (3, 9):
-        x = torch.randn(rows, 301, device=device).half()
-        assert torch.equal(module(x), Linear(packed)(x))
+        x = torch.randn(rows, 301, device=device).half().requires_grad_()
+        y = module(x)
+        assert torch.equal(y, Linear(packed)(x))
+        y.sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape and bool(x.grad.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 4), (1, 1, 512), (1, 65, 300), (3, 1, 32)])
+def test_torch_compile_takes_sizes_of_one(
+    rows: int, outputs: int, inputs: int, dynamic: bool, device: torch.device
+) -> None:
+    """One row, one output, one group: sizes that torch.compile takes for constants, or for broadcasts."""
+    packed, weight = weight_of(Case(4, -1, rows, outputs, inputs), device)
+    torch.compiler.reset()
+    module = torch.compile(Linear(packed), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for count in (rows, 4, 1):
+        x = torch.randn(count, inputs, device=device).half().requires_grad_()
+        y = module(x)
+        assert torch.equal(y, Linear(packed)(x))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert dx.shape == x.shape
+        assert_close(dx / 2, torch.ones_like(y), weight.T)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +327,7 @@ def test_the_kernel_runs_as_it_is_planned_and_a_search_files_the_fastest_right_p
         3,
         HALF,
         here=H100,
-        clock=lambda call: 1.0 if call.args[0] == best else 2.0,  # type: ignore[attr-defined]
+        clock=lambda calls: 1.0 if calls[0].args[0] == best else 2.0,  # type: ignore[attr-defined]
     )
     assert trials[0].plan == best and all(trial.seconds is not None for trial in trials)
     assert tune.lookup(dispatch.key(packed, 3, HALF, H100.name)) == best

@@ -117,6 +117,24 @@ def test_torch_compile_sees_one_graph(device: torch.device) -> None:
         assert x.grad is not None and x.grad.shape == x.shape and bool(x.grad.abs().sum() > 0)
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 1), (1, 1, 64), (1, 70, 301), (3, 1, 64)])
+def test_torch_compile_takes_sizes_of_one(
+    rows: int, outputs: int, inputs: int, dynamic: bool, device: torch.device
+) -> None:
+    """One row, one output, one group: sizes that torch.compile takes for constants, or for broadcasts."""
+    packed, weight = weight_of(device, 4, -1, shape=(outputs, inputs))
+    torch.compiler.reset()
+    module = torch.compile(Linear(packed), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for count in (rows, 4, 1):
+        x = torch.randn(count, inputs, device=device).half().requires_grad_()
+        y = module(x)
+        assert torch.equal(y, Linear(packed)(x))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert dx.shape == x.shape
+        assert_close(dx / 2, torch.ones_like(y), weight.T)
+
+
 def test_cuda_graphs_replay_it(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a CUDA device")

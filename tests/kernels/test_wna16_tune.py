@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from llmshrink_kernels import device as where
-from llmshrink_kernels import tune
+from llmshrink_kernels import stopwatch, tune
 from llmshrink_kernels.tune import Config, Plan, Trial
-from llmshrink_kernels.wna16 import dispatch, launch
+from llmshrink_kernels.wna16 import dispatch, launch, ops, wna16_matmul
 from llmshrink_kernels.wna16.dispatch import Limits
 from llmshrink_kernels.wna16.prepack import PackedWeight, empty, prepack
 from llmshrink_kernels.wna16.search import search
@@ -29,9 +30,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "SHIPPED", tmp_path / "shipped")
     tune._tables.cache_clear()
+    tune._withdrawn.clear()
     where.notice.cache_clear()
     yield tmp_path / "llmshrink" / "kernels.json"
     tune._tables.cache_clear()
+    tune._withdrawn.clear()
 
 
 def weight(bits: int = 4, group_size: int = 128, shape: tuple[int, int] = (4096, 4096)) -> PackedWeight:
@@ -60,7 +63,9 @@ def test_the_users_plan_goes_before_the_shipped_one(cache: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", '{"version": 1}', '{"version": 1, "plans": 7}', '{"version": 1, "plans": {"one": {"block_m": 16}}}',
-     '{"version": 1, "plans": {"one": "magic"}}', b"\xff\xfe"],
+     '{"version": 1, "plans": {"one": "magic"}}', b"\xff\xfe",
+     '{"version": 1, "plans": ' + 200_000 * "[" + 200_000 * "]" + "}"],
+    ids=range(9),
 )  # fmt: skip
 def test_a_corrupt_cache_is_ignored_with_one_notice(
     content: str | bytes, cache: Path, caplog: pytest.LogCaptureFixture
@@ -75,13 +80,20 @@ def test_a_corrupt_cache_is_ignored_with_one_notice(
 
 
 @pytest.mark.parametrize(
-    "change", [{"block_m": 48}, {"split_k": 0}, {"num_warps": 3}, {"block_k": 1.5}, {"block_k": True}]
-)
-def test_numbers_that_no_kernel_takes_are_ignored(change: dict[str, object], cache: Path) -> None:
+    "change",
+    [{"block_m": 48}, {"block_m": 1 << 20}, {"block_n": 16}, {"block_n": 4096}, {"block_k": 1.5}, {"block_k": True},
+     {"block_k": 1 << 40}, {"num_warps": 3}, {"num_warps": 64}, {"num_stages": 100}, {"num_stages": -1}, {"split_k": 0},
+     {"split_k": 1 << 31}, {"split_k": None}, {"block_m": [16]}, {"colour": 1}],
+)  # fmt: skip
+def test_numbers_that_no_kernel_takes_are_ignored_with_one_notice(
+    change: dict[str, object], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache.parent.mkdir()
-    entry = {"block_m": 16, "block_n": 64, "block_k": 256, "num_warps": 4, "num_stages": 3, "split_k": 2} | change
-    cache.write_text(json.dumps({"version": 1, "plans": {"one": entry}}))
-    assert tune.lookup("one") is None
+    entry = {"block_m": 16, "block_n": 64, "block_k": 256, "num_warps": 4, "num_stages": 3, "split_k": 2}
+    cache.write_text(json.dumps({"version": 1, "plans": {"one": entry | change, "two": entry}}))
+    assert tune.lookup("one") is None and tune.lookup("one") is None
+    assert tune.lookup("two") == CONFIG
+    assert [record.getMessage().count("'one' is one") for record in caplog.records] == [1]
 
 
 def test_another_format_is_passed_over(cache: Path) -> None:
@@ -112,23 +124,24 @@ def test_a_key_tells_devices_versions_and_shape_classes_apart(monkeypatch: pytes
 def test_a_wrong_result_is_never_the_fastest() -> None:
     seconds: dict[Plan, float] = {"quick and wrong": 1.0, "fails": 2.0, "right": 4.0, "right and slow": 8.0}
 
-    def run(plan: Plan) -> Tensor:
+    def run(plan: Plan, copy: int) -> Tensor:
         if plan == "fails":
             raise MemoryError("registers")
         return torch.tensor(0 if plan == "quick and wrong" else 1)
 
     timed: list[float] = []
 
-    def clock(call: Callable[[], object]) -> float:
-        plan = call.args[0]  # type: ignore[attr-defined]
+    def clock(calls: Sequence[Callable[[], object]]) -> float:
+        (plan,) = {call.args[0] for call in calls}  # type: ignore[attr-defined]
+        assert [call.args[1] for call in calls] == [0, 1, 2]  # type: ignore[attr-defined]
         timed.append(seconds[plan])
         return seconds[plan]
 
-    trials = tune.search(list(seconds), run, lambda y: bool(y == 1), clock)
+    trials = tune.search(list(seconds), run, lambda y: bool(y == 1), copies=3, clock=clock)
     assert [trial.plan for trial in trials] == ["right", "right and slow", "quick and wrong", "fails"]
     assert timed == [4.0, 8.0] and trials[2].refused == "wrong result" and "registers" in trials[3].refused
     with pytest.raises(RuntimeError, match="none of 1"):
-        tune.search(["fails"], run, bool, clock)
+        tune.search(["fails"], run, bool, clock=clock)
 
 
 @pytest.mark.parametrize("here", [H100, B200, SMALL], ids=["H100", "B200", "small"])
@@ -183,11 +196,79 @@ def test_a_search_files_the_fastest_right_plan(device: torch.device, monkeypatch
     def broken(x: Tensor, packed: PackedWeight, config: Config) -> Tensor:
         return real(x, packed, config) + (config == wrong)
 
-    def clock(call: Callable[[], object]) -> float:
-        return 1.0 if call.args[0] == best else 2.0  # type: ignore[attr-defined]
+    def clock(calls: Sequence[Callable[[], object]]) -> float:
+        return 1.0 if calls[0].args[0] == best else 2.0  # type: ignore[attr-defined]
 
     monkeypatch.setattr(launch, "matmul", broken)
     trials = search(packed, 20, torch.float16, here=H100, clock=clock)
     assert trials[0].plan == best and trials[-1] == Trial(wrong, None, "wrong result")
     assert any(trial.plan == "dequantize" and trial.seconds == 2.0 for trial in trials)
     assert tune.lookup(dispatch.key(packed, 20, torch.float16, H100.name)) == best
+
+
+def test_a_filed_plan_that_cannot_be_launched_gives_way_with_one_notice(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the driver refuses (shared memory, registers) is told once and not tried again; other errors are errors."""
+    from triton.runtime.errors import OutOfResources
+
+    codes = torch.randint(-8, 8, (64, 512), dtype=torch.int8).to(device)
+    packed = prepack(codes, torch.ones(64, 4).half().to(device), None, bits=4, group_size=128)
+    x = torch.randn(3, 512, device=device).half()
+    launched: list[Config] = []
+    real = launch.matmul
+
+    def refused(x: Tensor, packed: PackedWeight, config: Config) -> Tensor:
+        launched.append(config)
+        if config == CONFIG:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return real(x, packed, config)
+
+    monkeypatch.setattr(launch, "matmul", refused)
+    monkeypatch.setattr(ops, "runs_triton", lambda device: True)
+    monkeypatch.setattr(dispatch, "limits", lambda device: H100)
+    tune.remember(dispatch.key(packed, 3, x.dtype, H100.name), CONFIG)
+    exact = x.double() @ codes.double().T
+    for _ in range(2):
+        assert (wna16_matmul(x, packed).double() - exact).abs().max() < 1
+    default = dispatch.default(packed, 3, H100)
+    assert launched == [CONFIG, default, default]
+    assert [("shared memory" in r.message, "the default is used" in r.message) for r in caplog.records] == [
+        (True, True)
+    ]
+    monkeypatch.setattr(launch, "matmul", lambda *_: (_ for _ in ()).throw(OutOfResources(1, 0, "registers")))
+    with pytest.raises(OutOfResources):
+        wna16_matmul(x, packed)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_calls_are_timed_in_one_graph_and_without_it_where_there_is_none(
+    graphs: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[int] = []
+    calls = [functools.partial(ran.append, number) for number in range(4)]
+
+    def capture(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+        if not graphs:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return lambda: ran.append(99)
+
+    def median(replay: Callable[[], object]) -> float:
+        replay()
+        return 8.0
+
+    assert stopwatch.seconds(calls, capture=capture, median=median) == 2.0
+    assert ran == ([99] if graphs else [0, 1, 2, 3])
+    said = [] if graphs else ["not permitted when stream is capturing); they are timed with their launches"]
+    assert [record.message.partition("operation ")[2] for record in caplog.records] == said
+    if not graphs:
+        with pytest.raises(RuntimeError):
+            stopwatch.graph_seconds(calls, capture=capture, median=median)
+
+
+def test_the_stopwatch_on_a_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
+    a = torch.randn(2048, 2048, device=device)
+    one, two = (stopwatch.seconds([functools.partial(torch.mm, a, a)] * count) for count in (1, 3))
+    assert 0 < two < 2 * one and stopwatch.copies(1 << 20, device) >= 2

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmshrink_kernels import stopwatch
 from llmshrink_kernels.benchmark import clock
 from llmshrink_kernels.benchmark.contenders import Contender, Matmul, contenders
 from llmshrink_kernels.benchmark.problem import Ceilings, Problem, Shape, floor, problem
@@ -64,7 +65,7 @@ class Bench:
     ceilings: Ceilings
     who: Sequence[Contender]
     seconds: Clock = clock.graph_seconds
-    copies: Callable[[float, torch.device], int] = clock.copies
+    copies: Callable[[float, torch.device], int] = stopwatch.copies
 
 
 def of_device(rows: Sequence[int], dtype: torch.dtype, group_size: int, names: Sequence[str] | None = None) -> Bench:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmshrink_kernels.benchmark import clock
+from llmshrink_kernels import stopwatch
 from llmshrink_kernels.gptq_block import naive, ops
 
 BLOCK = 128
@@ -43,7 +43,7 @@ class Solved:
 
 
 def measure(
-    rows: int, device: torch.device, replayed: Callable[[Callable[[], object]], float] = clock.replayed
+    rows: int, device: torch.device, replayed: Callable[[Callable[[], object]], float] = stopwatch.replayed
 ) -> list[Solved]:
     """Both operators on a block of 128 columns of a layer with `rows` outputs."""
     generator = torch.Generator(device).manual_seed(0)

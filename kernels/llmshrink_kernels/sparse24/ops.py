@@ -1,7 +1,8 @@
-"""`sparse24_matmul`: what callers use, checked; and the custom operator under it, which torch.compile sees whole.
+"""`sparse24_matmul`: what callers use, checked; and the custom operators under it, which torch.compile sees whole.
 
-The operator takes plain tensors and integers, and the shape of its result is known without running it. Where the kernel
-can't run it computes by plain torch. There is no backward: training goes through dense weights.
+The operators take plain tensors and integers, the shapes of their results are known without running them, and each is
+the other's gradient: y = x W^T, dx = dy W; the weight itself is frozen. Where the kernels can't run the same operators
+compute by plain torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmshrink_kernels.device import runs_triton
-from llmshrink_kernels.sparse24 import dequantize, dispatch
+from llmshrink_kernels.sparse24 import backward, dequantize, dispatch
 from llmshrink_kernels.sparse24.prepack import PackedSparse
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -22,7 +23,8 @@ def sparse24_matmul(x: Tensor, packed: PackedSparse) -> Tensor:
     """y = x W^T with fp32 accumulation, W 2:4 sparse.
 
     x: fp16 or bf16 [..., K] on the weight's device, any strides, any number of rows (none gives an empty result); with
-    16-bit values it has their dtype. Returns [..., N] in x's dtype. Raises ValueError naming what is wrong with x.
+    16-bit values it has their dtype. Returns [..., N] in x's dtype. Differentiable with respect to x. Raises ValueError
+    naming what is wrong with x.
     """
     allowed = DTYPES if packed.bits < 16 else (torch.bfloat16 if packed.bfloat else torch.float16,)
     if x.dtype not in allowed:
@@ -57,24 +59,68 @@ def _matmul(x: Tensor, *weight: Any) -> Tensor:
         return x.new_empty(0, packed.out_features)
     x = x.contiguous()
     if runs_triton(x.device):
+        from triton.errors import TritonError
+
         from llmshrink_kernels.sparse24 import launch
 
-        plan = dispatch.plan(packed, x.shape[0], x.dtype, x.device)
+        asked = (packed, x.shape[0], x.dtype, x.device)
+        plan = dispatch.plan(*asked)
         if not isinstance(plan, str):
-            return launch.matmul(x, packed, plan)
+            try:
+                return launch.matmul(x, packed, plan)
+            except TritonError as error:
+                if not dispatch.withdraw(*asked, error):
+                    raise
+                return _matmul(x, *weight)
     return dequantize.matmul(x, packed)
+
+
+def _matmul_transposed(y: Tensor, *weight: Any) -> Tensor:
+    return backward.matmul_transposed(y.contiguous(), PackedSparse(*weight))
 
 
 def _fake(x: Tensor, *weight: Any) -> Tensor:
     return x.new_empty(x.shape[0], PackedSparse(*weight).out_features)
 
 
+def _fake_transposed(y: Tensor, *weight: Any) -> Tensor:
+    return y.new_empty(y.shape[0], PackedSparse(*weight).in_features)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """For the backward of either: the weight."""
+    _, words, scales, *ctx.numbers = inputs
+    ctx.save_for_backward(words, *([] if scales is None else [scales]))
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    return (*tensors, *([None] if len(tensors) == 1 else []), *ctx.numbers)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.llmshrink.sparse24_matmul_transposed(grad, *_kept(ctx)), *[None] * 7
+
+
+def _backward_transposed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.llmshrink.sparse24_matmul(grad, *_kept(ctx)), *[None] * 7
+
+
 # As in wna16: `torch.library.custom_op` would import torch.compile's machinery, and Triton with it, at the first call.
 _LIBRARY = torch.library.Library("llmshrink", "FRAGMENT")
-_LIBRARY.define(
-    "sparse24_matmul(Tensor x, Tensor words, Tensor? scales, int bits, int group_size, bool bfloat, int out_features, "
-    "int in_features) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.impl("sparse24_matmul", _matmul, "CompositeExplicitAutograd")
-torch.library.register_fake("llmshrink::sparse24_matmul", _fake, lib=_LIBRARY)
+_WEIGHT = "Tensor words, Tensor? scales, int bits, int group_size, bool bfloat, int out_features, int in_features"
+
+for _name, _schema, _run, _shape, _gradient in (
+    ("sparse24_matmul", f"(Tensor x, {_WEIGHT}) -> Tensor", _matmul, _fake, _backward),
+    (
+        "sparse24_matmul_transposed",
+        f"(Tensor y, {_WEIGHT}) -> Tensor",
+        _matmul_transposed,
+        _fake_transposed,
+        _backward_transposed,
+    ),
+):
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmshrink::{_name}", _shape, lib=_LIBRARY)
+    torch.library.register_autograd(f"llmshrink::{_name}", _gradient, setup_context=_keep, lib=_LIBRARY)

@@ -107,6 +107,11 @@ class PackedSparse:
         """Inputs for each row of `scales`; 0 if there is one row, or none."""
         return 0 if self.group_size == -1 else math.gcd(self.group_size, self.packet)
 
+    def copy(self) -> PackedSparse:
+        """The same in memory of its own."""
+        scales = None if self.scales is None else self.scales.clone()
+        return replace(self, words=self.words.clone(), scales=scales)
+
 
 def empty(
     out_features: int,

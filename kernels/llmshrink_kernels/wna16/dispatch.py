@@ -78,6 +78,11 @@ def plan(packed: PackedWeight, rows: int, dtype: torch.dtype, device: torch.devi
     return default(packed, rows, here) if found is None else found
 
 
+def withdraw(packed: PackedWeight, rows: int, dtype: torch.dtype, device: torch.device, error: Exception) -> bool:
+    """Whether what could not be launched was a filed plan; the next `plan` is then the default."""
+    return tune.withdraw(key(packed, rows, dtype, limits(device).name), error)
+
+
 def key(packed: PackedWeight, rows: int, dtype: torch.dtype, device_name: str) -> str:
     """The shape class: all that a configuration's speed depends on, with rows rounded up to a power of two."""
     return tune.key(

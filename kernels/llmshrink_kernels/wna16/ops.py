@@ -57,11 +57,19 @@ def _matmul(x: Tensor, *weight: Any) -> Tensor:
         return x.new_empty(0, packed.out_features)
     x = x.contiguous()
     if runs_triton(x.device):
+        from triton.errors import TritonError
+
         from llmshrink_kernels.wna16 import launch
 
-        plan = dispatch.plan(packed, x.shape[0], x.dtype, x.device)
+        asked = (packed, x.shape[0], x.dtype, x.device)
+        plan = dispatch.plan(*asked)
         if not isinstance(plan, str):
-            return launch.matmul(x, packed, plan)
+            try:
+                return launch.matmul(x, packed, plan)
+            except TritonError as error:
+                if not dispatch.withdraw(*asked, error):
+                    raise
+                return _matmul(x, *weight)
     return dequantize.matmul(x, packed)
 
 

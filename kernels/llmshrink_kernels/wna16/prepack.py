@@ -30,7 +30,7 @@ zero-points with zeros: against inputs that are zero they add nothing. K is one 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,6 +126,11 @@ class PackedWeight:
     def nbytes(self) -> int:
         """What it takes in memory, padding included."""
         return sum(tensor.nbytes for tensor in (self.words, self.scales, self.zero_points) if tensor is not None)
+
+    def copy(self) -> PackedWeight:
+        """The same in memory of its own."""
+        zero_points = None if self.zero_points is None else self.zero_points.clone()
+        return replace(self, words=self.words.clone(), scales=self.scales.clone(), zero_points=zero_points)
 
 
 def empty(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from llmshrink_kernels import tune
-from llmshrink_kernels.tune import Plan, Trial
+from llmshrink_kernels import stopwatch, tune
+from llmshrink_kernels.tune import Clock, Plan, Trial
 from llmshrink_kernels.wna16 import dequantize, dispatch, launch, naive
 from llmshrink_kernels.wna16.dispatch import Limits
 from llmshrink_kernels.wna16.prepack import PackedWeight, unpack
@@ -20,12 +18,13 @@ def search(
     dtype: torch.dtype,
     *,
     here: Limits | None = None,
-    clock: Callable[[Callable[[], object]], float] | None = None,
+    clock: Clock | None = None,
 ) -> list[Trial]:
     """Try every candidate for `rows` rows of x, remember the fastest right one in the user's cache, return all.
 
-    Every candidate's result is held to float64 before its time counts. here, clock: the device and the stopwatch, for
-    others than the current CUDA device's. Raises RuntimeError when no candidate is right.
+    Every candidate's result is held to float64 before its time counts; it is timed on copies of the weight that the L2
+    can't hold. here, clock: the device and the stopwatch, for others than the current CUDA device's. Raises
+    RuntimeError when no candidate is right.
     """
     device = packed.words.device
     found = dispatch.limits(device) if here is None else here
@@ -35,12 +34,16 @@ def search(
     wanted, allowed = x.double() @ weight.T, naive.allowed_error(x, weight, dtype)
     del weight, codes
 
-    def run(plan: Plan) -> Tensor:
-        return dequantize.matmul(x, packed) if isinstance(plan, str) else launch.matmul(x, packed, plan)
+    count = stopwatch.copies(packed.nbytes, device) if device.type == "cuda" else 1
+    weights = [packed, *(packed.copy() for _ in range(count - 1))]
+
+    def run(plan: Plan, copy: int) -> Tensor:
+        weight = weights[copy]
+        return dequantize.matmul(x, weight) if isinstance(plan, str) else launch.matmul(x, weight, plan)
 
     def accept(y: Tensor) -> bool:
         return bool(((y.double() - wanted).abs() <= allowed).all())
 
-    trials = tune.search(dispatch.candidates(packed, rows, found), run, accept, clock)
+    trials = tune.search(dispatch.candidates(packed, rows, found), run, accept, copies=count, clock=clock)
     tune.remember(dispatch.key(packed, rows, dtype, found.name), trials[0].plan)
     return trials
