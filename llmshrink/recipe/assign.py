@@ -4,7 +4,8 @@ Engines fuse some linears into one layer (q/k/v, gate/up), so such sites are dec
 the same thing, and an engine must be able to serve every shard of the layer. Where no engine serves what was asked,
 the layer falls to the largest smaller group size that one does serve, else it stays as it is; either is a note in the
 report, or with `strict` an error. Where some smaller group suits every engine that takes these bits, the largest of
-those is preferred to a larger one that suits fewer.
+those is preferred to a larger one that suits fewer. What is stored in llmshrink's own format is multiplied by its own
+2:4 kernel in every engine, and only that one is asked about it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from fnmatch import fnmatchcase
 from pydantic import ValidationError
 
 from llmshrink.errors import RecipeError
-from llmshrink.formats.servable import Parallel, Verdict, servable
+from llmshrink.formats.servable import Parallel, Verdict, plugin_kernel, servable, sparse24_kernel
+from llmshrink.formats.stored import Format
 from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
 from llmshrink.recipe.schema import Override, Prune, Quantize, Recipe
 
 SCHEME = {"bits", "group_size", "symmetric"}
 """What an engine's layer has one of; how its shards' codes were found may differ."""
+PLUGIN = "llmshrink's plugin (llmshrink installed in vLLM's environment)"
 HEAD = "lm_head"
 """The pattern that every recipe ignores by default; a model whose head has another name doesn't make it a mistake."""
 
@@ -48,13 +51,15 @@ class Assigned:
 
     spec: what happens to it, its group_size always a real number of inputs; None: it stays as it is.
     note: why that differs from what the recipe asks; None when it doesn't (spec None: the recipe ignores it).
-    verdict: what the engines say of its layer as decided; None when the site isn't quantized.
+    verdict: what the engines by themselves say of its layer as decided; None when the site isn't quantized.
+    plugin: whether llmshrink's plugin for vLLM has a kernel for it as a standard checkpoint stores it.
     """
 
     site: SiteShape
     spec: SiteSpec | None
     note: str | None
     verdict: Verdict | None = None
+    plugin: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,18 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def assign(
-    recipe: Recipe, sites: Sequence[SiteShape], *, other_modules: Sequence[str], tp: int, strict: bool
+    recipe: Recipe,
+    sites: Sequence[SiteShape],
+    *,
+    other_modules: Sequence[str],
+    tp: int,
+    strict: bool,
+    format: Format = "compressed-tensors",
 ) -> list[Assigned]:
     """Decide every site, in the order given.
 
     other_modules: names of the linears outside the blocks (`lm_head`), which can't be quantized.
-    tp: over how many devices a layer will be split when served.
+    tp: over how many devices a layer will be split when served. format: in which the result will be stored.
     Raises RecipeError, a line each, for a pattern that matches nothing or only modules that can't follow it, for
     fused sites that are asked for different things, and with `strict` for each site that can't be as asked.
     """
@@ -95,7 +106,7 @@ def assign(
         raise RecipeError([f"{recipe.name}: {fault}" for fault in faults])
     decided: dict[str, Assigned] = {}
     for layer in layers:
-        for decision in _decide(layer, asked, tp):
+        for decision in _decide(layer, asked, tp, format):
             decided[decision.site.name] = decision
     assigned = [decided[site.name] for site in sites]
     notes = [f"{decision.site.name}: {decision.note}" for decision in assigned if decision.note]
@@ -107,23 +118,31 @@ def assign(
 
 
 def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
-    """One line for each reason for which an engine can't serve the sites as decided, or needs a package to do so."""
-    verdicts = [decision.verdict for decision in assigned if decision.verdict is not None]
-    refusals = Counter((engine, why) for v in verdicts for engine, why in v.engines.items() if why is not None)
-    packages = Counter(v.needs for v in verdicts if v.needs is not None)
-    quantized = [decision.spec.quantize for decision in assigned if decision.spec and _needs(decision)]
-    bits = sorted({spec.bits for spec in quantized if spec is not None})
+    """One line for each reason for which an engine by itself can't serve the sites as decided in a standard checkpoint.
+
+    Each says whether a package of the engine's or llmshrink's plugin can.
+    """
+    found = [one for one in assigned if one.verdict is not None]
+    refused: Counter[tuple[str, str, bool]] = Counter()
+    lacking: Counter[tuple[str, bool]] = Counter()
+    bits = set()
+    for one in found:
+        assert one.verdict is not None and one.spec is not None and one.spec.quantize is not None
+        refused.update((engine, why, one.plugin) for engine, why in one.verdict.engines.items() if why is not None)
+        if one.verdict.needs is not None:
+            lacking[one.verdict.needs, one.plugin] += 1
+            bits.add(one.spec.quantize.bits)
+    of_all = f"of {len(found)} quantized sites"
     return [
-        f"{engine} won't serve this checkpoint: {count} of {len(verdicts)} quantized sites: {why}"
-        for (engine, why), count in refusals.items()
+        f"{engine} serves {count} {of_all} only with {PLUGIN}: {why}"
+        if plugin
+        else f"{engine} won't serve this checkpoint: {count} {of_all}: {why}"
+        for (engine, why, plugin), count in refused.items()
     ] + [
-        f"{count} of {len(verdicts)} quantized sites ({', '.join(map(str, bits))} bits) are served with {package} only"
-        for package, count in packages.items()
+        f"vllm-cuda serves {count} {of_all} ({', '.join(map(str, sorted(bits)))} bits) only with {package}"
+        + (f", or with {PLUGIN}" if plugin else "")
+        for (package, plugin), count in lacking.items()
     ]
-
-
-def _needs(decision: Assigned) -> bool:
-    return decision.verdict is not None and decision.verdict.needs is not None
 
 
 def _asked(recipe: Recipe, name: str) -> Asked:
@@ -215,17 +234,28 @@ def _difference(first: Quantize | None, other: Quantize | None) -> str:
     return ", ".join(f"{name} {one[name]} and {two[name]}" for name in one if one[name] != two[name])
 
 
-def _decide(layer: Sequence[SiteShape], asked: dict[str, Asked], tp: int) -> list[Assigned]:
+def _decide(layer: Sequence[SiteShape], asked: dict[str, Asked], tp: int, format: Format) -> list[Assigned]:
     """One layer: as asked, or with the largest smaller group that suits most engines, or not at all."""
     wanted = asked[layer[0].name].quantize
-    quantize, verdict, note = (None, None, None) if wanted is None else _quantized(layer, wanted, tp)
+    quantize, note = (None, None) if wanted is None else _quantized(layer, wanted, tp, format)
+    verdict, plugin = (None, False) if quantize is None else _engines(layer, quantize, tp)
     decided = []
     for site in layer:
         prune, fault = _pruned(site, asked[site.name].prune)
         spec = SiteSpec(prune, quantize) if prune is not None or quantize is not None else None
         said = "; ".join(line for line in (note, fault) if line)
-        decided.append(Assigned(site, spec, said or None, verdict if quantize is not None else None))
+        decided.append(Assigned(site, spec, said or None, verdict, plugin))
     return decided
+
+
+def _engines(layer: Sequence[SiteShape], spec: QuantizeSpec, tp: int) -> tuple[Verdict, bool]:
+    """(what the engines say of a layer, whether the plugin has a kernel for it), as a standard checkpoint stores it."""
+    asked = (spec.bits, spec.group_size, spec.symmetric, _shards(layer), tp, layer[0].parallel)
+    return servable(*asked), plugin_kernel(*asked) is None
+
+
+def _shards(layer: Sequence[SiteShape]) -> list[tuple[int, int]]:
+    return [(site.out_features, site.in_features) for site in layer]
 
 
 def _pruned(site: SiteShape, asked: Prune | None) -> tuple[PruneSpec | None, str | None]:
@@ -247,25 +277,32 @@ def _pruned(site: SiteShape, asked: Prune | None) -> tuple[PruneSpec | None, str
 
 
 def _quantized(
-    layer: Sequence[SiteShape], asked: Quantize, tp: int
-) -> tuple[QuantizeSpec | None, Verdict | None, str | None]:
-    """(spec, what the engines say of it, why it isn't as asked) for a layer."""
+    layer: Sequence[SiteShape], asked: Quantize, tp: int, format: Format
+) -> tuple[QuantizeSpec | None, str | None]:
+    """(spec, why it isn't as asked) for a layer."""
     widths = {site.in_features for site in layer}
     assert len(widths) == 1, f"fused sites read one input: {[site.name for site in layer]}"
     width = widths.pop()
     wanted = width if asked.group_size == -1 else asked.group_size
-    shards = [(site.out_features, site.in_features) for site in layer]
     sizes = [size for size in range(min(wanted, width), 0, -1) if width % size == 0]
-    verdicts = {size: servable(asked.bits, size, asked.symmetric, shards, tp, layer[0].parallel) for size in sizes}
-    served = [size for size in sizes if verdicts[size].served]
-    # As asked where that is served at all; `max` takes the first, which is the largest, of those that serve most.
-    chosen = wanted if wanted in served else max(served, key=lambda size: verdicts[size].count, default=None)
-    why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else _reason(verdicts[wanted])
-    if chosen is None:
-        return None, None, f"stays as it is: {why_not}, and no smaller group is served either"
+    # The largest of those that most of them take: `max` takes the first.
+    refusals = {size: _refusals(layer, asked, size, tp, format) for size in sizes}
+    served = {size: sum(why is None for why in refusals[size].values()) for size in sizes}
+    chosen = wanted if served.get(wanted) else max(sizes, key=lambda size: served[size])
+    why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else _reason(refusals[wanted])
+    if not served[chosen]:
+        return None, f"stays as it is: {why_not}, and no smaller group is served either"
     spec = QuantizeSpec(**asked.model_dump() | {"group_size": chosen})
-    return spec, verdicts[chosen], f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
+    return spec, f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
 
 
-def _reason(verdict: Verdict) -> str:
-    return "; ".join(f"{engine}: {reason}" for engine, reason in verdict.engines.items() if reason is not None)
+def _refusals(layer: Sequence[SiteShape], asked: Quantize, size: int, tp: int, format: Format) -> dict[str, str | None]:
+    """What will multiply the layer with groups of `size` -> why not, or None."""
+    shards, parallel = _shards(layer), layer[0].parallel
+    if format == "llmshrink":
+        return {"2:4": sparse24_kernel(size, shards, tp, parallel)}
+    return servable(asked.bits, size, asked.symmetric, shards, tp, parallel).engines
+
+
+def _reason(refusals: dict[str, str | None]) -> str:
+    return "; ".join(f"{engine}: {reason}" for engine, reason in refusals.items() if reason is not None)

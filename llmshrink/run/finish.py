@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -124,19 +125,23 @@ def reread(output: Path, *, seconds: float) -> QuantizeReport:
 
 
 def serve_line(output: Path, record: Mapping[str, Any]) -> str:
-    """The line that serves an output with the vLLM at hand, or that this vLLM doesn't."""
-    engine = installed()
-    command = serve_command(output, tp=record["serve_tp"])
-    if format_of(record) == "llmshrink":
-        command += "  (with llmshrink installed beside vLLM: its plugin reads this format)"
+    """The line that serves an output with the vLLM at hand, or that this vLLM doesn't.
+
+    A vLLM that this Python has is one that has llmshrink's plugin too.
+    """
+    engine, tp = installed(), record["serve_tp"]
     refusing = {kind for kind in ENGINES for note in record["notes"] if note.startswith(f"{kind} won't")}
     if len(refusing) == len(ENGINES):
         return "no vLLM serves this checkpoint as it is, see the notes"
-    if engine is not None and ("vllm-cpu" if engine.cpu else "vllm-cuda") in refusing:
+    if engine is None:
+        line = f"{serve_command(output, tp=tp)}  (no vLLM is installed here"
+        return f"{line}; llmshrink has to be beside it)" if format_of(record) == "llmshrink" else f"{line})"
+    if ("vllm-cpu" if engine.cpu else "vllm-cuda") in refusing:
         return (
             f"not with the {engine.distribution} {engine.version} at hand, see the note; elsewhere vllm serve {output}"
         )
-    return command if engine is not None else f"{command}  (no vLLM is installed here)"
+    ranks = f" --tensor-parallel-size {tp}" if tp > 1 else ""
+    return f"llmshrink serve {shlex.quote(str(output))}{ranks}  (which runs {serve_command(output, tp=tp)})"
 
 
 def _write_index(job: Job, workspace: Workspace) -> None:

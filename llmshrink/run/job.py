@@ -36,6 +36,7 @@ from llmshrink.recipe.assign import Assigned, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
 from llmshrink.run.storage import as_sparse24, check_recipe, format_notes, scheme_of
+from llmshrink.run.structure import Structure, structure_of
 
 HELD_OUT_TOKENS = 1024
 """About as many tokens are held out as the closing summary needs to tell a good result from a bad one."""
@@ -72,7 +73,10 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """stages: of each block. assigned: by site name. calibration, held_out: windows; batches: of both, in order."""
+    """stages: of each block. assigned: by site name. calibration, held_out: windows; batches: of both, in order.
+
+    structure: what the result has fewer of; None where it has the model's shape.
+    """
 
     options: Options
     source: Source
@@ -86,6 +90,7 @@ class Job:
     batches: list[Batch]
     batch_size: int
     other_linears: list[str]
+    structure: Structure | None
 
     @property
     def sites(self) -> list[Site]:
@@ -95,6 +100,12 @@ class Job:
     def specs(self) -> dict[str, SiteSpec]:
         """Site name -> what happens to it; the others stay."""
         return {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
+
+    @property
+    def reads(self) -> dict[str, frozenset[str]]:
+        """Site name -> the statistics that are gathered for it; the others need none."""
+        wanting = {**self.specs, **(self.structure.narrow if self.structure else {})}
+        return {name: spec.reads for name, spec in wanting.items()}
 
     @property
     def schemes(self) -> dict[str, Scheme | None]:
@@ -114,6 +125,9 @@ class Job:
         config = self.chain.skeleton.model.config.get_text_config()
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if self.structure is not None:
+            heads = self.structure.heads.after
+            notes += self.structure.notes(self.options.serve_tp)
         for engine, why in attention(width, heads, self.options.serve_tp).items():
             notes.append(f"{engine} won't serve this checkpoint: {why}")
         other = made_for(self.options.recipe, self.recipe)
@@ -202,11 +216,17 @@ def prepare(options: Options) -> Job:
         SiteShape(s.name, s.out_features, s.in_features, chain.family.fused_name(s.name), chain.family.parallel(s.name))
         for s in sites
     ]
-    assigned = assign(recipe, shapes, other_modules=others, tp=options.serve_tp, strict=options.strict)
+    structure = structure_of(recipe, chain, stages)
+    if structure is not None:
+        assigned = [Assigned(shape, None, None) for shape in shapes]
+    else:
+        assigned = assign(
+            recipe, shapes, other_modules=others, tp=options.serve_tp, strict=options.strict, format=options.format
+        )
     if options.format == "llmshrink":
         dtypes = {site.name: index.entry(site.key).dtype for site in sites}
         assigned = as_sparse24(recipe.name, assigned, dtypes, strict=options.strict)
-    if not any(decision.spec for decision in assigned):
+    if structure is None and not any(decision.spec for decision in assigned):
         why = next((f"{a.site.name} {a.note}" for a in assigned if a.note), "the recipe ignores every site")
         raise RecipeError([f"{recipe.name}: nothing would change: {why}; choose other bits, group_size or pattern"])
     return Job(
@@ -225,12 +245,14 @@ def prepare(options: Options) -> Job:
         ],
         batch_size=batch_size,
         other_linears=others,
+        structure=structure,
     )
 
 
 def check_verb(verb: str, recipe: Recipe) -> None:
     """Raise RecipeError when a verb is given a recipe that does something else, or more."""
-    does = [step for step, asked in (("prune", recipe.prune), ("quantize", recipe.quantize)) if asked]
+    prunes = recipe.prune is not None or recipe.structured
+    does = [step for step, asked in (("prune", prunes), ("quantize", recipe.quantize)) if asked]
     if verb != "compress" and does != [verb]:
         proper = "compress" if len(does) > 1 else does[0]
         raise RecipeError([f"{recipe.name}: it would {' and '.join(does)}: use llmshrink {proper} for it"])

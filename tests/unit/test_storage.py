@@ -205,6 +205,7 @@ def test_inputs_that_do_not_fall_into_fours_stay_as_they_are(story: Path, tmp_pa
         ({"recipe": "sparsegpt-50"}, "it prunes 50 % anywhere, and --format llmshrink stores 2:4 alone"),
         ({"recipe": "magnitude-2of4", "set": "steps.0.prune.pattern='4:8'"}, "it prunes 4:8, and"),
         ({**JOINT, "bits": 3}, "3 bits: --format llmshrink stores integers of 4 or 8"),
+        ({**JOINT, "group_size": 16}, "groups of 16: --format llmshrink takes multiples of 32 or whole rows"),
         ({**JOINT, "asymmetric": True}, "asymmetric: --format llmshrink stores symmetric integers"),
         (
             {**JOINT, "set": "overrides=[{match: q_proj, ignore: true}]", "group_size": 32},

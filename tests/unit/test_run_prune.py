@@ -1,0 +1,84 @@
+"""Whole runs that prune, in process, on tiny models: what is zero, what loads it, what is said of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llmshrink
+from llmshrink.checkpoint.decompressed import Decompressed
+
+
+def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    recipes = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+    assert len(recipes) >= 13
+    for recipe in recipes:
+        asked = llmshrink.recipes()[recipe]
+        group = {"group_size": 32} if asked.quantize is not None else {}
+        report = llmshrink.compress(
+            model_of("llama"), output=tmp_path / recipe, recipe=recipe, calibration=story,
+            samples=6, seq_len=32, **group,
+        )  # fmt: skip
+        assert report.ok
+        bits = {"w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a16": 8}.get(recipe.rpartition("-")[2])
+        assert {row.bits for row in report.sites} == {bits}
+        for row in report.sites:
+            if asked.prune is not None:
+                assert row.pruned == f"{asked.prune.method} {asked.prune.pattern or '50 %'}"
+                assert row.zeros is not None and row.zeros >= 0.4999
+                assert asked.prune.pattern is None or two_of_four(tmp_path / recipe, row.name)
+            else:
+                assert row.pruned is None and row.zeros is None
+
+
+def two_of_four(folder: Path, site: str) -> bool:
+    """Whether no four consecutive inputs of a stored matrix hold more than two weights."""
+    reader = Decompressed(folder, json.loads((folder / "config.json").read_text()), torch.float32)
+    weight = reader.read(f"{site}.weight")
+    return bool(((weight.view(len(weight), -1, 4) != 0).sum(-1) <= 2).all())
+
+
+@pytest.fixture(scope="module")
+def pruned(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `llmshrink prune` makes without further words."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    report = llmshrink.prune(model_of("llama"), output=out, calibration=story, samples=6, seq_len=32)
+    assert report.ok and any("no engine is faster for them" in note for note in report.notes)
+    return out
+
+
+def test_a_pruned_model_is_a_plain_one_that_transformers_loads(pruned: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert "quantization_config" not in json.loads((pruned / "config.json").read_text())
+    kept = load_file(pruned / "verify" / "held_out.safetensors")
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+        logprobs = model(kept["input_ids"]).logits.log_softmax(-1)
+    found = logprobs[:, :-1].gather(-1, kept["input_ids"][:, 1:, None]).reshape(-1)
+    # The run computed its blocks in bfloat16; transformers here in float32.
+    assert (found - kept["token_logprobs"]).abs().mean() < 0.05
+
+
+def test_the_card_of_a_pruned_model_does_not_call_it_quantized(pruned: Path) -> None:
+    text = (pruned / "README.md").read_text()
+    assert "tags: [llmshrink, pruned]\n" in text
+    assert "in the blocks 14 pruned (alps 2:4); embeddings" in text
+    assert "- Format: plain safetensors" in text
+    assert "quantized" not in text and "pack-quantized" not in text
+
+
+def test_repair_is_the_recipes_choice_or_ones_own(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    errors = {}
+    for repair in (None, True, False):
+        report = llmshrink.prune(
+            model_of("llama"), output=tmp_path / str(repair), recipe="magnitude-2of4", calibration=story,
+            repair=repair, samples=6, seq_len=32,
+        )  # fmt: skip
+        errors[repair] = [row.error for row in report.sites]
+    assert errors[None] == errors[True] != errors[False]
