@@ -84,9 +84,10 @@ class Divergence(Frozen):
 class Paired(Frozen):
     """A model against the original on the same items.
 
-    difference: mean(compressed - original). low, high: its 95 % interval (paired bootstrap over items). mcnemar_p:
-    exact, two-sided, where the metric is right or wrong; None otherwise. lost, won: items right only before, only
-    after. flipped: their document ids, lost ones first. recovery: compressed / original, with its own interval.
+    difference: mean(compressed - original). low, high: its 95 % interval (`paired` says which). mcnemar_p: exact,
+    two-sided, where the metric is right or wrong; None otherwise. lost, won: items right only before, only after.
+    flipped: their document ids, lost ones first. recovery: compressed / original, with its own interval.
+    bootstrap_low, bootstrap_high: the interval by resamples alone, the same where items aren't right or wrong.
     """
 
     difference: float
@@ -99,6 +100,8 @@ class Paired(Frozen):
     recovery: float | None
     recovery_low: float | None
     recovery_high: float | None
+    bootstrap_low: float | None = None
+    bootstrap_high: float | None = None
 
 
 class Task(Frozen):
