@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -38,6 +39,9 @@ def generate(
     """
     from llmshrink import api
 
+    if json:
+        # The document says which device computed, and a program that reads stderr expects errors there.
+        logging.getLogger("llmshrink_kernels").setLevel(logging.ERROR)
     said = api.generate(
         model,
         prompt,

@@ -82,6 +82,8 @@ class LlmshrinkQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from llmshrink_kernels.device import runs_triton
+
         from llmshrink.runtime.sparse import SparseLinear
 
         if model.dtype != self._dtype:
@@ -90,6 +92,8 @@ class LlmshrinkQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, SparseLinear):
                 module.settle()
+        # Where there are no kernels this says so.
+        runs_triton(model.device)
         return model
 
     def is_serializable(self) -> bool:

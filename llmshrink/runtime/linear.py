@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from llmshrink_kernels.device import runs_triton
 from llmshrink_kernels.wna16 import PackedWeight
 from torch import Tensor, nn
 
@@ -111,6 +112,8 @@ class QuantLinear(nn.Module):
         fits = group is not None and self.words.device.type == "cpu" and self.dtype == torch.bfloat16
         if fits and self.scale_and_zero is None:
             assert group is not None
+            # torch's int4 product is a plain torch path too, and says so as the others do when they run.
+            runs_triton(self.words.device)
             weight = self._as_packed(self.words)
             self.words = cpu.pack(weight)
             self.scale_and_zero, self.left = cpu.pairs(self.scales, self.zero_points, group, weight)

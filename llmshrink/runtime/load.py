@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_kernels.device import runs_triton
 from llmshrink_kernels.wna16 import prepack
 from torch import Tensor, nn
 
@@ -155,6 +156,8 @@ def _load_packed(
     model = skeleton.model
     packed = _packed_linears(skeleton, reader)
     described = _described(quantization, packed)
+    # Where there are no kernels this says so, for every way of computing without them.
+    runs_triton(device)
     for module_name, stored_name in packed.items():
         bias = model.get_submodule(module_name).bias
         weight = _read(stored_name, index, described[module_name])

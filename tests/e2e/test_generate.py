@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llmshrink
 from llmshrink.runtime.linear import QuantLinear
 
+NOTICE = "llmshrink kernels: cpu has no Triton kernels; computing by plain torch"
 LLMSHRINK = str(Path(sys.executable).with_name("llmshrink"))
 
 
@@ -42,7 +44,8 @@ def wiki4(wiki7m: Path, calibration_text: Path, tmp_path_factory: pytest.TempPat
 def test_the_text_is_on_stdout_and_the_cost_on_stderr(demo4: Path) -> None:
     done = generate(demo4, "Once upon a time", "--max-new-tokens", "24")
     assert len(done.stdout.split()) > 2
-    (line,) = done.stderr.strip().splitlines()
+    *notices, line = done.stderr.strip().splitlines()
+    assert notices == ([] if torch.cuda.is_available() else [NOTICE])
     for said in (
         r"\d+ tokens",
         r"decode [\d.]+ tokens/s",
@@ -55,7 +58,9 @@ def test_the_text_is_on_stdout_and_the_cost_on_stderr(demo4: Path) -> None:
 
 
 def test_json_holds_the_text_and_the_numbers(demo4: Path) -> None:
-    found = json.loads(generate(demo4, "Once upon a time", "--max-new-tokens", "5", "--json").stdout)
+    done = generate(demo4, "Once upon a time", "--max-new-tokens", "5", "--json")
+    found = json.loads(done.stdout)
+    assert done.stderr == ""
     assert found["text"] in generate(demo4, "Once upon a time", "--max-new-tokens", "5").stdout
     assert found["new_tokens"] <= 5 and found["device"] == "cpu" and not found["chat"]
     assert 0 < found["packed_bytes"] < found["weight_bytes"] < found["peak_memory_bytes"]
@@ -69,7 +74,6 @@ def test_an_uncompressed_model_speaks_too_and_is_said_to_be_one() -> None:
 
 @pytest.mark.parametrize("fixture", ["demo4", "wiki4"])
 def test_greedy_tokens_are_those_of_the_dequantized_model(fixture: str, request: pytest.FixtureRequest) -> None:
-    import torch
     from llmshrink_eval.model import LoadOptions
     from transformers import AutoTokenizer
 
@@ -130,6 +134,7 @@ def test_a_chat_template_is_used_where_there_is_one(demo4: Path, tmp_path: Path)
         (("demo", "a", "--top-p", "0.5"), "--top-p 0.5: nothing is drawn at temperature 0"),
         (("demo", "a", "--top-p", "1.5", "--temperature", "1"), "--top-p 1.5: must be above 0"),
         (("demo", "a", "--seed", "-1"), "--seed -1: must be at least 0"),
+        (("demo", "a \udcff"), "the prompt isn't UTF-8 text (surrogates not allowed); give text"),
         (("demo",), "missing argument 'PROMPT'"),
     ],
 )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from llmshrink_kernels import stopwatch, tune
 from llmshrink_kernels.benchmark import contenders, plot, problem, run, solver
 from llmshrink_kernels.benchmark.contenders import Contender, Matmul
 from llmshrink_kernels.benchmark.problem import Ceilings, Problem, Shape
+from llmshrink_kernels.sparse24 import dispatch as sparse24_dispatch
+from llmshrink_kernels.sparse24 import search as sparse24_search
+from llmshrink_kernels.wna16 import dispatch
+from llmshrink_kernels.wna16.dispatch import Limits
 from torch import Tensor
 
 H200 = Ceilings(4.3e12, 790e12)
@@ -143,6 +148,70 @@ def test_the_solver_is_timed_against_the_eager_loop_on_the_same_codes() -> None:
     for found in (sweep, trial):
         assert found.different <= solver.MOST_DIFFERENT and found.error_ratio == pytest.approx(1, abs=1e-3)
         assert (found.rows, found.columns, found.over_eager) == (24, 128, 1.0)
+
+
+def test_the_solver_is_not_timed_where_rows_differ_or_the_error_does() -> None:
+    """One row in a thousand may be another solution; no more, and none that is worse."""
+
+    def held(rows: int, wrong_rows: int, scale: float) -> solver.Solved:
+        codes = torch.zeros(128, rows, dtype=torch.int8)
+        other, errors = codes.clone(), torch.ones(128, rows)
+        other[5, :wrong_rows] = 1
+        timed: list[int] = []
+
+        def replayed(call: Callable[[], object]) -> float:
+            timed.append(1)
+            call()
+            return 1e-3
+
+        found = solver._held("sweep_block", 1, lambda: (other, errors * scale), lambda: (codes, errors), replayed)
+        assert (len(timed) == 2) == (found.over_eager is not None) == (found.microseconds is not None)
+        assert found.different == wrong_rows / rows and found.error_ratio == pytest.approx(scale**2)
+        return found
+
+    assert held(2000, 0, 1.0).over_eager == 1.0
+    assert held(2000, 2, 1.0004).over_eager == 1.0
+    assert held(2000, 3, 1.0).over_eager is None
+    assert held(2000, 0, 1.0006).over_eager is None
+    assert held(2000, 0, 0.9994).over_eager is None
+
+
+@pytest.mark.parametrize("name", ["llmshrink W4", "llmshrink W3", "llmshrink 2:4 W4"])
+def test_a_contenders_search_files_what_its_product_then_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`--tune` searches the weight that is timed: the plan is found under the product's own key."""
+    here = Limits("a device", 232448, 132)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "limits", lambda device: here)
+    monkeypatch.setattr(sparse24_search, "limits", lambda device: here)
+    monkeypatch.setattr(sparse24_dispatch, "limits", lambda device: here)
+    monkeypatch.setattr(stopwatch, "seconds", lambda calls: float(len(calls)))
+    who, place = KNOWN[name], dispatch if "2:4" not in name else sparse24_dispatch
+    asked = who.adapt(problem.problem(Shape("tiny", 512, 128), who.bits, 128, torch.float16, CPU, 0))
+    monkeypatch.setattr(place, "candidates", lambda *asked: [place.default(*asked)])
+    assert who.search is not None
+    (trial,) = who.search(asked, 16)
+    assert trial.seconds == 1.0 and trial.refused == ""
+    packed = contenders._packed_sparse(asked) if "2:4" in name else contenders._packed(asked)
+    for rows in (1, 16):
+        assert tune.lookup(place.key(packed, rows, torch.float16, here.name)) == trial.plan
+
+
+def test_a_solver_that_differs_is_said_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from llmshrink.api import bench as api
+
+    asked = bench(KNOWN["llmshrink W4"], rows=(1,))
+    solved = solver.Solved("sweep_block", 96, 128, 1, 0.5, 2.0, None, None, None)
+    monkeypatch.setattr(solver, "measure", lambda rows, device: [solved, replace(solved, over_eager=20.5)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    said: list[str] = []
+    content = api._measure(asked, [SMALL], tmp_path, said.append)
+    assert [line for line in said if "sweep_block" in line] == [
+        "small  sweep_block: not the eager result",
+        "small  sweep_block: 20.5 times as fast as the eager loop",
+    ]
+    assert json.loads(Path(content["path"]).read_text())["solver"][0]["over_eager"] is None
 
 
 def test_without_cuda_the_verb_says_so_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -253,6 +253,7 @@ def test_operators_hold_what_torch_asks_of_them(op: str) -> None:
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("sweep", {"bits": 9}, "bits must be 2 to 8, not 9"),
+    ("sweep", {"bits": 4.0}, "bits must be 2 to 8, not 4.0"),
     ("sweep", {"weight": torch.zeros(8, 6, dtype=torch.float16)}, r"weight must be float32 .*float16 \[8, 6\]"),
     ("sweep", {"weight": torch.zeros(8)}, "weight must be"),
     ("sweep", {"weight": torch.zeros(0, 6)}, "weight holds no column"),

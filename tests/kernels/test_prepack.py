@@ -104,11 +104,14 @@ def test_bits_a_weight(bits: int, group_size: int, inputs: int, slab: int, exact
 
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("bits", {"bits": 5}),
+    ("bits", {"bits": 4.0}),
+    ("bits", {"bits": "4"}),
     ("codes", {"codes": torch.zeros(4, 64)}),
     ("codes", {"codes": torch.zeros(64, dtype=torch.int8)}),
     ("codes", {"codes": torch.full((4, 64), 8, dtype=torch.int8)}),
     ("group_size", {"group_size": 48}),
     ("group_size", {"group_size": 0}),
+    ("group_size", {"group_size": 32.0}),
     ("scale", {"scale": torch.ones(4, 1)}),
     ("scale", {"scale": torch.ones(4, 2, dtype=torch.float64)}),
     ("scale", {"scale": torch.ones(4, 2, device="meta")}),
@@ -128,6 +131,7 @@ def test_bad_input_is_named(named: str, changes: dict[str, Any]) -> None:
     ("named", "changes"),
     [
         ("bits", {"bits": 6}),
+        ("bits", {"bits": 4.0}),
         ("shape", {"shape": [4]}),
         ("shape", {"shape": [0, 64]}),
         ("weight_packed", {"weight_packed": torch.zeros(4, 9, dtype=torch.int32)}),

@@ -162,6 +162,7 @@ def test_what_is_not_2_4_is_refused() -> None:
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("bits", {"bits": 3}),
+    ("bits", {"bits": 4.0}),
     ("values", {"values": torch.zeros(4, 32)}),
     ("values", {"values": torch.zeros(4, 33, dtype=torch.int8)}),
     ("values", {"values": torch.zeros(0, 32, dtype=torch.int8)}),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from llmshrink_kernels import device as where
 from llmshrink_kernels.wna16 import PackedWeight, naive, prepack, unpack
 from torch import Tensor, nn
 
@@ -154,6 +155,33 @@ def test_input_that_does_not_fit_is_refused(x: Tensor) -> None:
     layer = QuantLinear(make(4, 64, (80, 128))[0], dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"x is torch\..*this layer takes torch.bfloat16 \[\.\.\., 128\]"):
         layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_by_itself_says_that_it_has_no_kernel(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    where.notice.cache_clear()
+    for _ in range(2):
+        QuantLinear(make(4, 64, (80, 128))[0], dtype=dtype)(torch.ones(1, 128, dtype=dtype))
+    assert [record.message for record in caplog.records] == [
+        "llmshrink kernels: cpu has no Triton kernels; computing by plain torch"
+    ]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 32), (1, 128), (8, 32)])
+def test_compiles_with_sizes_of_one(shape: tuple[int, int], dtype: torch.dtype, dynamic: bool) -> None:
+    """One row, one output, one group: sizes that torch.compile takes for constants, or for broadcasts."""
+    layer: Any = QuantLinear(make(4, -1, shape, symmetric=False)[0], dtype=dtype)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (1, 4, 1):
+        x, again = (torch.ones(rows, shape[1], dtype=dtype, requires_grad=True) for _ in range(2))
+        y, expected = compiled(x), layer(again)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        expected.sum().backward()
+        assert x.grad is not None and again.grad is not None and torch.equal(x.grad, again.grad)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from llmshrink_kernels import device as where
 from packed import pack_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -202,6 +203,11 @@ Q = "model.layers.0.self_attn.q_proj"
         (f"{Q}.weight_g_idx", lambda t: torch.arange(64), f"{Q}.weight_g_idx"),
         ("model.norm.weight", lambda t: t[:-1], "model.norm.weight: has shape"),
         ("model.norm.weight", lambda t: None, "no tensor for model.norm.weight"),
+        (
+            "model.layers.7.mlp.up_proj.weight_packed",
+            lambda t: torch.zeros(64, 8, dtype=torch.int32),
+            "model.layers.7.mlp.up_proj and 0 more are packed, and the model that config.json describes has no place",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(
@@ -240,3 +246,39 @@ def test_other_methods_are_refused_by_name(model_of: ModelOf, tmp_path: Path) ->
     out = pack_checkpoint(model_of("llama"), tmp_path / "out", W4, quant_method="awq")
     with pytest.raises(CheckpointError, match="quantized by awq"):
         llmshrink.load(out, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", '{"eos_token_id"', b"\xff\xfe"])
+def test_a_broken_generation_config_is_one_line(text: str | bytes, model_of: ModelOf, tmp_path: Path) -> None:
+    out = pack_checkpoint(model_of("llama"), tmp_path / "out", W4)
+    (out / "generation_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SourceError, match=r"generation_config\.json: can't be read: ") as refused:
+        llmshrink.load(out, device="cpu")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("quantization", [None, {}])
+def test_a_packed_folder_whose_config_does_not_say_so_is_refused(
+    quantization: object, model_of: ModelOf, tmp_path: Path
+) -> None:
+    out = pack_checkpoint(model_of("llama"), tmp_path / "out", W4)
+    document = json.loads((out / "config.json").read_text())
+    document["quantization_config"] = quantization
+    (out / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"weight_packed is packed, but config\.json has no quantization_config"):
+        llmshrink.load(out, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_one_notice_where_there_are_no_kernels(
+    bits: int, dtype: str, model_of: ModelOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever way of torch's is taken, and however often."""
+    out = pack_checkpoint(model_of("llama"), tmp_path / "out", GroupedIntScheme(bits, 32, True))
+    where.notice.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            greedy(llmshrink.load(out, device="cpu", dtype=dtype))
+    said = "llmshrink kernels: cpu has no Triton kernels; computing by plain torch"
+    assert [record.message for record in caplog.records if "kernels" in record.message] == [said]

@@ -92,6 +92,11 @@ def test_orders_that_leave_columns_in_place(order: object) -> None:
         ({"ignore": ["re:.*down_proj"]}, "down_proj is packed, but quantization_config ignores it"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        ({"config_groups": {"g": group(("re:(.*q_proj",))}}, "'re:(.*q_proj' is no pattern (missing ), unterminated"),
+        ({"ignore": ["re:*"]}, "'re:*' is no pattern (nothing to repeat"),
+        ({"config_groups": {"g": group() | {"targets": "Linear"}}}, "lists its linears as 'Linear', not as a list"),
+        ({"config_groups": {"g": group() | {"targets": 7}}}, "lists its linears as 7, not as a list"),
+        ({"ignore": "lm_head"}, "lists its linears as 'lm_head', not as a list"),
         ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
     ],
 )

@@ -99,7 +99,7 @@ def _(
 
 
 def _check_common(weight: Tensor, unit: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> None:
-    _check(bits in BITS, f"bits must be 2 to 8, not {bits}")
+    _check(isinstance(bits, int) and bits in BITS, f"bits must be 2 to 8, not {bits}")
     _check(weight.dtype == torch.float32 and weight.dim() == 2, f"weight must be float32 [n, rows], not {_say(weight)}")
     n, rows = weight.shape
     _check(n > 0, "weight holds no column")

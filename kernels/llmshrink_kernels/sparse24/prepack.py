@@ -229,7 +229,7 @@ def _checked(
     values: Tensor, positions: Tensor, scale: Tensor | None, bits: int, group_size: int, in_features: int | None
 ) -> tuple[int, int]:
     """(K, the group size, -1 where it is one group a row); ValueError where an argument isn't what `prepack` asks."""
-    if bits not in BITS:
+    if bits not in BITS or not isinstance(bits, int):
         raise ValueError(f"bits is {bits}; one of {BITS} is supported")
     allowed = (torch.float16, torch.bfloat16) if bits == 16 else (torch.int8,)
     if values.dtype not in allowed or values.dim() != 2 or 0 in values.shape or values.shape[1] % 2:
@@ -254,7 +254,7 @@ def _checked(
         raise ValueError("positions holds something else than two of 0..3 for each group of four, the lower first")
     if group_size == inputs:
         group_size = -1
-    if group_size != -1 and (group_size < 32 or group_size % 32):
+    if not isinstance(group_size, int) or (group_size != -1 and (group_size < 32 or group_size % 32)):
         raise ValueError(f"group_size is {group_size}; a multiple of 32, -1, or all {inputs} inputs, is supported")
     _check_scale(scale, (rows, 1 if group_size == -1 else -(-inputs // group_size)), bits, values.device)
     if bits == 16 and group_size != -1:

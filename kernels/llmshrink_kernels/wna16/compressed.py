@@ -40,7 +40,7 @@ def prepack_compressed_tensors(
     The tensors are as in the module's list, `shape` is (N, K) (`weight_shape.tolist()`), group_size -1 is one group a
     row. Raises ValueError naming the argument that isn't what the others say. The result is on their device.
     """
-    if bits not in BITS:
+    if bits not in BITS or not isinstance(bits, int):
         raise ValueError(f"bits is {bits}; one of {BITS} is supported")
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"shape is {list(shape)}; two positive numbers [N, K] are expected")

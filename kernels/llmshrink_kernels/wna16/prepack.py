@@ -233,7 +233,7 @@ def _checked(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int,
         raise ValueError(f"codes is {codes.dtype} {list(codes.shape)}; a non-empty int8 [N, K] is expected")
     if group_size == codes.shape[1]:
         group_size = -1
-    if group_size not in GROUP_SIZES:
+    if group_size not in GROUP_SIZES or not isinstance(group_size, int):
         raise ValueError(
             f"group_size is {group_size}; one of {GROUP_SIZES}, or all {codes.shape[1]} inputs, is supported"
         )
