@@ -51,11 +51,11 @@ def _fours(packed: PackedSparse, rows: range) -> Tensor:
     low, high = low[:, :, :planes], high[:, :, :planes]
     if packed.bits == 4:
         index = low >> 4 * field & 15 | (high >> 4 * field & 15) * 16 | mask * 256
-        found: Tensor = embedding(index.int(), LOOKUP.to(words.device))
-        return found.view(*shape, 4)
+        looked_up: Tensor = embedding(index.int(), LOOKUP.to(words.device))
+        return looked_up.view(*shape, 4)
     values = [_values(packed, half).reshape(*shape, 1) for half in (low, high)]
-    places = [embedding(mask.view(shape).int(), table.to(words.device)) for table in PLACES]
-    return places[0].mul_(values[0]).addcmul_(places[1], values[1])
+    first, second = (embedding(mask.view(shape).int(), table) for table in PLACES.to(words.device).unbind())
+    return torch.addcmul(first.mul_(values[0]), second, values[1])
 
 
 def _values(packed: PackedSparse, words: Tensor) -> Tensor:
