@@ -63,7 +63,8 @@ def _values(packed: PackedSparse, words: Tensor) -> Tensor:
     words = words.contiguous()
     if packed.bits == 16:
         return words.view(torch.bfloat16 if packed.bfloat else torch.float16).float()
-    return words.view(torch.int8).unflatten(-1, (-1, 2)).squeeze(-3).transpose(-1, -2).float()
+    octets = words.view(torch.int8).view(*words.shape[:-2], -1, 2)
+    return octets.transpose(-1, -2).float()
 
 
 def _places() -> Tensor:
