@@ -3,12 +3,15 @@
 from llmshrink.methods import gptq as gptq
 from llmshrink.methods import rtn as rtn
 from llmshrink.methods.contract import QuantizeSpec, ScaleSearch, SiteStatistics, Solved, SolveError, Solver
+from llmshrink.methods.narrow import Narrowed, NarrowSpec, narrow
 from llmshrink.methods.pruning import Pattern, PruneSpec
 from llmshrink.methods.registry import Method, names, site_solver, solver
 from llmshrink.methods.solve import SiteSpec, solve
 
 __all__ = [
     "Method",
+    "NarrowSpec",
+    "Narrowed",
     "Pattern",
     "PruneSpec",
     "QuantizeSpec",
@@ -19,6 +22,7 @@ __all__ = [
     "Solved",
     "Solver",
     "names",
+    "narrow",
     "site_solver",
     "solve",
     "solver",

@@ -57,7 +57,7 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         events.append(f"{len(dead) - live} of {len(dead)} inputs are never active: rounded to nearest")
     ridge = torch.where(dead, mean, 0.0).index_select(0, order.flip(0))
 
-    for damping, dtype in _attempts(damp):
+    for damping, dtype in attempts(damp):
         lower = _cholesky(hessian, order, ridge + damping * mean, dtype)
         if lower is not None:
             if dtype == torch.float64:
@@ -73,7 +73,8 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     )
 
 
-def _attempts(damp: float) -> list[tuple[float, torch.dtype]]:
+def attempts(damp: float) -> list[tuple[float, torch.dtype]]:
+    """The dampings and dtypes in which a factorisation is tried, one after the other."""
     attempts = [(damp, torch.float32), (damp, torch.float64)]
     while damp < LARGEST_DAMPING:
         damp = min(max(10 * damp, SMALLEST_RETRY), LARGEST_DAMPING)

@@ -1,25 +1,40 @@
 """What is known of each architecture beyond what running it tells: a small table, nothing else.
 
 Blocks, taps and stages are found by running the model. What can't be found that way is how serving engines merge
-linears (q/k/v into one matrix, gate/up into another: the shards of one engine layer must share one scheme) and along
-which dimension tensor parallelism cuts them. An architecture enters this table when a test has taken it from a
-checkpoint to logits; all others are refused by name before any work starts.
+linears (q/k/v into one matrix, gate/up into another: the shards of one engine layer must share one scheme), along which
+dimension tensor parallelism cuts them, and which linears become narrower together. An architecture enters this table
+when a test has taken it from a checkpoint to logits; all others are refused by name before any work starts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmshrink.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """Linears (last name part) that become narrower together: the outputs of `producers` are `consumer`'s inputs."""
+
+    producers: tuple[str, ...]
+    consumer: str
+
+
+@dataclass(frozen=True)
 class Family:
-    """fused: engine layer -> the linears (last name part) it is made of. row_parallel: linears cut along inputs."""
+    """fused: engine layer -> the linears (last name part) it is made of. row_parallel: linears cut along inputs.
+
+    ffn, attention: what gets narrower with fewer channels, and with fewer KV groups (query, key and value first).
+    head_dim_in_vllm: whether vLLM reads the width of a head from the config; else it divides hidden_size by the heads.
+    """
 
     fused: dict[str, tuple[str, ...]]
     row_parallel: tuple[str, ...]
+    ffn: Narrowing
+    attention: Narrowing
+    head_dim_in_vllm: bool = True
 
     def fused_name(self, site: str) -> str | None:
         """The engine layer that holds `site` together with others, by full name, or None."""
@@ -37,9 +52,16 @@ class Family:
 _LLAMA = Family(
     fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
     row_parallel=("o_proj", "down_proj"),
+    ffn=Narrowing(("gate_proj", "up_proj"), "down_proj"),
+    attention=Narrowing(("q_proj", "k_proj", "v_proj"), "o_proj"),
 )
 
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": replace(_LLAMA, head_dim_in_vllm=False),
+    "qwen3": _LLAMA,
+}
 
 
 def family_of(model_type: str) -> Family:

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from llmshrink.recipe.schema import (
+    Depth,
+    DropBy,
+    Importance,
     Override,
     Prune,
     PrunePatch,
@@ -16,6 +19,7 @@ from llmshrink.recipe.schema import (
     Recipe,
     ScaleSearch,
     Step,
+    Width,
     methods,
     pruners,
 )
@@ -25,11 +29,14 @@ _KNOWN_KEYS: dict[str, tuple[str, ...]] = {
     "steps": tuple(Step.model_fields),
     "quantize": tuple(Quantize.model_fields),
     "prune": tuple(Prune.model_fields),
+    "depth": tuple(Depth.model_fields),
+    "width": tuple(Width.model_fields),
     "overrides": tuple(Override.model_fields),
 }
 assert tuple(Quantize.model_fields) == tuple(QuantizePatch.model_fields)
 assert tuple(Prune.model_fields) == tuple(PrunePatch.model_fields)
 
+_CHOICES = {"scale_search": ScaleSearch, "importance": Importance, "by": DropBy}
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -65,11 +72,11 @@ def describe(fault: Mapping[str, Any], label: str, origins: Mapping[str, str]) -
     if kind == "string_type" and path.endswith("pattern"):
         return f'{where}: {value} isn\'t text: write the pattern with quotes, as "2:4"'
     if kind == "literal_error":
-        known = get_args(ScaleSearch)
+        known = get_args(_CHOICES[str(fault["loc"][-1])])
         return f"{where}: {_shown(value)} isn't one of {', '.join(known)}{nearest(str(value), known)}"
     if kind in _WANTED:
         return f"{where}: {_shown(value)} isn't {_WANTED[kind]}{_number_hint(kind, value)}"
-    if kind in ("bits", "group_size", "pattern"):
+    if kind in ("bits", "group_size", "pattern", "amount"):
         return f"{where}: {value} {fault['msg']}"
     if isinstance(value, int | float | str):
         return f"{where}: {_shown(value)}: {_lower(fault['msg']).replace('input ', '')}"

@@ -31,7 +31,8 @@ _FLAGS = {
     "symmetric": "--symmetric/--asymmetric",
     "repair": "--repair/--no-repair",
 }
-_PRUNE_FLAGS = {"repair"}
+_KINDS = {"repair": ("prune", "width")}
+"""The kinds of step that have a flag's field; of the others it is `quantize`."""
 
 
 def load_recipe(
@@ -39,10 +40,10 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe by its shipped name or from a YAML file, changed by `flags` and then by `sets`.
 
-    flags: any of method, bits, group_size, symmetric (of the quantize step), repair (of the prune step); None means not
-    given. A change of method drops the fields that
-    only the old method reads. sets: `steps.0.quantize.bits=3`, the value a YAML scalar or flow list. What they change
-    is added to the recipe's name and summary, which would not be true without it.
+    flags: any of method, bits, group_size, symmetric (of the quantize step), repair (of the prune or width step); None
+    means not given. A change of method drops the fields that only the old method reads. sets:
+    `steps.0.quantize.bits=3`, the value a YAML scalar or flow list. What they change is added to the recipe's name and
+    summary, which would not be true without it.
     Raises RecipeError with one line for each fault.
     """
     label, text = _find(os.fspath(name_or_path))
@@ -177,7 +178,8 @@ def _apply_flags(
         return []  # what is wrong with the steps is said by their validation
     faults = []
     for name, value in given.items():
-        kind = "prune" if name in _PRUNE_FLAGS else "quantize"
+        kinds = _KINDS.get(name, ("quantize",))
+        kind = next((kind for kind in kinds if any(kind in step for step in found)), kinds[0])
         places = [number for number, step in enumerate(found) if isinstance(step.get(kind), dict)]
         if not places:
             if not any(kind in step for step in found):

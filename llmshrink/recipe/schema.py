@@ -1,17 +1,26 @@
 """The recipe, as a frozen model: what its YAML may say, and nothing else.
 
 A recipe says once what happens to every linear weight inside the model's blocks (`steps`: pruned, quantized, or pruned
-and quantized in one visit), which of them stay as they are (`ignore`), and where a pattern asks for something else
-(`overrides`; a later one wins over an earlier one). A pattern is matched against the site's full module name
-(`model.layers.0.mlp.down_proj`), case-sensitively, with `*`, `?` and `[...]`; a bare name such as `down_proj` also
-means every module whose last part it is.
+and quantized in one visit; or, alone, blocks or widths are taken away), which of them stay as they are (`ignore`), and
+where a pattern asks for something else (`overrides`; a later one wins over an earlier one). A pattern is matched
+against the site's full module name (`model.layers.0.mlp.down_proj`), case-sensitively, with `*`, `?` and `[...]`; a
+bare name such as `down_proj` also means every module whose last part it is.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 BITS = (2, 3, 4, 8)
@@ -21,6 +30,8 @@ PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
 """The same of the ways to prune."""
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
+Importance = Literal["activations", "magnitude"]
+DropBy = Literal["angular", "loss"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -213,17 +224,77 @@ class PrunePatch(_Frozen):
         return Prune.model_validate(fields | patch)
 
 
+def _amount(value: object) -> object:
+    """A number of things (a whole number), or a share of them (a number with a point)."""
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is None or number or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise PydanticCustomError(
+        "amount", "isn't a whole number of at least 1, or a share between 0 and 1 (with a point, as 0.25)"
+    )
+
+
+Amount = Annotated[int | float, BeforeValidator(_amount)]
+
+
+class Depth(_Frozen):
+    """Which blocks go, whole.
+
+    drop: how many: a number, or a share of them.
+    by: `angular`, the angle between what a block gets and what it puts out; or `loss`, how far the model is from the
+        original without it.
+    """
+
+    drop: Amount = 0.25
+    by: DropBy = "angular"
+
+
+class Width(_Frozen):
+    """How many FFN channels and KV groups stay, the same in every block.
+
+    channels: of the FFN: a number, or a share of them; left out: all.
+    kv_groups: heads of keys and values, with the query heads that read them: a number, or a share; left out: all.
+    importance: by which they are chosen: `activations` or `magnitude`.
+    repair: least squares on what stays of down_proj and o_proj.
+    corrected: share of the earlier layers' error that is corrected by it, 0 (none: one activation stream) to 1.
+    damp: share of the mean of the Hessian's diagonal that is added to it.
+    """
+
+    channels: Amount | None = None
+    kv_groups: Amount | None = None
+    importance: Importance = "activations"
+    repair: bool = True
+    corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
+
+    @model_validator(mode="after")
+    def _takes_something(self) -> Self:
+        if self.channels is None and self.kv_groups is None:
+            raise PydanticCustomError("width", "takes nothing away; give channels: 0.75, kv_groups: 0.5, or both")
+        return self
+
+
 class Step(_Frozen):
-    """One thing that is done to every weight: it is pruned, or quantized."""
+    """One thing that is done to the model: weights are pruned, or quantized; or blocks or widths are taken away."""
 
     quantize: Quantize | None = None
     prune: Prune | None = None
+    depth: Depth | None = None
+    width: Width | None = None
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Self:
-        if (self.quantize is None) == (self.prune is None):
-            raise PydanticCustomError("step", "is nothing or two things; give either quantize: {...} or prune: {...}")
+        if len(self.kinds) != 1:
+            raise PydanticCustomError(
+                "step",
+                "is nothing or two things; give one of quantize: {...}, prune: {...}, depth: {...}, width: {...}",
+            )
         return self
+
+    @property
+    def kinds(self) -> list[str]:
+        """What it does, by the name of its field."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
 
 
 class Override(_Frozen):
@@ -256,17 +327,31 @@ class Recipe(_Frozen):
     @field_validator("steps")
     @classmethod
     def _prune_then_quantize(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        kinds = ["prune" if step.prune is not None else "quantize" for step in steps]
-        if kinds not in (["quantize"], ["prune"], ["prune", "quantize"]):
+        kinds = [kind for step in steps for kind in step.kinds]
+        if kinds not in (["quantize"], ["prune"], ["prune", "quantize"], ["depth"], ["width"]):
+            smaller = {"depth", "width"}.intersection(kinds)
             raise PydanticCustomError(
                 "steps",
-                "{found}; a recipe quantizes, prunes, or prunes and then quantizes (overrides say what differs where)",
-                {"found": f"are {', '.join(kinds)}" if kinds else "there are none"},
+                "{found}; a recipe quantizes, prunes, or prunes and then quantizes (overrides say what differs where)"
+                "{apart}",
+                {
+                    "found": f"are {', '.join(kinds)}" if kinds else "there are none",
+                    "apart": ", and one that takes blocks or widths away does only that: its result is a plain model, "
+                    "which takes the next recipe"
+                    if smaller
+                    else "",
+                },
             )
         return steps
 
     @model_validator(mode="after")
     def _overrides_change_a_step(self) -> Self:
+        if self.structured and (self.overrides or self.ignore != ("lm_head",)):
+            raise PydanticCustomError(
+                "structured",
+                "a depth or width step is the same for the whole model, as its config.json is: leave out {fields}",
+                {"fields": "overrides" if self.overrides else "what ignore lists besides lm_head"},
+            )
         for number, override in enumerate(self.overrides):
             for kind in ("quantize", "prune"):
                 if getattr(override, kind) is not None and getattr(self, kind) is None:
@@ -286,6 +371,21 @@ class Recipe(_Frozen):
     def prune(self) -> Prune | None:
         """What the recipe's prune step says, if it has one."""
         return next((step.prune for step in self.steps if step.prune is not None), None)
+
+    @property
+    def depth(self) -> Depth | None:
+        """What the recipe's depth step says, if it has one."""
+        return self.steps[0].depth
+
+    @property
+    def width(self) -> Width | None:
+        """What the recipe's width step says, if it has one."""
+        return self.steps[0].width
+
+    @property
+    def structured(self) -> bool:
+        """Whether the result is a model of another shape."""
+        return self.depth is not None or self.width is not None
 
 
 METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size")

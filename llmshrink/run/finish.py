@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmshrink.checkpoint.conserve import Ledger
 from llmshrink.checkpoint.index import INDEX_FILE
-from llmshrink.formats import stored
 from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk
 from llmshrink.run.card import card
@@ -22,10 +20,11 @@ from llmshrink.run.heldout import Quality
 from llmshrink.run.job import Job
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.progress import Progress, peak_memory
-from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of
+from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of, summary_of
 from llmshrink.run.shards import open_shards
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import REFERENCE, verify_reload
+from llmshrink.run.work import Work
 from llmshrink.serving.launch import installed, serve_command
 
 TIMING = "timing.json"
@@ -48,6 +47,7 @@ REPLACED = ("config.json", "README.md", RECORD, TIMING, "recipe.yaml", INDEX_FIL
 
 def finish(
     job: Job,
+    work: Work,
     workspace: Workspace,
     quality: Quality,
     reference: Mapping[str, Tensor],
@@ -63,13 +63,14 @@ def finish(
     """
     folder = workspace.checkpoint
     rows = [row for part in workspace.parts for row in rows_of(part.rows)]
-    _write_index(job, workspace)
+    _write_index(job, work, workspace)
     copy_side_files(job.source.folder, folder, besides=(workspace.folder, workspace.output))
-    disk.write_json(folder / "config.json", _config(job))
+    config = json.loads((job.source.folder / "config.json").read_text())
+    disk.write_json(folder / "config.json", work.config(config))
     disk.write_text(folder / "recipe.yaml", to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
-    record = _record(job, quality, rows)
+    record = _record(job, work, quality, rows)
     disk.write_json(folder / RECORD, record)
     disk.write_text(folder / "README.md", card(record, job.source.folder, weight_bytes(folder)))
     verification = verify_reload(folder) if job.options.verify else None
@@ -81,6 +82,7 @@ def finish(
         bytes_after=weight_bytes(folder),
         quality=quality,
         held_out=job.held_out.name,
+        structure=summary_of(record),
         sites=tuple(rows),
         notes=tuple(record["notes"]),
         blocks=len(job.stages),
@@ -113,6 +115,7 @@ def reread(output: Path, *, seconds: float) -> QuantizeReport:
         bytes_after=weight_bytes(output),
         quality=Quality(**record["quality"]),
         held_out=record["held_out"],
+        structure=summary_of(record),
         sites=tuple(rows),
         notes=tuple(record["notes"]),
         blocks=record["blocks"],
@@ -144,32 +147,17 @@ def serve_line(output: Path, record: Mapping[str, Any]) -> str:
     return f"llmshrink serve {shlex.quote(str(output))}{ranks}  (which runs {serve_command(output, tp=tp)})"
 
 
-def _write_index(job: Job, workspace: Workspace) -> None:
+def _write_index(job: Job, work: Work, workspace: Workspace) -> None:
     """model.safetensors.index.json, and the proof that no tensor of the source was lost."""
     files = [name for part in workspace.parts for name in part.shards]
     with open_shards(workspace.checkpoint, files) as written:
         where = {key: written.entry(key).file.name for key in written}
         total = written.nbytes()
-    ledger = Ledger()
-    by_key, specs, schemes = {site.key: site for site in job.sites}, job.specs, job.schemes
-    for key in job.index:
-        site = by_key.get(key)
-        if site is None or site.name not in specs:
-            ledger.copied.add(key)
-        else:
-            ledger.replaced[key] = stored.names(key.removesuffix(".weight"), schemes[site.name])
-    ledger.check(job.index.keys(), where)
+    work.ledger().check(job.index.keys(), where)
     disk.write_json(
         workspace.checkpoint / INDEX_FILE,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
     )
-
-
-def _config(job: Job) -> dict[str, Any]:
-    """The source's config.json, as it is, with a quantization_config: nothing that a class doesn't know gets lost."""
-    config: dict[str, Any] = json.loads((job.source.folder / "config.json").read_text())
-    described = stored.quantization_config(job.schemes, job.other_linears, job.options.format)
-    return config if described is None else {**config, "quantization_config": described}
 
 
 def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ()) -> None:
@@ -200,7 +188,7 @@ def pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _record(job: Job, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
+def _record(job: Job, work: Work, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
     identity = job.identity()
     notes = fallen_notes(rows) + job.notes
     widest = max((site.in_features for site in job.sites), default=0)
@@ -228,6 +216,7 @@ def _record(job: Job, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
         "notes": notes,
         "format_notes": job.format_notes,
         "other_linears": job.other_linears,
+        "structure": work.structure,
         "sites": [asdict(row) for row in rows],
     }
 

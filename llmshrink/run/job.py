@@ -104,8 +104,9 @@ class Job:
     @property
     def reads(self) -> dict[str, frozenset[str]]:
         """Site name -> the statistics that are gathered for it; the others need none."""
-        wanting = {**self.specs, **(self.structure.narrow if self.structure else {})}
-        return {name: spec.reads for name, spec in wanting.items()}
+        if self.structure is not None:
+            return {name: spec.reads for name, spec in self.structure.narrow.items()}
+        return {name: spec.reads for name, spec in self.specs.items()}
 
     @property
     def schemes(self) -> dict[str, Scheme | None]:

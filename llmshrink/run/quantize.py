@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,18 +15,17 @@ from torch import Tensor
 from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.formats import stored
-from llmshrink.formats.stored import Scheme
-from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
-from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
+from llmshrink.run.journal import ACTIVATIONS, Workspace
 from llmshrink.run.memory import give_back, lean_imports
+from llmshrink.run.narrow import NarrowWork
 from llmshrink.run.progress import Progress
-from llmshrink.run.report import QuantizeReport, SiteRow
+from llmshrink.run.report import QuantizeReport
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
-from llmshrink.run.transform import SolvedBlock, Walk, replay_block, transform_block
-from llmshrink.weights import Dense, GroupedInt
+from llmshrink.run.transform import Walk
+from llmshrink.run.work import SiteWork, Work
 
 OUTSIDE = "outside"
 
@@ -74,16 +72,16 @@ class _Run:
         chain.skeleton.reader = Overlay(outside, job.index)
         kept = len(self.workspace.parts) - 1
         self.progress.begin(len(chain.blocks), kept)
-        walk = self._streams()
+        walk, work = self._streams(), work_of(job, self.workspace.checkpoint)
         for number, part in enumerate(self.workspace.parts[1:]):
-            replay_block(walk, number, self._weights_of(part, number))
+            work.replay(walk, number, part)
             self.progress.block(number, None)
         for number in range(kept, len(chain.blocks)):
-            self._solve(walk, number)
+            self._solve(work, walk, number)
         quality, reference = self._held_out(walk)
         outside.close()
         return finish(
-            job, self.workspace, quality, reference,
+            job, work, self.workspace, quality, reference,
             kept=kept, started=self.started, seconds=self.seconds, progress=self.progress,
         )  # fmt: skip
 
@@ -115,8 +113,9 @@ class _Run:
             original=Stream(placement.spill and placement.spill / "original"),
             compressed=Stream(placement.spill and placement.spill / "compressed"),
             specs=job.specs,
+            reads=job.reads,
             scale_dtype=job.scale_dtype,
-            keep_paused=placement.keep_paused,
+            keep_paused=placement.keep_paused and job.structure is None,
         )
         job.chain.load_outside()
         for i, batch in enumerate(job.batches):
@@ -129,57 +128,16 @@ class _Run:
         job.chain.release_outside()
         return walk
 
-    def _solve(self, walk: Walk, number: int) -> None:
-        block = transform_block(walk, number, self.job.stages[number])
-        schemes = self.job.schemes
-        tensors = block_tensors(block, {site.key: schemes[site.name] for site in sites_of(self.job.stages[number])})
-        rows = [asdict(row) for row in self._rows(number, block, tensors)]
+    def _solve(self, work: Work, walk: Walk, number: int) -> None:
+        block = work.solve(walk, number)
+        self.seconds |= block.seconds
         part = write_part(
-            self.workspace.checkpoint, f"block {number}", f"block-{number:05}", layout_of(tensors),
-            lambda name: [disk.tensor_bytes(tensors[name])],
-            limit=self.job.options.max_shard_size, rows=rows,
+            self.workspace.checkpoint, f"block {number}", f"block-{number:05}", layout_of(block.tensors),
+            lambda name: [disk.tensor_bytes(block.tensors[name])],
+            limit=self.job.options.max_shard_size, rows=[asdict(row) for row in block.rows],
         )  # fmt: skip
         self.workspace.finish_part(part)
-        errors = [solved.error for solved in block.solved.values()]
-        self.progress.block(number, sum(errors) / len(errors) if errors else 0.0)
-
-    def _rows(self, number: int, block: SolvedBlock, tensors: Mapping[str, Tensor]) -> list[SiteRow]:
-        rows = []
-        for site in sites_of(self.job.stages[number]):
-            assigned = self.job.assigned[site.name]
-            solved = block.solved.get(site.key)
-            prune, quantize = (solved.spec.prune, solved.spec.quantize) if solved else (None, None)
-            prefix = site.key.removesuffix(".weight") + ".weight"
-            held = sum(t.numel() * t.dtype.itemsize for name, t in tensors.items() if name.startswith(prefix))
-            rows.append(
-                SiteRow(
-                    name=site.name,
-                    shape=(site.out_features, site.in_features),
-                    bits=quantize.bits if quantize else None,
-                    group_size=quantize.group_size if quantize else None,
-                    method=quantize.method if quantize else None,
-                    bytes=held,
-                    error=solved.error if solved else None,
-                    damping=solved.damping if solved else None,
-                    note=assigned.note,
-                    events=solved.events if solved else (),
-                    pruned=f"{prune.method} {prune.pattern}" if prune else None,
-                    zeros=zeros_of(solved.weight) if solved and prune else None,
-                )
-            )
-            if solved:
-                self.seconds[site.name] = solved.seconds
-        return rows
-
-    def _weights_of(self, part: Part, number: int) -> dict[str, Dense | GroupedInt]:
-        """The solved weights of a finished part, by the site's path inside its block."""
-        schemes, specs = self.job.schemes, self.job.specs
-        with open_shards(self.workspace.checkpoint, part.shards) as shards:
-            return {
-                site.local: stored.whole(stored.read(site.key.removesuffix(".weight"), shards.read, schemes[site.name]))
-                for site in sites_of(self.job.stages[number])
-                if site.name in specs
-            }
+        self.progress.block(number, block.error)
 
     def _held_out(self, walk: Walk) -> tuple[heldout.Quality, dict[str, Tensor]]:
         give_back()
@@ -197,33 +155,11 @@ class _Run:
         return found
 
 
-def block_tensors(block: SolvedBlock, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
-    """The block's tensors as the output stores them: solved weights packed, everything else as it was.
-
-    schemes: by the key of the weight that is replaced.
-    """
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in block.stored.items():
-        if key not in block.solved:
-            tensors[key] = tensor
-            continue
-        weight = block.solved[key].weight
-        if isinstance(weight, Dense):
-            # A mask times a negative weight is -0.0, and formats that leave zeros out don't keep its sign.
-            weight = Dense(weight.weight.to(tensor.dtype) + 0.0)
-        tensors |= stored.tensors(key.removesuffix(".weight"), stored.as_stored(weight, schemes[key]))
-    return tensors
-
-
-def zeros_of(weight: Dense | GroupedInt) -> float:
-    """The share of a weight that is exactly zero as it is stored."""
-    zero = (
-        0
-        if isinstance(weight, Dense) or weight.zero_point is None
-        else weight.zero_point.repeat_interleave(weight.group_size, 1)
-    )
-    stored = weight.weight if isinstance(weight, Dense) else weight.codes
-    return float((stored == zero).double().mean())
+def work_of(job: Job, checkpoint: Path) -> Work:
+    """What a job does to each block."""
+    if job.structure is None:
+        return SiteWork(job, checkpoint)
+    return NarrowWork(job, job.structure, checkpoint)
 
 
 @dataclass(frozen=True)

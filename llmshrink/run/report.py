@@ -6,7 +6,7 @@ memory, which never agree, are in `timing.json`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,10 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """The closing summary. Sizes in bytes, seconds of wall time without imports, peak memory in bytes."""
+    """The closing summary. Sizes in bytes, seconds of wall time without imports, peak memory in bytes.
+
+    structure: how the result's shape differs from the original's, in words; None where it doesn't.
+    """
 
     output: Path
     model: str
@@ -85,6 +88,7 @@ class QuantizeReport:
     bytes_after: int
     quality: Quality
     held_out: str
+    structure: str | None
     sites: tuple[SiteRow, ...]
     notes: tuple[str, ...]
     blocks: int
@@ -110,6 +114,7 @@ class QuantizeReport:
         found = [
             f"{self.model} -> {self.output}  ({self.recipe})",
             f"size        {size(self.bytes_before)} -> {size(self.bytes_after)}  ({ratio:.2f}x smaller)",
+            *([f"structure   {self.structure}"] if self.structure else []),
             f"sites       {changes(self.sites)}, {sum(not row.changed for row in self.sites)} left as they were",
             f"perplexity  {q.ppl_before:.3f} -> {q.ppl_after:.3f}  on {q.tokens} held-out tokens of {self.held_out}",
             f"KL          {q.kl_mean:.5f} +- {q.kl_stderr:.5f} nats/token, same first choice {q.top1_agreement:.1%}",
@@ -152,6 +157,12 @@ def fallen_notes(rows: Sequence[SiteRow]) -> list[str]:
     return [
         f"{len(names)} sites: {line} ({names[0]}{', ...' if len(names) > 1 else ''})" for line, names in counts.items()
     ]
+
+
+def summary_of(record: Mapping[str, Any]) -> str | None:
+    """What a record (llmshrink.json) says of another shape than the original's, in words; older ones knew of none."""
+    structure = record.get("structure")
+    return None if structure is None else str(structure["summary"])
 
 
 def rows_of(stored: Sequence[dict[str, Any]]) -> list[SiteRow]:

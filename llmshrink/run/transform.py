@@ -54,7 +54,8 @@ class SolvedBlock:
 class Walk:
     """What stays the same from block to block.
 
-    specs: site name -> what happens to it; absent: it stays. keep_paused: hold half-finished forwards in memory
+    specs: site name -> what happens to it; absent: it stays. reads: site name -> the statistics gathered for it.
+    keep_paused: hold half-finished forwards in memory
     instead of running each block again for each stage.
     """
 
@@ -63,17 +64,18 @@ class Walk:
     original: Stream
     compressed: Stream
     specs: Mapping[str, SiteSpec]
+    reads: Mapping[str, frozenset[str]]
     scale_dtype: torch.dtype
     keep_paused: bool
 
     @property
     def two_streams(self) -> bool:
         """Whether any site's target is corrected, so that calibration batches run through the original too."""
-        return any("cross" in spec.reads for spec in self.specs.values())
+        return any("cross" in reads for reads in self.reads.values())
 
     @property
     def needs_calibration(self) -> bool:
-        return any(spec.reads for spec in self.specs.values())
+        return any(self.reads.values())
 
     def carries(self, batch: Batch, *, original: bool) -> bool:
         """Whether a batch travels in a stream. The held-out ones travel in both: they are the closing summary."""
@@ -94,9 +96,9 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     with ExitStack() as stack:
         stack.enter_context(pausing_at(block, taps))
         stack.enter_context(pausing_at(twin, taps))
-        forwards = _Forwards(walk, number, block, twin)
+        forwards = Forwards(walk, number, block, twin)
         for position, stage in enumerate(active):
-            statistics = _gather(walk, active, forwards, position)
+            statistics = gather(walk, active, forwards, position)
             for result in _solve_stage(walk, stage, statistics, stored):
                 solved[result.site.key] = result
                 install(twin, result.site.local, result.weight)
@@ -114,7 +116,7 @@ def replay_block(walk: Walk, number: int, weights: Mapping[str, Dense | GroupedI
     twin = shared_twin(block)
     for local, weight in weights.items():
         install(twin, local, weight)
-    _Forwards(walk, number, block, twin).finish_all()
+    Forwards(walk, number, block, twin).finish_all()
     chain.skeleton.release(chain.name(number))
 
 
@@ -132,7 +134,7 @@ def install(block: nn.Module, local: str, weight: Dense | GroupedInt) -> None:
     linear._parameters["weight"] = nn.Parameter(weight.dequantize(old.dtype).to(old.device), requires_grad=False)
 
 
-class _Forwards:
+class Forwards:
     """Every batch's way through one block, in both streams, kept half-finished or run again up to each tap."""
 
     def __init__(self, walk: Walk, number: int, block: nn.Module, twin: nn.Module) -> None:
@@ -193,7 +195,7 @@ class _Forwards:
                     self.finish(i, original)
 
 
-def _gather(walk: Walk, stages: Sequence[Stage], forwards: _Forwards, position: int) -> Statistics | None:
+def gather(walk: Walk, stages: Sequence[Stage], forwards: Forwards, position: int) -> Statistics | None:
     """The statistics at a stage's tap from all calibration batches; None when no method of the stage reads any.
 
     Nothing that is solved here changes the original, so it needn't wait for it: from the last tap it goes on to the
@@ -204,8 +206,7 @@ def _gather(walk: Walk, stages: Sequence[Stage], forwards: _Forwards, position: 
     following = stages[position + 1] if position + 1 < len(stages) else None
     if not walk.needs_calibration:
         return None
-    specs = [walk.specs[site.name] for site in stage.sites if site.name in walk.specs]
-    reads = set().union(*(spec.reads for spec in specs))
+    reads = frozenset[str]().union(*(walk.reads.get(site.name, ()) for site in stage.sites))
     cross = "cross" in reads
     statistics = Statistics(stage.sites[0].in_features, cross=cross, device=walk.chain.skeleton.device)
     for i, batch in enumerate(walk.batches):

@@ -62,6 +62,7 @@ def test_recipes_ship() -> None:
     names = {"gptq-w2a16", "gptq-w3a16", "gptq-w4a16", "gptq-w8a16", "rtn-w4a16"}
     names |= {f"{method}-2of4" for method in ("magnitude", "wanda", "sparsegpt", "alps")}
     names |= {"wanda-50", "sparsegpt-50", "sparsegpt-2of4-gptq-w4a16", "alps-2of4-gptq-w4a16"}
+    names |= {"width-prune"}
     assert names <= set(shipped_names()) == set(shipped()) == {file.stem for file in RECIPES}
 
 
@@ -73,8 +74,9 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
     assert written.keys() == Recipe.model_fields.keys()
     for step in written["steps"]:
         ((kind, fields),) = step.items()
-        if kind == "quantize":
-            assert fields.keys() == Quantize.model_fields.keys()
+        if kind in ("quantize", "depth", "width"):
+            left_out = {"kv_groups"} if kind == "width" else set()
+            assert fields.keys() == type(getattr(recipe, kind)).model_fields.keys() - left_out
         else:
             assert fields.keys() == Prune.model_fields.keys() - {"ratio" if "pattern" in fields else "pattern"}
     if recipe.quantize is not None:
@@ -166,7 +168,10 @@ ignore: lm_head
         ("name: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("name: x", "steps: missing; for example"),
         ("name: x\nsteps: []", "steps: there are none; a recipe quantizes, prunes, or prunes and then quantizes"),
-        ("name: x\nsteps: [{}]", "steps[0]: is nothing or two things; give either quantize: {...} or prune: {...}"),
+        (
+            "name: x\nsteps: [{}]",
+            "steps[0]: is nothing or two things; give one of quantize: {...}, prune: {...}, depth: {...}, width: {...}",
+        ),
         ("name: x\nsteps: [4]", "steps[0]: 4 isn't a mapping"),
         ("name: x\nsteps: [{quantize: {bits: '4'}}]", "bits: '4' isn't a whole number; write 4"),
         ("name: x\nsteps: [{quantize: {bits: true}}]", "bits: true isn't a whole number"),

@@ -1,0 +1,63 @@
+"""Cuts: which sites of a block become narrower together, and how many of their rows and columns a unit is.
+
+A unit of an FFN is one channel: a row of gate_proj and of up_proj, a column of down_proj. A unit of attention is one KV
+group: a head of keys, a head of values, and the query heads that read them, whose columns in o_proj go with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmshrink.errors import UnsupportedModelError
+from llmshrink.model.families import Family, Narrowing
+from llmshrink.model.sites import Site, Stage, sites_of
+
+
+@dataclass(frozen=True)
+class Cut:
+    """units: how many there are. width: consecutive inputs of the consumer that are one unit.
+
+    producers: each with the number of its consecutive outputs that are one unit.
+    """
+
+    consumer: Site
+    width: int
+    units: int
+    producers: tuple[tuple[Site, int], ...]
+
+
+def cuts_of(stages: Sequence[Stage], family: Family, heads: int, kv_heads: int) -> tuple[Cut, Cut]:
+    """(FFN's, attention's) of one block. heads, kv_heads: of queries, and of keys and values.
+
+    Raises UnsupportedModelError when the block hasn't the linears that the family says, one by one.
+    """
+    found = {}
+    for name, narrowing, units in (
+        ("FFN channels", family.ffn, None),
+        ("KV groups", family.attention, kv_heads),
+    ):
+        consumer, producers = _members(sites_of(stages), narrowing, name)
+        count = consumer.in_features if units is None else units
+        divisible = all(site.out_features % count == 0 for site in producers) and consumer.in_features % count == 0
+        if not divisible or heads % kv_heads:
+            raise UnsupportedModelError(
+                f"{consumer.name}: its {consumer.in_features} inputs aren't {count} equal {name}; "
+                "width pruning doesn't cover this model yet"
+            )
+        found[name] = Cut(
+            consumer, consumer.in_features // count, count, tuple((s, s.out_features // count) for s in producers)
+        )
+    return found["FFN channels"], found["KV groups"]
+
+
+def _members(sites: Sequence[Site], narrowing: Narrowing, what: str) -> tuple[Site, list[Site]]:
+    by_leaf = {site.local.rpartition(".")[2]: site for site in sites}
+    missing = [leaf for leaf in (*narrowing.producers, narrowing.consumer) if leaf not in by_leaf]
+    if missing:
+        raise UnsupportedModelError(
+            f"{sites[0].name.removesuffix('.' + sites[0].local)}: has no {', '.join(missing)} to take {what} from "
+            f"(its linears are {', '.join(by_leaf)}); width pruning doesn't cut fused or other layers yet: "
+            "depth-prune drops whole blocks of it"
+        )
+    return by_leaf[narrowing.consumer], [by_leaf[leaf] for leaf in narrowing.producers]

@@ -1,0 +1,155 @@
+"""What is done to each block of a walk, and how a block that an earlier process finished is passed again.
+
+A run (`run.quantize`) knows nothing of what is done: it walks the blocks with a `Work`, writes what comes back as a
+part, and is killed and goes on. `SiteWork` prunes and quantizes the weights of sites and keeps the model's shape;
+`run.narrow` and `run.depth` are the works of a model that becomes smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llmshrink.checkpoint.conserve import Ledger
+from llmshrink.formats import stored
+from llmshrink.formats.stored import Scheme
+from llmshrink.model.sites import Site, sites_of
+from llmshrink.run.job import Job
+from llmshrink.run.journal import Part
+from llmshrink.run.report import SiteRow
+from llmshrink.run.shards import open_shards
+from llmshrink.run.transform import SolvedBlock, SolvedSite, Walk, replay_block, transform_block
+from llmshrink.weights import Dense, GroupedInt
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A block as the output stores it.
+
+    tensors: by output key. rows: of its sites, for the report. error: their mean, for progress; None where nothing was
+    solved. seconds: wall time by site, for timing.json.
+    """
+
+    tensors: dict[str, Tensor]
+    rows: list[SiteRow]
+    error: float | None
+    seconds: dict[str, float]
+
+
+class Work(Protocol):
+    """What happens to each block: `solve` carries both streams through it, and so does `replay` for a finished one.
+
+    ledger: what became of each tensor of the source. config: config.json of the result, from the original's. structure:
+    what the record says of another shape, with a `summary`; None where the result has the original's.
+    """
+
+    @property
+    def structure(self) -> dict[str, Any] | None: ...
+    def solve(self, walk: Walk, number: int) -> Finished: ...
+    def replay(self, walk: Walk, number: int, part: Part) -> None: ...
+    def ledger(self) -> Ledger: ...
+    def config(self, config: dict[str, Any]) -> dict[str, Any]: ...
+
+
+class SiteWork:
+    """Sites are pruned or quantized as the job says. checkpoint: where finished shards are."""
+
+    def __init__(self, job: Job, checkpoint: Path) -> None:
+        self._job, self._checkpoint = job, checkpoint
+        self._schemes, self._specs = job.schemes, job.specs
+
+    def solve(self, walk: Walk, number: int) -> Finished:
+        sites = sites_of(self._job.stages[number])
+        block = transform_block(walk, number, self._job.stages[number])
+        tensors = block_tensors(block, {site.key: self._schemes[site.name] for site in sites})
+        rows = [self._row(site, block.solved.get(site.key), tensors) for site in sites]
+        errors = [solved.error for solved in block.solved.values()]
+        seconds = {solved.site.name: solved.seconds for solved in block.solved.values()}
+        return Finished(tensors, rows, sum(errors) / len(errors) if errors else 0.0, seconds)
+
+    def replay(self, walk: Walk, number: int, part: Part) -> None:
+        with open_shards(self._checkpoint, part.shards) as shards:
+            weights = {
+                site.local: stored.whole(
+                    stored.read(site.key.removesuffix(".weight"), shards.read, self._schemes[site.name])
+                )
+                for site in sites_of(self._job.stages[number])
+                if site.name in self._specs
+            }
+        replay_block(walk, number, weights)
+
+    @property
+    def structure(self) -> None:
+        return None
+
+    def ledger(self) -> Ledger:
+        ledger, by_key = Ledger(), {site.key: site for site in self._job.sites}
+        for key in self._job.index:
+            site = by_key.get(key)
+            if site is None or site.name not in self._specs:
+                ledger.copied.add(key)
+            else:
+                ledger.replaced[key] = stored.names(key.removesuffix(".weight"), self._schemes[site.name])
+        return ledger
+
+    def config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As it is, with a quantization_config: nothing that a class doesn't know gets lost."""
+        job = self._job
+        described = stored.quantization_config(self._schemes, job.other_linears, job.options.format)
+        return config if described is None else {**config, "quantization_config": described}
+
+    def _row(self, site: Site, solved: SolvedSite | None, tensors: Mapping[str, Tensor]) -> SiteRow:
+        prune, quantize = (solved.spec.prune, solved.spec.quantize) if solved else (None, None)
+        return SiteRow(
+            name=site.name,
+            shape=(site.out_features, site.in_features),
+            bits=quantize.bits if quantize else None,
+            group_size=quantize.group_size if quantize else None,
+            method=quantize.method if quantize else None,
+            bytes=bytes_of(site.key, tensors),
+            error=solved.error if solved else None,
+            damping=solved.damping if solved else None,
+            note=self._job.assigned[site.name].note,
+            events=solved.events if solved else (),
+            pruned=f"{prune.method} {prune.pattern}" if prune else None,
+            zeros=zeros_of(solved.weight) if solved and prune else None,
+        )
+
+
+def bytes_of(key: str, tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a site's weight, in however many tensors it is stored. key: of the original weight."""
+    prefix = key.removesuffix(".weight") + ".weight"
+    return sum(t.numel() * t.dtype.itemsize for name, t in tensors.items() if name.startswith(prefix))
+
+
+def block_tensors(block: SolvedBlock, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
+    """The block's tensors as the output stores them: solved weights packed, everything else as it was.
+
+    schemes: by the key of the weight that is replaced.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in block.stored.items():
+        if key not in block.solved:
+            tensors[key] = tensor
+            continue
+        weight = block.solved[key].weight
+        if isinstance(weight, Dense):
+            # A mask times a negative weight is -0.0, and formats that leave zeros out don't keep its sign.
+            weight = Dense(weight.weight.to(tensor.dtype) + 0.0)
+        tensors |= stored.tensors(key.removesuffix(".weight"), stored.as_stored(weight, schemes[key]))
+    return tensors
+
+
+def zeros_of(weight: Dense | GroupedInt) -> float:
+    """The share of a weight that is exactly zero as it is stored."""
+    zero = (
+        0
+        if isinstance(weight, Dense) or weight.zero_point is None
+        else weight.zero_point.repeat_interleave(weight.group_size, 1)
+    )
+    stored = weight.weight if isinstance(weight, Dense) else weight.codes
+    return float((stored == zero).double().mean())
