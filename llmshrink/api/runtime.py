@@ -22,8 +22,11 @@ def load(
     bits by any tool, llmshrink's own format, or a model that isn't compressed, which then loads as it is. device:
     "cpu", "cuda", ...; None is the fastest that is there. dtype: "bfloat16", "float16" or "float32" (a CPU alone
     computes packed weights in that); None is the checkpoint's own. The model is in evaluation mode, `generate` works,
-    and its memory is the compressed
-    size; `.to(dtype)` changes the activations' dtype and never the scales. Raises LlmshrinkError for bad input.
+    and its memory is the compressed size; `.to(dtype)` changes the activations' dtype and never the scales. Weights are
+    padded to whole tiles: outputs to a multiple of 64, inputs (but for torch's int4 product on a CPU) to one of 256 for
+    4 bits, 128 for 8, 512 for 3 and 2, or of half that where it makes a row shorter (with 3 bits by a sixteenth at
+    least). Where no kernel runs (no CUDA, or no Triton), plain torch computes the same within the kernels' tolerance,
+    and one notice is logged. Raises LlmshrinkError for bad input.
     """
     from llmshrink.checkpoint.source import resolve
     from llmshrink.runtime.load import load as run

@@ -52,6 +52,8 @@ CASES = [
     Case(3, 128, 1, 65, 1024, HALF, split=2),
     Case(3, 64, 33, 64, 512, BRAIN, zero_points=True),
     Case(3, -1, 2, 31, 129, HALF, zero_points=True),
+    Case(3, 128, 7, 65, 576, HALF, split=2),
+    Case(3, 32, 17, 65, 700, BRAIN, zero_points=True, block_m=32),
     Case(8, 256, 7, 64, 512, HALF),
     Case(8, -1, 1, 100, 253, BRAIN, zero_points=True),
     Case(8, 32, 16, 64, 192, HALF, zero_points=True, steps=3, split=8),

@@ -126,8 +126,12 @@ def widest(packed: PackedWeight, here: Limits) -> int:
     """The tallest tile of x whose accumulators stay in registers (128 by 128 outputs on 256 threads are 64 each)."""
     if packed.group_size == -1:
         return 128
-    # An Ampere thread holds x's operands too, and the compiler fetches them far ahead through a step of eight groups.
-    return 32 if here.capability < 90 and packed.step // packed.group_size >= 8 else 64
+    # With a scale for so many slabs of a step the compiler holds, and fetches far ahead, more than a thread has room
+    # for; an Ampere thread holds x's operands too.
+    groups = packed.step // packed.group_size
+    if here.capability < 90:
+        return 16 if groups >= 16 else 32 if groups >= 8 else 64
+    return 32 if groups >= 16 else 64
 
 
 def fits_tensor_memory(here: Limits, block_m: int, block_k: int, slab: int) -> bool:

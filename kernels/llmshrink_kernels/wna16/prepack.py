@@ -23,8 +23,9 @@ and, counted in instructions for a pair of weights: 40 for 16 fields, against 48
 one of one bit, where every field needs both.
 
 scales are [groups, N] in the checkpoint's dtype and zero-points int8 of the same shape: a tile's scales of one group
-are neighbours. Everything is padded to whole tiles (N to 64, K to whole packets and groups), codes, scales and
-zero-points with zeros: against inputs that are zero they add nothing. K is one group when group_size is -1.
+are neighbours. Everything is padded to whole tiles, codes, scales and zero-points with zeros: against inputs that are
+zero they add nothing. N is padded to a multiple of 64, K to whole packets and groups: 256 inputs for 4 bits, 128 for 8,
+512 for 3 and 2, or half of that where it makes a row shorter. K is one group when group_size is -1.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ GROUP_SIZES = (-1, 32, 64, 128, 256)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS = 64
 """Output features are padded to a multiple of this: the height of a Hopper tensor core instruction."""
-SLABS = (64, 32)
+NARROW = 16
+"""The slab of 3 bits where 32 would pad too much: what one tensor core instruction takes."""
 
 
 def fields(bits: int) -> int:
@@ -68,17 +70,21 @@ def step(bits: int, group_size: int, slab: int) -> int:
 
 
 def choose_slab(bits: int, group_size: int, in_features: int) -> int:
-    """The slab for a weight: 64, or 32 where groups are that small or 64 would pad more; 3 bits always 32.
+    """The slab for a weight: 64, or 32 where groups are that small or 64 would pad more; 3 bits 32, or 16.
 
     A wider slab is fewer address instructions a weight; with 3 bits a packet of 64-wide slabs is 1024 inputs, and its
-    activations would fill the shared memory that is wanted for weights in flight.
+    activations would fill the shared memory that is wanted for weights in flight. One of 32 is 512, which is a lot of
+    padding for a row of 576; slabs of 16 cost a fifth more instructions on Hopper, and are taken where they save a
+    sixteenth of the weight or more.
     """
-    if bits == 3 or group_size == 32:
-        return 32
-    padded = {
-        slab: math.ceil(in_features / step(bits, group_size, slab)) * step(bits, group_size, slab) for slab in SLABS
-    }
-    return 64 if padded[64] == padded[32] else 32
+
+    def padded(slab: int) -> int:
+        span = step(bits, group_size, slab)
+        return -(-in_features // span) * span
+
+    if bits == 3:
+        return NARROW if padded(NARROW) * 16 <= padded(32) * 15 else 32
+    return 32 if group_size == 32 or padded(32) < padded(64) else 64
 
 
 @dataclass(frozen=True, eq=False)
