@@ -62,10 +62,10 @@ format: venv  ## ruff's formatter and its safe fixes
 	$(BIN)/ruff format .
 
 test: venv-full lint  ## Lint, types and every test, those with the real vLLM engine too
-	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test-fast: venv  ## The tests of a minute: no engine, nothing slow
-	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadgroup -m "not engine and not slow"
+	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not engine and not slow"
 
 torture: venv  ## A hundred killed runs, a hundred identical results
 	$(BIN)/python -u -m benchmarks.torture $(TORTURE)

@@ -17,12 +17,17 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Where tests run in several processes, a file's are in one, which makes its models once; so are the engine's."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            name = "engine" if "engine" in item.path.parts else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "engine" if file.startswith("tests/engine/") else file
+
+    return ByFile(config, log)
 
 
 def shared(*parts: str) -> Path:
