@@ -31,7 +31,7 @@ def bench_kernels(
     Raises LlmshrinkError for bad input and where there is no CUDA device or no Triton.
     """
     import torch
-    from llmshrink_kernels.benchmark import problem, run
+    from llmshrink_kernels.benchmark import problem
     from llmshrink_kernels.device import has_triton
 
     say = say or (lambda line: None)
@@ -53,6 +53,9 @@ def bench_kernels(
         )
     if not has_triton():
         raise LlmshrinkError("bench kernels needs Triton: pip install triton")
+    # Imports the kernels, and Triton with them.
+    from llmshrink_kernels.benchmark import run
+
     try:
         bench = run.of_device(counts, getattr(torch, dtype), group_size, only)
     except ValueError as error:

@@ -60,6 +60,8 @@ class QuantLinear(nn.Module):
                 f"x is {x.dtype} {list(x.shape)}; this layer takes {self.dtype} [..., {self.in_features}]"
                 " (model.to(dtype) changes its dtype)"
             )
+        if x.device != self.words.device:
+            raise ValueError(f"x is on {x.device}, the weight on {self.words.device}")
         flat = x.reshape(-1, self.in_features)
         if self.scale_and_zero is not None:
             y: Tensor = torch.ops.llmshrink.int4_cpu_matmul(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -231,3 +233,20 @@ def test_without_cuda_the_verb_says_so_in_one_line(capsys: pytest.CaptureFixture
         err = capsys.readouterr().err
         assert says in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_without_triton_it_is_one_line_too(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+if sys.argv[1] == "cuda":
+    torch.cuda.is_available = lambda: True
+from llmshrink.cli import run
+sys.exit(run(["bench", "kernels", "-o", sys.argv[2]]))
+"""
+    for device, says in (("cpu", "this machine has none"), ("cuda", "bench kernels needs Triton: pip install triton")):
+        if device == "cpu" and torch.cuda.is_available():
+            continue
+        done = subprocess.run([sys.executable, "-c", code, device, tmp_path], capture_output=True, text=True)
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr

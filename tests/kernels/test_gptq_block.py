@@ -251,6 +251,21 @@ def test_operators_hold_what_torch_asks_of_them(op: str) -> None:
         torch.library.opcheck(ops._trial_block, (weight, unit, importance, scale, zero, 4))
 
 
+def test_cuda_graphs_replay_the_sweep() -> None:
+    if DEVICE.type != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
+    weight, unit, _ = block(32, 40)
+    scale, _ = grid(weight, 1, False)
+    group = torch.zeros(32, dtype=torch.int64, device=DEVICE)
+    sweep_block(weight, unit, scale, None, group, bits=4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes, _ = sweep_block(weight, unit, scale, None, group, bits=4)
+    weight.neg_()
+    graph.replay()
+    assert torch.equal(codes, sweep_block(weight, unit, scale, None, group, bits=4)[0])
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("sweep", {"bits": 9}, "bits must be 2 to 8, not 9"),
     ("sweep", {"bits": 4.0}, "bits must be 2 to 8, not 4.0"),

@@ -278,6 +278,20 @@ def test_torch_compile_takes_sizes_of_one(
         assert_close(dx / 2, torch.ones_like(y), weight.T)
 
 
+def test_cuda_graphs_replay_it(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
+    packed, weight = weight_of(CASES[0], device)
+    x = torch.randn(4, 512, device=device).half()
+    sparse24_matmul(x, packed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse24_matmul(x, packed)
+    x.copy_(torch.randn(4, 512, device=device))
+    graph.replay()
+    assert_close(y, x, weight)
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [

@@ -179,6 +179,44 @@ def test_one_notice_where_kernels_cannot_run(caplog: pytest.LogCaptureFixture) -
     ]
 
 
+def test_one_notice_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    where.notice.cache_clear()
+    monkeypatch.setattr(where, "has_triton", lambda: False)
+    assert not any(where.runs_triton(torch.device("cuda")) for _ in range(3))
+    assert [record.message for record in caplog.records] == [
+        "llmshrink kernels: Triton is not installed; computing by plain torch (pip install triton)"
+    ]
+
+
+def test_everything_computes_without_triton() -> None:
+    """Each operator and its gradient, in a process that can't import Triton."""
+    import subprocess
+    import sys
+
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from llmshrink_kernels import gptq_block, sparse24, wna16
+from llmshrink_kernels.device import has_triton
+assert not has_triton()
+x = torch.ones(2, 64).half().requires_grad_()
+dense = wna16.prepack(torch.full((3, 64), 2, dtype=torch.int8), torch.ones(3, 1), None, bits=4, group_size=-1)
+values, positions = sparse24.compress(torch.tensor([[2, 0, 2, 0] * 16] * 3, dtype=torch.int8))
+sparse = sparse24.prepack(values, positions, torch.ones(3, 1), bits=4)
+for y, sum in ((wna16.wna16_matmul(x, dense), 128), (sparse24.sparse24_matmul(x, sparse), 64)):
+    assert (y == sum).all()
+    y.sum().backward()
+assert x.grad.sum() == 2 * 3 * (128 + 64)
+weight, eye = torch.ones(4, 5), torch.eye(4)
+codes, _ = gptq_block.sweep_block(weight, eye, torch.ones(1, 5), None, torch.zeros(4, dtype=torch.int64), bits=4)
+assert (codes == 1).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("computing by plain torch") == 1, done.stderr
+
+
 def test_nothing_imports_triton_where_kernels_cannot_run() -> None:
     import subprocess
     import sys

@@ -158,6 +158,13 @@ def test_input_that_does_not_fit_is_refused(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_input_on_another_device_is_refused(dtype: torch.dtype) -> None:
+    layer = QuantLinear(make(4, 64, (80, 128))[0], dtype=dtype)
+    with pytest.raises(ValueError, match="x is on meta, the weight on cpu"):
+        layer(torch.ones(2, 128, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_by_itself_says_that_it_has_no_kernel(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     where.notice.cache_clear()
     for _ in range(2):
