@@ -114,6 +114,44 @@ def test_not_one_flip_is_no_proof_of_equality_either() -> None:
     assert "a loss of up to 8.8 points (on small, 40 items) can't be excluded" in sentence
 
 
+@pytest.mark.parametrize("flips", [(0, 0), (2, 0), (0, 2), (1, 1)])
+def test_of_two_items_nothing_is_claimed(flips: tuple[int, int]) -> None:
+    results = held({"tiny": binary(*flips, 2)})
+    assert starting(results, "Too few") == (
+        "Too few items to say on tiny (2 items): no outcome of fewer than 6 could tell two models apart."
+    )
+    for claim in ("Indistinguishable", "Worse", "Better", "Taken alone"):
+        assert not [sentence for sentence in sentences(results) if sentence.startswith(claim)]
+
+
+def test_six_items_are_the_fewest_that_could_show_anything() -> None:
+    assert mcnemar(5, 0) > inference.LEVEL > mcnemar(6, 0)
+    assert starting(held({"five": binary(5, 0, 5)}), "Too few")
+    assert starting(held({"six": binary(6, 0, 6)}), "Worse on six")
+
+
+def test_tasks_of_too_few_items_do_not_weigh_on_the_others() -> None:
+    tasks = {"large": binary(35, 17, 2000)} | {f"tiny{index}": binary(0, 0, 2) for index in range(9)}
+    assert starting(held(tasks), "Worse on large")
+    same = starting(held({**tasks, "large": binary(20, 20, 2000), "other": binary(20, 20, 2000)}), "Indistinguishable")
+    assert "on 2 of 11 tasks at 95 %, Holm-corrected for 2: large and other" in same
+
+
+def test_two_right_answers_of_two_are_not_more_than_guessing() -> None:
+    lucky = binary(0, 0, 2, score=1.0, stderr=0.0, chance=0.5)
+    assert inference.at_chance(lucky)
+    assert not inference.at_chance(lucky.model_copy(update={"items": 6}))  # 1 in 64
+    assert not inference.at_chance(lucky.model_copy(update={"chance": None}))
+    assert inference.at_chance(binary(0, 0, 400, score=0.27, stderr=0.022, chance=0.25))
+    assert not inference.at_chance(binary(0, 0, 400, score=0.32, stderr=0.023, chance=0.25))
+
+
+def test_a_requirement_met_by_less_than_its_interval_is_said_to_be() -> None:
+    narrow = starting(example(models=2), "Met as measured, though the interval reaches past the bound: ")
+    assert "bound: recovery>=0.98 by wiki7m-gptq-w4 (95 % interval 0.97" in narrow
+    assert "kl<=0.06" not in narrow
+
+
 def test_where_lower_is_better_more_is_worse() -> None:
     task = binary(0, 0, 500, metric="word_perplexity", higher_is_better=False, score=21.0)
     versus = task.versus_original

@@ -5,6 +5,10 @@ bootstrap interval of the difference is from zero. Over the tasks of one model t
 step-down procedure (Holm 1979), which holds the chance of even one false claim at 5 % without assuming anything of how
 the tasks depend on each other. Intervals that are shown are the tasks' own, uncorrected.
 
+Of fewer than six items nothing is said, whatever they show: were all n to change the same way, an even chance of either
+way brings that about with probability 2^(1 - n), 6.25 % at n = 5. Since that is known before any item is run, such
+tasks don't count among those that are corrected for.
+
 A difference that isn't significant is not shown to be absent. `possible_loss` says how large a loss is compatible with
 the data: the interval's far end or, where hardly any item changed and the bootstrap has nothing to resample, the exact
 bound: if a share q of all items changed, none of n sampled ones would with probability (1 - q)^n, which falls below
@@ -24,6 +28,8 @@ from llmshrink_eval.results import Divergence, ModelResult, Paired, Perplexity, 
 LEVEL = 0.05
 _NORMAL = NormalDist()
 Z = _NORMAL.inv_cdf(1 - LEVEL / 2)
+FEWEST_ITEMS = math.floor(1 - math.log2(LEVEL)) + 1
+"""The fewest of which any outcome could be significant: 6."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,22 @@ def perplexity_ratio(perplexity: Perplexity) -> Interval | None:
     return _exponential(_around(perplexity.excess_nats, perplexity.excess_stderr, perplexity.units))
 
 
+def perplexity_shown(perplexity: Perplexity) -> Interval | None:
+    """Of token perplexity, as it stands beside that of the original: paired where the model was held to one.
+
+    Both models read the same windows, and how hard those are moves both alike. What tells them apart is the difference
+    window by window; its interval, laid around the measured value, takes the original's value as it was measured. A
+    model that was held to none has its own.
+    """
+    if perplexity.excess_nats is None:
+        return perplexity_interval(perplexity)
+    ratio = perplexity_ratio(perplexity)
+    if ratio is None:
+        return None
+    low, high = (perplexity.token * end / ratio.value for end in (ratio.low, ratio.high))
+    return Interval(perplexity.token, low, high) if math.isfinite(high) else None
+
+
 def kl_interval(model: ModelResult) -> Interval | None:
     """Of kl_mean, which is never negative."""
     divergence = model.divergence
@@ -88,13 +110,12 @@ def below_resolution(divergence: Divergence) -> bool:
 
 
 def task_recovery(paired: Paired | None) -> Interval | None:
-    """Of one task's recovery, as stored."""
+    """Of one task's recovery, as stored: from 0, or to infinity, where it has no bound."""
     if paired is None or paired.recovery is None or not math.isfinite(paired.recovery):
         return None
     low, high = paired.recovery_low, paired.recovery_high
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        low = high = paired.recovery
-    return Interval(paired.recovery, low, high)
+    low = low if low is not None and math.isfinite(low) else 0.0
+    return Interval(paired.recovery, low, high if high is not None and math.isfinite(high) else math.inf)
 
 
 def recovery_interval(model: ModelResult) -> Interval | None:
@@ -139,8 +160,9 @@ def holm(p_values: list[float]) -> list[float]:
 class Comparison:
     """A task of a compressed model held to the original. loss: positive is worse, in the metric's unit.
 
-    outcome: "same" is short for "not told apart". alone: significant by itself, though not among all tasks.
-    possible_loss: the largest loss that the data don't exclude; None where that can't be said.
+    outcome: "same" is short for "not told apart", "few" for "too few items to say"; the latter has no adjusted_p.
+    alone: significant by itself, though not among all tasks. possible_loss: the largest loss that the data don't
+    exclude; None where that can't be said.
     """
 
     name: str
@@ -148,31 +170,39 @@ class Comparison:
     paired: Paired
     loss: Interval
     p: float
-    adjusted_p: float
+    adjusted_p: float | None
     outcome: str
     alone: bool
     possible_loss: float | None
 
 
 def comparisons(model: ModelResult) -> list[Comparison]:
-    """All tasks of a model that were compared item by item, Holm-corrected among each other."""
+    """All tasks of a model that were compared item by item; those of enough items Holm-corrected among each other."""
     paired = [(name, task, task.versus_original) for name, task in model.tasks.items() if task.versus_original]
-    p_values = [p_value(versus) for _, _, versus in paired]
-    return [
-        _comparison(name, task, versus, p, adjusted)
-        for (name, task, versus), p, adjusted in zip(paired, p_values, holm(p_values), strict=True)
-    ]
+    judged = {name: p_value(versus) for name, task, versus in paired if not too_few(task)}
+    adjusted = dict(zip(judged, holm(list(judged.values())), strict=True))
+    return [_comparison(name, task, versus, p_value(versus), adjusted.get(name)) for name, task, versus in paired]
 
 
-def _comparison(name: str, task: Task, paired: Paired, p: float, adjusted: float) -> Comparison:
+def too_few(task: Task) -> bool:
+    """Whether no outcome of so few items could tell two models apart."""
+    return task.items < FEWEST_ITEMS
+
+
+def _comparison(name: str, task: Task, paired: Paired, p: float, adjusted: float | None) -> Comparison:
     if task.higher_is_better:
         loss = Interval(-paired.difference, -paired.high, -paired.low)
     else:
         loss = Interval(paired.difference, paired.low, paired.high)
-    outcome = "same" if adjusted >= LEVEL else "worse" if loss.value > 0 else "better"
-    return Comparison(
-        name, task, paired, loss, p, adjusted, outcome, p < LEVEL <= adjusted, _possible_loss(task, paired, loss)
-    )
+    outcome = "few" if adjusted is None else _outcome(adjusted, loss)
+    alone = adjusted is not None and p < LEVEL <= adjusted
+    return Comparison(name, task, paired, loss, p, adjusted, outcome, alone, _possible_loss(task, paired, loss))
+
+
+def _outcome(adjusted: float, loss: Interval) -> str:
+    if adjusted >= LEVEL:
+        return "same"
+    return "worse" if loss.value > 0 else "better"
 
 
 def _possible_loss(task: Task, paired: Paired, loss: Interval) -> float | None:
@@ -183,9 +213,18 @@ def _possible_loss(task: Task, paired: Paired, loss: Interval) -> float | None:
 
 
 def at_chance(task: Task) -> bool:
-    """Whether a score isn't told apart from guessing: such a task can't show damage."""
+    """Whether a score isn't told apart from guessing: such a task can't show damage.
+
+    Exact where items are right or wrong, which a whole number of right ones is taken to mean: with probability above
+    2.5 % guesses get as many right. Else by the score's standard error.
+    """
     if task.chance is None:
         return False
+    right = task.score * task.items
+    if task.higher_is_better and 0 <= task.score <= 1 and abs(right - round(right)) < 1e-6:
+        from scipy.stats import binom
+
+        return float(binom.sf(round(right) - 1, task.items, task.chance)) > LEVEL / 2
     sign = 1 if task.higher_is_better else -1
     return sign * (task.score - task.chance) <= Z * (task.stderr or 0.0)
 

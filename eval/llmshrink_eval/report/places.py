@@ -81,11 +81,11 @@ def _lines(axes: Axes) -> list[Bbox]:
     from matplotlib.collections import LineCollection
     from matplotlib.transforms import Bbox
 
-    drawn = [line.get_xydata() for line in axes.lines]
-    drawn += [part for bars in axes.collections if isinstance(bars, LineCollection) for part in bars.get_segments()]
+    drawn = [line.get_transform().transform(np.asarray(line.get_xydata())) for line in axes.lines]
+    bars = [part for bars in axes.collections if isinstance(bars, LineCollection) for part in bars.get_segments()]
+    drawn += [axes.transData.transform(np.asarray(part)) for part in bars]
     boxes = []
-    for line in drawn:
-        points = axes.transData.transform(np.asarray(line))
+    for points in drawn:
         for start, end in pairwise(points):
             steps = max(1, round(float(np.hypot(*(end - start))) / 6))
             for share in np.linspace(0, 1, steps + 1):

@@ -40,7 +40,7 @@ def _recovery(results: Results) -> Plot | None:
     rows: list[tuple[str, list[tuple[Drawn, Interval]]]] = []
     for name in task_names(results):
         values = [(one, _of_task(one, name)) for one in shown]
-        rows.append((name, [(one, value) for one, value in values if value is not None]))
+        rows.append((_row_label(results, name), [(one, value) for one, value in values if value is not None]))
     rows = [row for row in rows if row[1]]
     if not rows:
         return None
@@ -59,6 +59,12 @@ def _recovery(results: Results) -> Plot | None:
     return both("recovery", label, lambda width: 60 + (step + (width != WIDE) * 14) * len(rows), paint)
 
 
+def _row_label(results: Results, name: str) -> str:
+    """The task's name; with its number of items where those are too few to say anything by."""
+    items = min(model.tasks[name].items for model in results.models if name in model.tasks)
+    return name if items >= inference.FEWEST_ITEMS else f"{name} ({numbers.plural(items, 'item')})"
+
+
 def _of_task(one: Drawn, name: str) -> Interval | None:
     task = one.model.tasks.get(name)
     return inference.task_recovery(task.versus_original) if task else None
@@ -68,6 +74,7 @@ def _paint_recovery(axes: Axes, rows: list[tuple[str, list[tuple[Drawn, Interval
     ends = [end for _, values in rows for _, value in values for end in (value.low, value.high, value.value)]
     # A task whose original score is near zero has an interval of any length: it must not squeeze all others.
     low, high = max(0.0, min(*ends, 0.99)), min(2.0, max(*ends, 1.01))
+    beyond = 100 * (high + 1)  # where a bar without a bound is drawn to: out of sight
     pad = 0.04 * (high - low)
     axes.set_xlim(100 * (low - pad), 100 * (high + pad))
     axes.axvline(100, color=INK, linewidth=1.3, zorder=1)
@@ -76,7 +83,7 @@ def _paint_recovery(axes: Axes, rows: list[tuple[str, list[tuple[Drawn, Interval
         middle = row if width == WIDE else row + 0.12
         for one, value in values:
             offset = 0.0 if models == 1 else spread * (one.index / (models - 1) - 0.5)
-            reach = [[100 * max(0.0, value.value - value.low)], [100 * max(0.0, value.high - value.value)]]
+            reach = [[100 * max(0.0, value.value - value.low)], [min(beyond, 100 * max(0.0, value.high - value.value))]]
             axes.errorbar(
                 100 * value.value,
                 middle + offset,

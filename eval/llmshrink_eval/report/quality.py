@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from llmshrink_eval.report import figure, inference, numbers
@@ -40,7 +39,7 @@ def _plain(value: float | None, interval: Interval | None) -> Interval | None:
 def _measures(results: Results) -> list[_Measure]:
     def perplexity(model: ModelResult) -> Interval | None:
         measured = model.perplexity
-        return _plain(measured.token, inference.perplexity_interval(measured)) if measured else None
+        return _plain(measured.token, inference.perplexity_shown(measured)) if measured else None
 
     def kl(model: ModelResult) -> Interval | None:
         measured = model.divergence
@@ -104,15 +103,18 @@ def _paint(axes: Axes, results: Results, measure: _Measure) -> None:
             markeredgecolor=INK if index is None else PAPER,
             markeredgewidth=1.8 if index is None else 1.0,
             markersize=9.0 if index is None else figure.marker_size(index, 9.0),
-            elinewidth=1.8,
+            ecolor=MUTED if index is None else colour,
+            elinewidth=1.0 if index is None else 1.8,
             zorder=3,
         )
+        if index is None:  # what the others' bars are to be held against
+            axes.axhline(value.value, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
         axes.annotate(numbers.shortened(labels[model.name], 22), (megabytes, value.value), color=colour, size=12)
     front = pareto(points, measure.better)
     if len(front) > 1:
-        corners = [corner for here, there in pairwise(front) for corner in (here, (there[0], here[1]))]
-        steps = zip(*corners, front[-1], strict=True)
-        axes.plot(*steps, color=MUTED, linewidth=1.4, linestyle=(0, (4, 3)), zorder=2)
+        # From model to model, not in steps: a step's edge runs through every beaten model as large as a better one. No
+        # model lies inside the rectangle between two neighbours of the front, so this line meets none but the front's.
+        axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.4, linestyle=(0, (4, 3)), zorder=2)
     sizes = [size for size, _ in points]
     if max(sizes) / min(sizes) > 2:
         axes.set_xscale("log")
@@ -134,8 +136,12 @@ def _paint(axes: Axes, results: Results, measure: _Measure) -> None:
     axes.set_xlabel("size on disk, MB")
 
 
-def pareto(points: list[tuple[float, float]], better: int) -> list[tuple[float, float]]:
-    """Those that no other beats in size and quality at once, smallest first. better: 1 if more quality is better."""
+def pareto(points: Iterable[tuple[float, float]], better: int) -> list[tuple[float, float]]:
+    """The (size, quality) that no other beats: none is at most as large and at least as good, and one of it strictly.
+
+    Smallest first, each once: models that tie in both stand at one point, and neither beats the other. better: 1 where
+    more quality is better, -1 where less is.
+    """
     front: list[tuple[float, float]] = []
     for size, quality in sorted(set(points), key=lambda point: (point[0], -better * point[1])):
         if not front or better * quality > better * front[-1][1]:

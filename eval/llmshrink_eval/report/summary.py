@@ -10,12 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from llmshrink_eval import require
+from llmshrink_eval.errors import EvalError
 from llmshrink_eval.report import inference, numbers
 from llmshrink_eval.report.inference import Comparison, Interval
-from llmshrink_eval.results import ModelResult, Perplexity, Results
+from llmshrink_eval.report.scores import amount, is_share, outcome_difference, task_score
+from llmshrink_eval.results import ModelResult, Perplexity, Requirement, Results
 
 Tone = Literal["plain", "good", "bad", "caution"]
-_SHARES = ("acc", "exact_match", "em", "f1", "pass@", "contains")
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,6 @@ def findings(results: Results) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share of items, whose differences are spoken of in percentage points."""
-    return metric.split(",")[0].lower().startswith(_SHARES)
-
-
 def _uncapitalised(text: str) -> str:
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
@@ -71,13 +68,43 @@ def _requirements(results: Results) -> list[Finding]:
     total = len(results.requirements)
     if not failed:
         text = "The requirement is met." if total == 1 else f"All {numbers.plural(total, 'requirement')} are met."
-        return [Finding(None, "good", text)]
+        return [Finding(None, "good", text), *_narrowly(results)]
     named = [
         f"{failure.condition} by {labels.get(failure.model, failure.model)} ({numbers.general(failure.value)})"
         for failure in failed
     ]
     text = f"{len(failed)} of {numbers.plural(total, 'requirement')} failed: {numbers.listed(named, 6)}."
-    return [Finding(None, "bad", text)]
+    return [Finding(None, "bad", text), *_narrowly(results)]
+
+
+def _narrowly(results: Results) -> list[Finding]:
+    """The conditions that the measured value meets, and the far end of its interval doesn't."""
+    models = {model.name: model for model in results.models}
+    labels = inference.labels(results)
+    narrow = []
+    for requirement in results.requirements:
+        interval = _interval_of(requirement, models.get(requirement.model)) if requirement.passed else None
+        if interval is not None:
+            within = f"{numbers.general(interval.low)} to {numbers.general(interval.high)}"
+            narrow.append(f"{requirement.condition} by {labels[requirement.model]} (95 % interval {within})")
+    if not narrow:
+        return []
+    text = f"Met as measured, though the interval reaches past the bound: {numbers.listed(narrow, 6)}."
+    return [Finding(None, "caution", text)]
+
+
+def _interval_of(requirement: Requirement, model: ModelResult | None) -> Interval | None:
+    """The interval of what a condition is about, where one of its ends fails the condition."""
+    try:
+        (condition,) = require.parse(requirement.condition)
+    except EvalError:
+        return None
+    if model is None or condition.name not in ("recovery", "kl", "kl_mean"):
+        return None
+    interval = inference.recovery_interval(model) if condition.name == "recovery" else inference.kl_interval(model)
+    if interval is None or (condition.met(interval.low) and condition.met(interval.high)):
+        return None
+    return interval
 
 
 def _original(results: Results, alone: bool) -> list[Finding]:
@@ -188,41 +215,35 @@ def _tasks(model: ModelResult) -> list[tuple[Tone, str]]:
         return [("plain", _scores(model))] if model.tasks else []
     said: list[tuple[Tone, str]] = []
     same = [one for one in compared if one.outcome == "same"]
+    judged = sum(one.outcome != "few" for one in compared)
     if same:
-        said.append(("plain", _indistinguishable(same, len(compared))))
+        said.append(("plain", _indistinguishable(same, len(compared), judged)))
     outcomes: tuple[tuple[str, Tone], ...] = (("worse", "bad"), ("better", "good"))
     for outcome, tone in outcomes:
-        there = [f"{one.name} by {_difference(one)}" for one in compared if one.outcome == outcome]
+        there = [f"{one.name} by {outcome_difference(one)}" for one in compared if one.outcome == outcome]
         if there:
             said.append((tone, f"{_capitalised(outcome)} on {numbers.listed(there, len(there))}."))
     for outcome, sign in (("worse", 1), ("better", -1)):
-        alone = [f"{one.name} by {_difference(one)}" for one in same if one.alone and sign * one.loss.value > 0]
+        alone = [f"{one.name} by {outcome_difference(one)}" for one in same if one.alone and sign * one.loss.value > 0]
         if alone:
             text = f"Taken alone it would count as {outcome} on {numbers.listed(alone, len(alone))}"
-            said.append(("caution", f"{text}; over {len(compared)} comparisons chance can bring that about."))
+            said.append(("caution", f"{text}; over {judged} comparisons chance can bring that about."))
+    few = [f"{one.name} ({numbers.plural(one.task.items, 'item')})" for one in compared if one.outcome == "few"]
+    if few:
+        fewest = f"no outcome of fewer than {inference.FEWEST_ITEMS} could tell two models apart"
+        said.append(("caution", f"Too few items to say on {numbers.listed(few)}: {fewest}."))
     return said
 
 
 def _scores(model: ModelResult) -> str:
-    texts = []
-    for name, task in model.tasks.items():
-        reach = None if task.stderr is None else inference.Z * task.stderr
-        texts.append(f"{name} {score(task.metric, task.score, reach)}")
+    texts = [f"{name} {task_score(task)}" for name, task in model.tasks.items()]
     return f"Scores (± 95 %): {numbers.listed(texts)}."
 
 
-def score(metric: str, value: float, reach: float | None = None) -> str:
-    """A task's score with the reach of its interval: in percent for a share, else in the metric's own unit."""
-    scale, unit = (100, " %") if is_share(metric) else (1, "")
-    if reach is None or not reach > 0 or not math.isfinite(reach):
-        return f"{numbers.fixed(100 * value, 1) if unit else numbers.significant(value)}{unit}"
-    decimals = 1 if unit else numbers.decimals_for(scale * reach)
-    return f"{numbers.fixed(scale * value, decimals)} ± {numbers.fixed(scale * reach, decimals)}{unit}"
-
-
-def _indistinguishable(same: list[Comparison], total: int) -> str:
+def _indistinguishable(same: list[Comparison], total: int, judged: int) -> str:
+    """total: compared tasks; judged: those of enough items."""
     names = numbers.listed([one.name for one in same])
-    corrected = f", Holm-corrected for {total}" if total > 1 else ""
+    corrected = f", Holm-corrected for {judged}" if judged > 1 else ""
     share = f"all {total}" if len(same) == total else f"{len(same)} of {total}"
     on = f"on {share} tasks" if total > 1 else f"on {same[0].name}"
     text = f"Indistinguishable from the original {on} at 95 %{corrected}"
@@ -237,23 +258,6 @@ def _indistinguishable(same: list[Comparison], total: int) -> str:
     return f"{text}; a loss of up to {amount(one.task.metric, loss)} ({where}) can't be excluded."
 
 
-def _difference(one: Comparison) -> str:
-    """`2.1 points (0.8 to 3.4)`, positive in the direction of the outcome."""
-    sign = 1 if one.loss.value > 0 else -1
-    low, high = sorted((sign * one.loss.low, sign * one.loss.high))
-    scale, unit = (100, " points") if is_share(one.task.metric) else (1, f" {one.task.metric.split(',')[0]}")
-    decimals = 1 if scale == 100 else numbers.decimals_for(one.loss.half_width)
-    value = numbers.fixed(scale * abs(one.loss.value), decimals)
-    return f"{value}{unit} ({numbers.span(scale * low, scale * high, decimals)})"
-
-
-def amount(metric: str, difference: float) -> str:
-    """A difference with its unit: `2.3 points`."""
-    if is_share(metric):
-        return f"{numbers.fixed(100 * difference, 1)} points"
-    return f"{numbers.significant(difference, 2)} {metric.split(',')[0]}"
-
-
 def _recovery(model: ModelResult) -> tuple[Tone, str] | None:
     if model.recovery is None:
         return None
@@ -261,7 +265,7 @@ def _recovery(model: ModelResult) -> tuple[Tone, str] | None:
     where = f", mean over {len(names)} tasks" if len(names) != 1 else f" on {names[0]}"
     interval = inference.recovery_interval(model)
     if interval is None:
-        return "plain", f"Recovers {numbers.percent(model.recovery)} of the original's score{where}."
+        return "caution", f"Recovers {numbers.percent(model.recovery)} of the original's score{where}; no interval."
     decimals = numbers.decimals_for(100 * interval.half_width, 1)
     decimals = max(1, min(2, decimals))
     within = numbers.span(100 * interval.low, 100 * interval.high, decimals)
@@ -287,17 +291,3 @@ def _beaten(model: ModelResult, results: Results) -> tuple[Tone, str] | None:
     return (
         ("caution", f"No smaller than {numbers.listed(better, 3)}, and further from the original.") if better else None
     )
-
-
-def signed_difference(one: Comparison) -> str:
-    """Compressed less original in the task's unit: `−2.1 points (−3.4 to −0.8)`."""
-    paired = one.paired
-    scale, unit = (100, " points") if is_share(one.task.metric) else (1, "")
-    decimals = 1 if unit else numbers.decimals_for((paired.high - paired.low) / 2)
-    within = numbers.span(scale * paired.low, scale * paired.high, decimals)
-    return f"{numbers.fixed(scale * paired.difference, decimals)}{unit} ({within})"
-
-
-def p_text(p: float) -> str:
-    """A p-value to three decimals; what is smaller is only said to be."""
-    return "< 0.001" if p < 0.001 else numbers.fixed(p, 3)

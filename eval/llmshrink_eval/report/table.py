@@ -5,12 +5,13 @@ Nothing in it is interpreted as Markdown or HTML: names come from users, and a c
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
 
 from llmshrink_eval.report import inference, numbers
-from llmshrink_eval.report.summary import score
+from llmshrink_eval.report.scores import task_score
 from llmshrink_eval.results import ModelResult, Results
 
 _MARKED = re.compile(r"([\\`*_{}\[\]()<>|$~#!&])")
@@ -21,16 +22,41 @@ def escaped(text: str) -> str:
     return _MARKED.sub(r"\\\1", " ".join(text.split()))
 
 
-def perplexity_cell(model: ModelResult) -> str:
-    """`12.34 (11.90 to 12.81)`."""
-    if model.perplexity is None:
+def perplexity_decimals(results: Results) -> int:
+    """For the whole column: as many as tell its models apart, by the narrowest interval; three at most."""
+    shown = [inference.perplexity_shown(model.perplexity) for model in results.models if model.perplexity]
+    wanted = [numbers.decimals_for(interval.half_width) for interval in shown if interval and interval.half_width > 0]
+    return min(3, max(wanted, default=2))
+
+
+def perplexity_cell(model: ModelResult, decimals: int) -> str:
+    """`12.34 (11.90 to 12.81)`; without the interval where the model was held to the original: see `change_cell`."""
+    perplexity = model.perplexity
+    if perplexity is None:
         return numbers.NOT_MEASURED
-    interval = inference.perplexity_interval(model.perplexity)
-    if interval is None:
-        return numbers.significant(model.perplexity.token, 4)
-    decimals = numbers.decimals_for(interval.half_width)
-    within = numbers.span(interval.low, interval.high, decimals)
-    return f"{numbers.fixed(model.perplexity.token, decimals)} ({within})"
+    value = numbers.fixed(perplexity.token, decimals)
+    interval = inference.perplexity_interval(perplexity) if perplexity.excess_nats is None else None
+    return f"{value} ({numbers.span(interval.low, interval.high, decimals)})" if interval else value
+
+
+def change_cell(model: ModelResult) -> str:
+    """Perplexity against the original's, paired by window: `+2.9 % (2.5 to 3.3)`, or `×41 (38 to 45)`."""
+    perplexity = model.perplexity
+    if perplexity is None or perplexity.excess_nats is None:
+        return numbers.NOT_MEASURED
+    if perplexity.excess_nats == 0 and perplexity.excess_stderr == 0:
+        return "identical"
+    ratio = inference.perplexity_ratio(perplexity)
+    if ratio is None:
+        change = 100 * math.expm1(min(perplexity.excess_nats, 700.0))
+        return f"{'+' if change > 0 else ''}{numbers.general(change)} %"
+    if ratio.low >= 10:
+        times, least, most = (numbers.significant(end, 2) for end in (ratio.value, ratio.low, ratio.high))
+        return f"×{times} ({least} to {most})"
+    value, low, high = (100 * (end - 1) for end in (ratio.value, ratio.low, ratio.high))
+    decimals = min(3, numbers.decimals_for((high - low) / 2, 1))
+    shown = numbers.fixed(value, decimals)
+    return f"{'+' if value > 0 else ''}{shown} % ({numbers.span(low, high, decimals)})"
 
 
 def kl_cell(model: ModelResult) -> str:
@@ -63,9 +89,7 @@ def recovery_cell(model: ModelResult) -> str:
 def task_cell(name: str, model: ModelResult) -> str:
     """`63.1 ± 2.1 %`."""
     task = model.tasks.get(name)
-    if task is None:
-        return numbers.NOT_MEASURED
-    return score(task.metric, task.score, None if task.stderr is None else inference.Z * task.stderr)
+    return numbers.NOT_MEASURED if task is None else task_score(task)
 
 
 def task_names(results: Results) -> list[str]:
@@ -84,7 +108,9 @@ def markdown(results: Results) -> str:
             ("Bits/weight", lambda model: numbers.fixed(model.cost.bits_per_weight if model.cost else None, 2))
         )
     if any(model.perplexity for model in models):
-        columns.append(("Perplexity", perplexity_cell))
+        columns.append(("Perplexity", partial(perplexity_cell, decimals=perplexity_decimals(results))))
+    if any(model.perplexity and model.perplexity.excess_nats is not None for model in models):
+        columns.append(("Perplexity change", change_cell))
     if any(model.divergence for model in models):
         columns.append(("KL, nats/token", kl_cell))
         columns.append(("Same first choice", agreement_cell))
@@ -106,6 +132,11 @@ def _row(cells: list[str]) -> str:
 
 def _note(results: Results) -> str:
     parts = ["Intervals are 95 %."]
+    if any(model.perplexity and model.perplexity.excess_nats is not None for model in results.models):
+        parts.append(
+            "The interval of the original's perplexity is its own; a compressed model's is that of its change from the "
+            "original, window by window on the same text."
+        )
     if results.text is not None:
         text = results.text
         parts.append(
@@ -114,4 +145,6 @@ def _note(results: Results) -> str:
         )
     if any(model.recovery is not None for model in results.models):
         parts.append("Recovery is the mean over tasks of compressed / original score.")
+    if any(inference.too_few(task) for model in results.models for task in model.tasks.values()):
+        parts.append(f"Fewer than {inference.FEWEST_ITEMS} items are too few to compare models by.")
     return " ".join(parts)

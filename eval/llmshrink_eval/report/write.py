@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmshrink_eval.report import inference, numbers, sites, summary, table, view
+from llmshrink_eval.report import inference, numbers, scores, sites, table, view
 from llmshrink_eval.report.canvas import drawn
 from llmshrink_eval.report.plots import all_plots
 from llmshrink_eval.results import Results
@@ -93,7 +93,10 @@ def render(results: Results, samples: Mapping[str, list[dict[str, Any]]]) -> str
         side_by_side=view.side_by_side(results),
         sites=sites.rows([one.model for one in drawn(results)]),
         cells=table,
-        summary=summary,
+        any_few=any(inference.too_few(task) for model in results.models for task in model.tasks.values()),
+        fewest_items=inference.FEWEST_ITEMS,
+        perplexity_decimals=table.perplexity_decimals(results),
+        scores=scores,
     )
 
 
