@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmshrink.api.bench import bench_kernels
 from llmshrink.api.checkpoints import inspect, recipes, verify
 from llmshrink.api.conversion import convert
+from llmshrink.api.distillation import distill
 from llmshrink.api.evaluate import compare, eval
 from llmshrink.api.runs import compress, parse_size, prune, quantize
 from llmshrink.api.runtime import generate, load
@@ -15,6 +16,7 @@ __all__ = [
     "compare",
     "compress",
     "convert",
+    "distill",
     "eval",
     "generate",
     "inspect",

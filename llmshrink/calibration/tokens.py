@@ -75,37 +75,52 @@ def window_shape(samples: int | None, seq_len: int | None, *, limit: int | None)
 
 
 def build_windows(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, held_out: int, seed: int
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seq_len: int,
+    held_out: int,
+    seed: int,
+    fewer: bool = False,
 ) -> tuple[TokenWindows, TokenWindows]:
     """Tokenize no more text than needed and cut it into (calibration, held-out) windows.
 
     samples, held_out: numbers of windows of seq_len tokens. The held-out windows follow the calibration windows in the
     same order of the text; where the text ends before, there are fewer of them, and where nothing at all is left they
-    are the last calibration windows and their name says so.
+    are the last calibration windows and their name says so. fewer: a text with less than samples windows gives what it
+    has (a training run reads it again), the last of it still to the held-out windows, and at least one to each.
     Raises CalibrationError if the text is empty or has fewer than samples x seq_len tokens, with both numbers.
     """
     stream = documents.stream(seed)
     first = next(stream, None)
     if first is not None and not isinstance(first, str):
         ids, mask = _padded(_chain(first, stream), tokenizer, samples + held_out, seq_len, documents.name)
+        samples = _at_most(samples, len(ids), held_out) if fewer else samples
         if len(ids) < samples:
             _refuse_conversations(documents.name, len(ids), int(mask.sum()), samples, seq_len)
     else:
         texts = _texts(_chain(first, stream), documents.name)
         wanted = (samples + held_out) * seq_len
         found = _continuous(texts, tokenizer, wanted) if documents.single else _packed(texts, tokenizer, wanted)
+        samples = _at_most(samples, len(found) // seq_len, held_out) if fewer else samples
         if len(found) < samples * seq_len:
             _refuse(documents.name, len(found), samples, seq_len)
         windows = min(len(found) // seq_len, samples + held_out)
         ids = torch.tensor(found[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
         mask = torch.ones_like(ids, dtype=torch.bool)
-    identity = _tokenizer_hash(tokenizer)
+    identity = tokenizer_hash(tokenizer)
     calibration = _windows(ids[:samples], mask[:samples], documents.name, identity)
     if held_out and len(ids) == samples:
         kept = min(held_out, samples)
         name = f"{documents.name} (the calibration windows again: the text has no more)"
         return calibration, _windows(ids[samples - kept : samples], mask[samples - kept : samples], name, identity)
     return calibration, _windows(ids[samples:], mask[samples:], documents.name, identity)
+
+
+def _at_most(samples: int, windows: int, held_out: int) -> int:
+    """How many of `windows` are left for work when `held_out` are kept apart, a quarter at most."""
+    return max(1, min(samples, windows - min(held_out, max(1, windows // 4))))
 
 
 def _refuse(name: str, tokens: int, samples: int, seq_len: int) -> None:
@@ -245,7 +260,7 @@ def _windows(ids: Tensor, mask: Tensor, name: str, tokenizer_hash: str) -> Token
     return TokenWindows(ids, mask, name, digest.hexdigest())
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of the fast tokenizer as it serialises itself, or of a slow one's vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()

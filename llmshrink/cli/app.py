@@ -12,6 +12,7 @@ from llmshrink.cli import (
     compare,
     compress,
     convert,
+    distill,
     eval,
     generate,
     inspect,
@@ -54,6 +55,7 @@ app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("compress")(compress.compress)
 app.command("convert")(convert.convert)
+app.command("distill")(distill.distill)
 app.command("eval")(eval.eval)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)

@@ -29,7 +29,8 @@ LOCK = "lock"
 CHECKPOINT = "checkpoint"
 OLD = "old"
 ACTIVATIONS = "activations"
-OURS = (JOURNAL, JOURNAL + ".tmp", LOCK, CHECKPOINT, OLD, ACTIVATIONS)
+TRAINING = "training"
+OURS = (JOURNAL, JOURNAL + ".tmp", LOCK, CHECKPOINT, OLD, ACTIVATIONS, TRAINING)
 """All that a workspace ever holds; a folder with anything else in it is somebody else's."""
 RECORD = "llmshrink.json"
 
@@ -131,6 +132,8 @@ class Workspace:
     def begin(self, identity: dict[str, Any]) -> list[Part] | None:
         """Open the journal for a run of this identity; returns the finished parts that still hold.
 
+        What a training run of this identity left in `training` stays; it is the Trainer's to check.
+
         None: this very run was already published and only its journal was left; it is now tidied up.
         Raises OutputError when the folder holds another run's unfinished state, or the output exists, and
         `overwrite` isn't set.
@@ -151,7 +154,8 @@ class Workspace:
         self.checkpoint.mkdir(exist_ok=True)
         self.parts = self._verified(lines[1:]) if lines and differs is None else []
         known = {name for part in self.parts for name in part.shards}
-        rest = [p for p in self.folder.iterdir() if p.name not in (LOCK, JOURNAL, self.checkpoint.name)]
+        stays = {LOCK, JOURNAL, CHECKPOINT} | ({TRAINING} if lines and differs is None else set())
+        rest = [path for path in self.folder.iterdir() if path.name not in stays]
         for path in [*rest, *(p for p in self.checkpoint.iterdir() if p.name not in known)]:
             _remove(path)  # leftovers of a crash
         head = {"identity": identity, "kept": len(self.parts)}

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmshrink.distill.chunked import Tail, chunk_rows, chunked_loss
-from llmshrink.distill.objective import DIVERGENCES, IGNORED, Objective, TopK, row_losses
+from llmshrink.distillation.chunked import Tail, chunk_rows, chunked_loss
+from llmshrink.distillation.objective import DIVERGENCES, IGNORED, Objective, TopK, row_losses
 
 ROWS, WIDTH = 13, 6
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink.distill.objective import Objective, TopK, row_losses
+from llmshrink.distillation.objective import Objective, TopK, row_losses
 
 Teacher = Callable[[slice], Tensor | TopK]
 """Rows of the batch -> what the teacher says of them: logits [rows, vocabulary], or its likeliest tokens."""

@@ -1,0 +1,37 @@
+"""`llmshrink.distill`: a student taught by the model that it was made from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmshrink.errors import PathLike
+
+if TYPE_CHECKING:
+    from llmshrink.distillation.report import DistillReport
+    from llmshrink.run.progress import Progress
+
+
+def distill(
+    teacher: PathLike,
+    student: PathLike,
+    *,
+    output: PathLike,
+    data: PathLike | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> DistillReport:
+    """Train `student` towards `teacher` on `data`, and write it in its own format as `output`."""
+    from llmshrink.distillation.run import Options
+    from llmshrink.distillation.run import distill as run
+    from llmshrink.run.progress import Silent
+
+    options = Options(
+        teacher=os.fspath(teacher),
+        student=os.fspath(student),
+        output=Path(output),
+        data=None if data is None else os.fspath(data),
+        **settings,
+    )
+    return run(options, progress or Silent())

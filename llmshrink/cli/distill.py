@@ -1,0 +1,57 @@
+"""`llmshrink distill`: recover what compression lost, or teach a smaller student."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from llmshrink.cli.show import JsonFlag, show
+
+
+def distill(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="The original: a Hub id, a folder, or `demo`.")],
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="What was made of it, as a folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")],
+    data: Annotated[str | None, typer.Option(help="A .txt, .jsonl or .parquet, a `datasets` name, or `demo`.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="Windows in a batch.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window (1024, or the models' limit).")] = None,
+    alpha: Annotated[float, typer.Option(help="Share of the text's own cross-entropy in the loss, 0 to 1.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of both models' probabilities.")] = 1.0,
+    divergence: Annotated[
+        Literal["forward_kl", "reverse_kl", "jsd"], typer.Option(help="How the two are compared.")
+    ] = "forward_kl",
+    beta: Annotated[float, typer.Option(help="Of jsd: the teacher's share of the mixture.")] = 0.5,
+    train: Annotated[
+        Literal["weights", "scales"] | None,
+        typer.Option(help="What is trained; left out: scales of a quantized student, weights of any other."),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of weights (left out: 0.77 over the width).")] = None,
+    scale_lr: Annotated[float, typer.Option(help="Learning rate of scales, relative to each.")] = 1e-2,
+    optim: Annotated[str, typer.Option(help="transformers' name of the optimizer.")] = "adamw_torch",
+    warmup: Annotated[int, typer.Option(help="Steps until the learning rate is whole.")] = 20,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations (an eighth of all).")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Computed in: bfloat16 or float32.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own Python.")] = False,
+    json: JsonFlag = False,
+) -> int:
+    """Train STUDENT towards TEACHER and write it, in its own format, as OUT."""
+    from llmshrink import api
+    from llmshrink.run.progress import Shown
+
+    with Shown(json=json) as progress:
+        report = api.distill(
+            teacher, student, output=output, data=data, steps=steps, batch_size=batch_size, accumulate=accumulate,
+            seq_len=seq_len, alpha=alpha, temperature=temperature, divergence=divergence, beta=beta, train=train,
+            lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup, eval_steps=eval_steps,
+            gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype, seed=seed,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    show(report, as_json=json)
+    return 0 if report.ok else 1

@@ -1,0 +1,51 @@
+"""How far a student is from its teacher on held-out windows: in float32, over the whole vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.activations import Batch
+from llmshrink.distillation.teacher import SplitModel, TeacherRows
+from llmshrink.run import heldout
+from llmshrink.run.heldout import LOGITS, Quality
+
+
+def judge(student: SplitModel, teacher: TeacherRows, batches: Sequence[Batch]) -> Quality:
+    """Means over the positions of `batches` that have a next token. The teacher's side is the `before`."""
+    device = student.weight.device
+    columns: list[list[Tensor]] = []
+    training = student.model.training
+    student.model.eval()
+    for batch in batches:
+        ids = batch.input_ids.to(device)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        where = torch.zeros_like(ids, dtype=torch.bool)
+        where[:, :-1] = True if mask is None else mask[:, 1:] & mask[:, :-1]
+        said = teacher.rows(ids, mask, where)
+        with torch.no_grad():
+            hidden = student.hidden(ids, mask)[where]
+        targets = ids.roll(-1, 1)[where]
+        rows = max(1, LOGITS // student.weight.shape[0])
+        for start in range(0, len(hidden), rows):
+            part = slice(start, min(start + rows, len(hidden)))
+            after = student.logits(hidden[part]).log_softmax(-1)
+            columns.append(_compare(said(part).log_softmax(-1), after, targets[part]))
+    student.model.train(training)
+    return Quality.over(*(torch.cat([each[i] for each in columns]).double().cpu() for i in range(4)))
+
+
+def _compare(before: Tensor, after: Tensor, target: Tensor) -> list[Tensor]:
+    kl = (before.exp() * (before - after)).sum(-1)
+    same = (before.argmax(-1) == after.argmax(-1)).float()
+    return [each.gather(-1, target[:, None]).squeeze(-1) for each in (before, after)] + [kl, same]
+
+
+def reference(student: SplitModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """What `verify` will hold a reload to; see `run.heldout.reference`."""
+    with torch.no_grad():
+        return heldout.merge(
+            [heldout.reference(batch, student.hidden(batch.input_ids, batch.mask), student.logits) for batch in batches]
+        )

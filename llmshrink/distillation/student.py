@@ -1,0 +1,208 @@
+"""A checkpoint as a model that can be trained without changing its form.
+
+What a student is on disk decides what may change of it:
+
+- a plain checkpoint: the weights of the linears inside the blocks, and everything that is a vector (norms, biases).
+  A weight that is exactly zero in a linear stays so: its gradient is zero, and so are the optimizer's moments. That
+  holds the mask of a pruned model, and costs a dense one nothing;
+- a quantized one, trained by its scales: codes and zero-points are buffers, a factor on every scale is the parameter;
+- a quantized one, trained whole: what is rounded to the codes is a parameter too, in units of the code, and the
+  rounding passes gradients straight through (Bengio et al. 2013), for codes inside their range.
+
+Embeddings and the output layer stay as they are: the text at hand shows a small part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.source import Source
+from llmshrink.errors import SourceError
+from llmshrink.formats import stored
+from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.formats.stored import Scheme
+from llmshrink.model.skeleton import Skeleton
+from llmshrink.weights import GroupedInt
+from llmshrink.weights.grouped_int import SMALLEST_SCALE, code_range
+
+Train = Literal["weights", "scales"]
+TRAINS: tuple[Train, ...] = get_args(Train)
+
+
+class ScaledLinear(nn.Module):
+    """x -> x (scale * (codes - zero_point))^T + bias, the scale a parameter: what is stored, times `gain`.
+
+    gain: float32 [out_features, groups], 1 at the start, so that one learning rate suits scales of every size.
+    latent: what the codes are rounded from, in units of a code; None where they are frozen. The scale is rounded to its
+    stored dtype as it will be, so that training sees the model that is written.
+    """
+
+    codes: Tensor
+    base: Tensor
+    zero_point: Tensor | None
+    kept: Tensor | None
+
+    def __init__(self, weight: GroupedInt, bias: nn.Parameter | None, *, latent: bool, sparse: bool) -> None:
+        super().__init__()
+        self.bits, self.group_size, self.scale_dtype = weight.bits, weight.group_size, weight.scale.dtype
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("base", weight.scale.float())
+        self.register_buffer("zero_point", weight.zero_point)
+        self.register_buffer("kept", weight.codes != 0 if sparse else None)
+        self.gain = nn.Parameter(torch.ones_like(self.base))
+        self.latent = nn.Parameter(weight.codes.float()) if latent else None
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out_features, in_features], with its gradient."""
+        out_features, groups = self.base.shape
+        values = self._rounded().view(out_features, groups, self.group_size)
+        if self.zero_point is not None:
+            values = values - self.zero_point.float().unsqueeze(-1)
+        return (values * self._scale().unsqueeze(-1)).view(self.codes.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features]."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def stored(self) -> GroupedInt:
+        """The weight as it is written: the codes, and the scale in its stored dtype."""
+        with torch.no_grad():
+            codes = self._rounded().to(torch.int8)
+            scale = self._scale().to(self.scale_dtype)
+        return GroupedInt(codes, scale, self.zero_point, self.bits, self.group_size)
+
+    def freeze(self) -> None:
+        """Put what `stored` gives in the place of what was trained; nothing of it has a gradient any more."""
+        weight = self.stored()
+        self.codes, self.base = weight.codes, weight.scale.float()
+        self.gain = nn.Parameter(torch.ones_like(self.base), requires_grad=False)
+        self.latent = None
+
+    def _scale(self) -> Tensor:
+        scale = self.base * self.gain
+        # A scale keeps its sign and stays above the smallest that engines can divide by.
+        sign = torch.where(self.base < 0, -1.0, 1.0)
+        scale = sign * (sign * scale).clamp(min=SMALLEST_SCALE)
+        return scale + (scale.to(self.scale_dtype).float() - scale).detach()
+
+    def _rounded(self) -> Tensor:
+        if self.latent is None:
+            return self.codes.float()
+        inside = self.latent.clamp(*code_range(self.bits))
+        rounded = inside + (inside.round() - inside).detach()
+        return rounded if self.kept is None else rounded * self.kept
+
+
+@dataclass(eq=False)
+class Student:
+    """model: transformers' own, float32, what isn't trained without gradient. schemes: how its linears are stored.
+
+    masked: linears of a plain checkpoint whose zeros are held -> which weights are kept, bool.
+    """
+
+    source: Source
+    index: CheckpointIndex
+    model: Any
+    key_of: dict[str, str]
+    schemes: dict[str, Scheme]
+    masked: dict[str, Tensor] = field(default_factory=dict)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter of all that changes."""
+        return ((name, each) for name, each in self.model.named_parameters() if each.requires_grad)
+
+    def settle(self) -> None:
+        """Round every trained parameter to what the checkpoint will hold, so that what is judged is what is written."""
+        with torch.no_grad():
+            for name, module in self.model.named_modules():
+                if isinstance(module, ScaledLinear):
+                    assert name in self.schemes
+                    module.freeze()
+            for name, parameter in self.trained():
+                key = self.key_of.get(name)
+                if key is not None:
+                    parameter.copy_(parameter.to(self.index.entry(key).dtype).float())
+
+    def changed(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """A linear's or a vector's name, and its tensors as the checkpoint stores them."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, ScaledLinear):
+                scheme = self.schemes[name]
+                yield name, stored.tensors(name, stored.as_stored(module.stored(), scheme))
+        for name, parameter in self.trained():
+            key = self.key_of.get(name)
+            if key is not None:
+                yield key, {key: parameter.detach().to(self.index.entry(key).dtype)}
+
+
+def open_student(source: Source, *, train: Train | None, device: torch.device, config: Any) -> Student:
+    """Read the whole checkpoint into float32 and decide what is trained. config: transformers', without quantization.
+
+    train: None is `scales` for a quantized checkpoint, else `weights`. Raises SourceError for scales that aren't there.
+    """
+    raw = json.loads((source.folder / "config.json").read_text())
+    index = CheckpointIndex.open(source.folder)
+    skeleton = Skeleton(config, Decompressed(source.folder, raw, torch.float32), device=device, dtype=torch.float32)
+    skeleton.load("")
+    schemes = dict(stored.schemes(raw.get("quantization_config")))
+    quantized = {name: scheme for name, scheme in schemes.items() if getattr(scheme, "group_size", None) is not None}
+    chosen: Train = train or ("scales" if quantized else "weights")
+    if chosen == "scales" and not quantized:
+        raise SourceError(
+            f"{source.name}: isn't quantized, so it has no scales to train; leave --train out, or weights"
+        )
+    student = Student(source, index, skeleton.model, dict(skeleton.key_of), schemes)
+    for name, scheme in quantized.items():
+        whole = stored.whole(stored.read(name, index.read, scheme))
+        assert isinstance(whole, GroupedInt)
+        module = skeleton.model.get_submodule(name)
+        sparse = not isinstance(scheme, GroupedIntScheme) or _is_two_of_four(whole.codes)
+        scaled = ScaledLinear(whole, module.bias, latent=chosen == "weights", sparse=sparse).to(device)
+        skeleton.model.set_submodule(name, scaled)
+    _choose(student, quantized=bool(quantized))
+    return student
+
+
+def _is_two_of_four(codes: Tensor) -> bool:
+    """Whether no four consecutive inputs have more than two codes that aren't zero."""
+    return codes.shape[1] % 4 == 0 and bool(((codes.view(codes.shape[0], -1, 4) != 0).sum(-1) <= 2).all())
+
+
+def _choose(student: Student, *, quantized: bool) -> None:
+    """Set what has a gradient: vectors, scales and latents, and (of a plain checkpoint) the blocks' linears."""
+    model = student.model
+    outside = {id(each) for each in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        if id(module) in outside:
+            continue
+        if isinstance(module, ScaledLinear):
+            for parameter in module.parameters():
+                parameter.requires_grad_(True)
+        elif isinstance(module, nn.Linear) and not quantized:
+            module.weight.requires_grad_(True)
+            if module.bias is not None:
+                module.bias.requires_grad_(True)
+            _hold_zeros(student, name, module)
+        else:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.dim() == 1:
+                    parameter.requires_grad_(True)
+
+
+def _hold_zeros(student: Student, name: str, module: nn.Linear) -> None:
+    kept = module.weight != 0
+    if not bool(kept.all()):
+        student.masked[name] = kept
+        module.weight.register_hook(lambda gradient: gradient * kept)

@@ -1,0 +1,142 @@
+"""The student's files with other numbers in them: same names, same layout, same format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.errors import SourceError
+from llmshrink.run import disk
+from llmshrink.run.card import card
+from llmshrink.run.finish import copy_side_files, pieces, weight_bytes
+from llmshrink.run.heldout import Quality
+from llmshrink.run.journal import RECORD, Workspace
+from llmshrink.run.report import SiteRow, rows_of
+from llmshrink.run.shards import write_part
+from llmshrink.run.verify import REFERENCE, read_record
+
+if TYPE_CHECKING:
+    from llmshrink.distillation.run import Job
+
+WHOLE = 1 << 62
+"""A limit on shards that none reaches: files stay as they are cut."""
+CARRIED = ("recipe.yaml",)
+
+
+def write(
+    job: Job,
+    workspace: Workspace,
+    before: Quality,
+    quality: Quality,
+    reference: dict[str, Tensor],
+    curve: list[dict[str, float]],
+) -> dict[str, Any]:
+    """Everything of the new folder, in the workspace; returns its record."""
+    folder, source, index = workspace.checkpoint, job.student.source.folder, job.student.index
+    changed = {key: tensor for _, tensors in job.student.changed() for key, tensor in tensors.items()}
+    done = {part.name for part in workspace.parts}
+    for file in index.files():
+        if file.name in done:
+            continue
+        layout = {
+            key: (index.entry(key).dtype, index.entry(key).shape) for key in index if index.entry(key).file == file
+        }
+
+        def bytes_of(key: str) -> Iterator[memoryview | bytes]:
+            return iter([disk.tensor_bytes(changed[key])]) if key in changed else index.read_bytes(key)
+
+        stem = file.stem.removeprefix("model-") if file.stem.startswith("model-") else "weights"
+        workspace.finish_part(write_part(folder, file.name, stem, layout, bytes_of, limit=WHOLE, rows=[]))
+    _write_index(job, workspace)
+    copy_side_files(source, folder, besides=(workspace.folder, workspace.output))
+    disk.write_file(folder / "config.json", pieces(source / "config.json"), (source / "config.json").stat().st_size)
+    for name in CARRIED:
+        if (source / name).is_file():
+            disk.write_file(folder / name, pieces(source / name), (source / name).stat().st_size)
+    (folder / REFERENCE).parent.mkdir(exist_ok=True)
+    disk.write_tensors(folder / REFERENCE, reference)
+    record = _record(job, before, quality, curve)
+    disk.write_json(folder / RECORD, record)
+    disk.write_text(folder / "README.md", card(record, source, weight_bytes(folder)))
+    return record
+
+
+def _write_index(job: Job, workspace: Workspace) -> None:
+    entries = {name: shard for part in workspace.parts for name, shard in part.shards.items()}
+    names = dict(zip((file.name for file in job.student.index.files()), entries, strict=True))
+    where = {key: names[job.student.index.entry(key).file.name] for key in job.student.index}
+    content = {"metadata": {"total_size": job.student.index.nbytes()}, "weight_map": dict(sorted(where.items()))}
+    disk.write_json(workspace.checkpoint / INDEX_FILE, content)
+
+
+def _record(job: Job, before: Quality, quality: Quality, curve: list[dict[str, float]]) -> dict[str, Any]:
+    """The student's own record, or a new one, with what the training made of it."""
+    options, student = job.options, job.student
+    old = _old_record(job)
+    identity = job.identity()
+    rows = [replace(row, error=None) for row in rows_of(old["sites"])]
+    # What a reload is computed in is float32, as the reference was.
+    carried = {**old["identity"], **identity, "dtype": "torch.float32", "batch_size": options.batch_size}
+    return {
+        **old,
+        "recipe": f"{old['recipe']}, distilled",
+        "quality": asdict(quality),
+        "identity": carried,
+        "held_out": job.held_out.name,
+        "sites": [asdict(row) for row in rows],
+        "distill": {
+            "teacher": job.teacher_source.name
+            if job.teacher_source.kind != "folder"
+            else job.teacher_source.folder.name,
+            "revision": job.teacher_source.revision,
+            "objective": asdict(job.objective),
+            "steps": options.steps,
+            "data": job.training.name,
+            "windows": list(job.training.input_ids.shape),
+            "before": asdict(before),
+            "curve": curve,
+            "trained": sorted({name.rpartition(".")[2] for name, _ in student.trained()}),
+        },
+    }
+
+
+def _old_record(job: Job) -> dict[str, Any]:
+    student = job.student
+    try:
+        return read_record(student.source.folder)
+    except SourceError:
+        if student.schemes:
+            raise
+    source = student.source
+    return {
+        "format": 1,
+        "model": source.name if source.kind != "folder" else source.folder.name,
+        "revision": source.revision,
+        "recipe": "as it was",
+        "blocks": student.model.config.get_text_config().num_hidden_layers,
+        "serve_tp": 1,
+        "calibration": {
+            "name": job.training.name,
+            "windows": list(job.training.input_ids.shape),
+            "tokens": job.training.tokens,
+        },
+        "bytes_before": student.index.nbytes(),
+        "identity": {"format": "compressed-tensors"},
+        "notes": [],
+        "format_notes": {"compressed-tensors": [], "llmshrink": []},
+        "other_linears": [],
+        "sites": [asdict(row) for row in _rows(job)],
+    }
+
+
+def _rows(job: Job) -> Iterator[SiteRow]:
+    for name, module in job.student.model.named_modules():
+        key = job.student.key_of.get(f"{name}.weight")
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and key is not None:
+            entry = job.student.index.entry(key)
+            shape = (entry.shape[0], entry.shape[1])
+            yield SiteRow(name, shape, None, None, None, entry.nbytes, None, None, None, ())
