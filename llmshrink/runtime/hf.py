@@ -102,7 +102,7 @@ class LlmshrinkQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """No gradient goes through the kernel."""
+        """Gradients reach the inputs, but transformers' trainer has not been tried over it."""
         return False
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton
 from llmshrink_kernels import sparse24, wna16
 from llmshrink_kernels.sparse24 import dispatch as sparse_dispatch
 from llmshrink_kernels.sparse24 import facts as sparse_facts
@@ -24,7 +25,7 @@ TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """A default to compile: 4096 x 4096. sparse: 2:4. spilled: the bytes a thread that are known, and few enough."""
+    """A default to compile. sparse: 2:4."""
 
     capability: int
     bits: int
@@ -33,7 +34,8 @@ class Wanted:
     rows: int
     zero_points: bool = False
     sparse: bool = False
-    spilled: int = 0
+    outputs: int = 4096
+    inputs: int = 4096
 
 
 QUICK = [
@@ -44,7 +46,7 @@ QUICK = [
     Wanted(80, 4, 128, HALF, 1, sparse=True),
 ]
 WNA16 = [
-    Wanted(capability, bits, group, dtype, rows, zero_points, spilled=96 if group == 64 else 0)
+    Wanted(capability, bits, group, dtype, rows, zero_points)
     for capability in SHARED_MEMORY
     for bits in (2, 3, 4, 8)
     for group, dtype, zero_points in ((-1, HALF, True), (64, BRAIN, False))
@@ -56,6 +58,13 @@ MORE = [
     Wanted(90, 3, 128, BRAIN, 16, zero_points=True),
     Wanted(80, 4, 128, HALF, 64),
     Wanted(100, 2, 128, BRAIN, 64),
+    Wanted(90, 3, 32, BRAIN, 64, zero_points=True),
+    Wanted(90, 3, 128, BRAIN, 64, inputs=576),
+    Wanted(80, 3, 32, BRAIN, 64, zero_points=True),
+    Wanted(80, 3, 64, HALF, 64, inputs=576),
+    Wanted(80, 2, 128, BRAIN, 64, outputs=14336),
+    Wanted(100, 3, 128, BRAIN, 64, inputs=576),
+    Wanted(80, 3, 32, BRAIN, 64, outputs=14336),
 ]
 SPARSE = [
     Wanted(capability, bits, group, dtype, rows, sparse=True)
@@ -63,6 +72,18 @@ SPARSE = [
     for bits, group, dtype in ((4, 128, HALF), (4, 64, BRAIN), (8, -1, HALF), (16, -1, BRAIN))
     for rows in (1, 64)
 ]
+SPARSE += [
+    Wanted(80, bits, group, BRAIN, 64, sparse=True, outputs=14336)
+    for bits, group in ((4, 32), (4, 256), (8, 64), (8, 128))
+]
+SPILLED = {
+    Wanted(80, 3, 32, BRAIN, 64, outputs=14336): 8,
+    Wanted(80, 4, 32, BRAIN, 64, sparse=True, outputs=14336): 24,
+    Wanted(80, 4, 256, BRAIN, 64, sparse=True, outputs=14336): 8,
+    Wanted(80, 8, 64, BRAIN, 64, sparse=True, outputs=14336): 8,
+}
+"""Bytes of stack a thread by the compiler of Triton 3.7.1: of all defaults that are compiled here these, on Ampere."""
+MEASURED = "3.7.1"
 
 
 @dataclass(frozen=True)
@@ -82,11 +103,13 @@ def build(wanted: Wanted) -> Built:
     here = Limits("", SHARED_MEMORY[wanted.capability], 132, wanted.capability)
     shape = {"bits": wanted.bits, "group_size": wanted.group, "device": "meta"}
     if wanted.sparse:
-        thin: sparse24.PackedSparse = empty_sparse(4096, 4096, dtype=wanted.dtype, **shape)
+        thin: sparse24.PackedSparse = empty_sparse(wanted.outputs, wanted.inputs, dtype=wanted.dtype, **shape)
         plan = sparse_dispatch.default(thin, wanted.rows, here)
         assert isinstance(plan, Config)
         return Built(sparse_facts.case(wanted.capability, thin, plan, wanted.dtype), plan, sparse_facts.budget(thin))
-    dense: wna16.PackedWeight = empty(4096, 4096, scale_dtype=wanted.dtype, zero_points=wanted.zero_points, **shape)
+    dense: wna16.PackedWeight = empty(
+        4096, wanted.inputs, scale_dtype=wanted.dtype, zero_points=wanted.zero_points, **shape
+    )
     plan = dispatch.default(dense, wanted.rows, here)
     assert isinstance(plan, Config)
     return Built(facts.case(wanted.capability, dense, plan, wanted.dtype), plan, facts.budget(dense))
@@ -97,7 +120,11 @@ def check(wanted: Wanted, built: Built, found: Facts) -> None:
     counted = found.loop or found.whole
     cores = {name for name in TENSOR_CORES.values() if name in counted}
     assert cores == {TENSOR_CORES[wanted.capability]}, wanted
-    assert found.stack <= wanted.spilled, wanted
+    # Another compiler than the one that was measured may do a little better or worse on Ampere; on no other target.
+    stated = SPILLED.get(wanted, 0)
+    most = max(SPILLED.values()) if wanted.capability == 80 else 0
+    assert found.stack == stated if triton.__version__ == MEASURED else found.stack <= most, (wanted, found.stack)
+    assert found.stack or not {"STL", "LDL"} & set(found.whole), wanted
     assert found.shared <= SHARED_MEMORY[wanted.capability], wanted
     conversions = sum(counted.get(name, 0) for name in ("I2F", "I2FP", "I2HP"))
     # Zero-points are converted, a few a group; weights never are. Where the machine code shows no loop the whole is

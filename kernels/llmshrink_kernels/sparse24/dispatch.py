@@ -73,7 +73,7 @@ def default(packed: PackedSparse, rows: int, here: Limits) -> Plan:
     """The reasoned plan (see the module)."""
     if rows >= DEQUANTIZE_FROM:
         return "dequantize"
-    block_m = min(WIDEST, max(DECODE, 1 << (rows - 1).bit_length()))
+    block_m = min(widest(packed, here), max(DECODE, 1 << (rows - 1).bit_length()))
     while True:
         stages = min(MOST_STAGES, here.shared // stage_bytes(packed, block_m, BLOCK_N))
         if block_m == DECODE or (stages >= 2 and fits_tensor_memory(here, block_m, packed.packet, packed.slab // 2)):
@@ -86,9 +86,15 @@ def default(packed: PackedSparse, rows: int, here: Limits) -> Plan:
     return Config(block_m, BLOCK_N, packed.packet, 4 if block_m == DECODE else 8, max(1, stages), split)
 
 
+def widest(packed: PackedSparse, here: Limits) -> int:
+    """The tallest tile of x whose accumulators, and what else a thread holds, stay in registers."""
+    # A thread of Ampere holds x's operands too.
+    return DECODE if here.capability < 90 and packed.bits == 8 and packed.kernel_group else WIDEST
+
+
 def candidates(packed: PackedSparse, rows: int, here: Limits) -> list[Plan]:
     """What a search tries, the default first."""
-    block_m = min(WIDEST, max(DECODE, 1 << (rows - 1).bit_length()))
+    block_m = min(widest(packed, here), max(DECODE, 1 << (rows - 1).bit_length()))
     tried: dict[Plan, None] = {default(packed, rows, here): None}
     for m in {block_m, max(DECODE, block_m // 2)}:
         for n, warps in ((64, 4), (128, 4), (128, 8)):

@@ -126,12 +126,12 @@ def widest(packed: PackedWeight, here: Limits) -> int:
     """The tallest tile of x whose accumulators stay in registers (128 by 128 outputs on 256 threads are 64 each)."""
     if packed.group_size == -1:
         return 128
-    # With a scale for so many slabs of a step the compiler holds, and fetches far ahead, more than a thread has room
-    # for; an Ampere thread holds x's operands too.
+    # With many scales in a step the compiler holds, and fetches far ahead, more than a thread has room for. A thread of
+    # Ampere holds x's operands too, one of Blackwell has half as many registers.
     groups = packed.step // packed.group_size
     if here.capability < 90:
-        return 16 if groups >= 16 else 32 if groups >= 8 else 64
-    return 32 if groups >= 16 else 64
+        return 16 if groups >= 8 else 32 if groups >= 4 and packed.bits == 2 else 64
+    return 32 if groups >= (4 if here.has_tensor_memory else 16) else 64
 
 
 def fits_tensor_memory(here: Limits, block_m: int, block_k: int, slab: int) -> bool:
