@@ -29,6 +29,10 @@ OVERFLOWING = """[...document.querySelectorAll('main *')].filter(element =>
   !element.closest('.scroll') && !element.closest('svg') && element.checkVisibility() &&
   element.getBoundingClientRect().right > document.documentElement.clientWidth + 1
 ).map(element => element.outerHTML.slice(0, 80))"""
+# Tables whose columns don't all stand on the screen; that of all layers may scroll.
+SCROLLING = """[...document.querySelectorAll('.scroll')].filter(box => box.checkVisibility() &&
+  !box.querySelector('table.sticky') && box.scrollWidth > box.clientWidth + 1
+).map(box => box.getAttribute('aria-label'))"""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,8 @@ def test_the_page_is_quiet_and_fits(page: Page, reports: dict[str, Path], name: 
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(OVERFLOWING) == []
+    if name != "hostile" or width < 760:  # long names take their room
+        assert page.evaluate(SCROLLING) == []
     assert events(page, "Runtime.consoleAPICalled") == []
     assert events(page, "Runtime.exceptionThrown") == []
     assert events(page, "Log.entryAdded") == []
@@ -109,16 +115,33 @@ def brightness(colour: str) -> int:
     return sum(int(channel) for channel in colour.removeprefix("rgb(").removesuffix(")").split(","))
 
 
+def test_on_a_telephone_every_value_says_what_it_is(page: Page, reports: dict[str, Path]) -> None:
+    page.open(reports["rich"].as_uri())
+    unnamed = """[...document.querySelectorAll('table.stack tbody td')].filter(cell => cell.checkVisibility() &&
+      ['none', 'normal', '""'].includes(getComputedStyle(cell, '::before').content)
+    ).map(cell => cell.outerHTML)"""
+    heads = "[...document.querySelectorAll('table.stack thead')].map(head => head.getBoundingClientRect().height)"
+    page.look(400)
+    assert page.evaluate("document.querySelectorAll('table.stack').length") == 7
+    assert page.evaluate(unnamed) == []
+    assert max(page.evaluate(heads)) <= 1
+    page.look(1280)
+    assert len(page.evaluate(unnamed)) > 50  # in a table the head says it
+    assert min(page.evaluate(heads)) > 20
+
+
 def test_the_checks_would_notice(page: Page, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text(
         "<main><figure><svg width=900 height=10></svg></figure><p style='width: 900px'>wide</p></main>"
+        "<div class=scroll style='overflow: auto' aria-label=long><p style='width: 900px'>wide</p></div>"
         "<img src='file:///nowhere.png'><script>console.error('no')</script>"
     )
     page.look(400)
     page.open(broken.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") > 400
     assert page.evaluate(OVERFLOWING)
+    assert page.evaluate(SCROLLING) == ["long"]
     assert len(events(page, "Runtime.consoleAPICalled")) == 1
     assert "file:///nowhere.png" in {request["request"]["url"] for request in events(page, "Network.requestWillBeSent")}
     assert page.evaluate(PLOTS)[0]["marks"] == 0

@@ -154,8 +154,11 @@ def _themed(style: str) -> str:
     return re.sub(r"#[0-9a-f]{6}", lambda match: f"var({_ROLES[match[0]]})" if match[0] in _ROLES else match[0], style)
 
 
-def plain_log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis whose ticks are plain numbers at 1, 2 and 5: matplotlib's own are mathematics."""
+def plain_log_axis(axes: Axes, which: str, ticks: int = 12) -> None:
+    """A logarithmic axis whose ticks are plain numbers at 1, 2 and 5: matplotlib's own are mathematics.
+
+    ticks: about as many at most; over many decades some are passed over.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     from llmshrink_eval.report import numbers
@@ -166,7 +169,7 @@ def plain_log_axis(axes: Axes, which: str) -> None:
     steps: tuple[float, ...] = (1.0,) if decades > 300 else (1.0, 3.0) if decades > 30 else (1.0, 2.0, 5.0)
     if decades < 12:
         steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-    axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
+    axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, numbers.significant(value, 1))))
     axis.set_minor_formatter(NullFormatter())

@@ -150,9 +150,9 @@ def _histogram(results: Results) -> Plot | None:
         axes.set_xscale("log")
         axes.margins(x=0.01)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
-        figure.plain_log_axis(axes, "x")
+        figure.plain_log_axis(axes, "x", 12 if width == WIDE else 5)
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel("KL(original || compressed) at one position, nats")
+        axes.set_xlabel("KL at one position, nats")
         axes.set_title("% of positions", color=MUTED, size=12.5)
 
     label = f"Histogram of KL per position for {numbers.listed([one.label for one in shown])}, on a logarithmic axis."
