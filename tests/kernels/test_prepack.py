@@ -135,6 +135,8 @@ def test_bad_input_is_named(named: str, changes: dict[str, Any]) -> None:
         ("bits", {"bits": 4.0}),
         ("shape", {"shape": [4]}),
         ("shape", {"shape": [0, 64]}),
+        ("shape", {"shape": [4.0, 64]}),
+        ("weight_scale", {"weight_scale": torch.ones(())}),
         ("weight_packed", {"weight_packed": torch.zeros(4, 9, dtype=torch.int32)}),
         ("weight_packed", {"weight_packed": torch.zeros(4, 8, dtype=torch.int64)}),
         ("weight_zero_point", {"weight_zero_point": torch.zeros(2, 2, dtype=torch.int32)}),

@@ -42,8 +42,10 @@ def prepack_compressed_tensors(
     """
     if bits not in BITS or not isinstance(bits, int):
         raise ValueError(f"bits is {bits}; one of {BITS} is supported")
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"shape is {list(shape)}; two positive numbers [N, K] are expected")
+    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"shape is {list(shape)}; two positive whole numbers [N, K] are expected")
+    if weight_scale.dim() != 2:
+        raise ValueError(f"weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}; [N, K/g] is expected")
     out_features, in_features = shape
     _expect("weight_packed", weight_packed, (out_features, words_for(in_features, bits)))
     zero_point = None
