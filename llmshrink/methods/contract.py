@@ -34,6 +34,7 @@ class QuantizeSpec:
     signed: let a symmetric scale be negative. act_order: quantize loud inputs first (nothing extra is stored).
     corrected: how much of the error of earlier layers this one makes good, 0 (one stream) to 1.
     damp: damping as a fraction of the Hessian's mean diagonal. block_size: columns between two lazy updates.
+    descent: sweeps of coordinate descent over the codes at the end.
     """
 
     method: str = "gptq"
@@ -46,6 +47,7 @@ class QuantizeSpec:
     corrected: float = 1.0
     damp: float = 0.01
     block_size: int = 128
+    descent: int = 0
 
 
 class SiteStatistics(Protocol):

@@ -73,6 +73,16 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     )
 
 
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """What `factorise` factorised, in float32 and in the natural order. damping: the fraction that it came to."""
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].double().mean().float() if bool((~dead).any()) else torch.ones_like(diagonal[0])
+    result = hessian.to(torch.float32).clone()
+    result.diagonal().add_(torch.where(dead, mean, 0.0) + damping * mean)
+    return result
+
+
 def attempts(damp: float) -> list[tuple[float, torch.dtype]]:
     """The dampings and dtypes in which a factorisation is tried, one after the other."""
     attempts = [(damp, torch.float32), (damp, torch.float64)]

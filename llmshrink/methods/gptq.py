@@ -2,7 +2,8 @@
 
 The steps, each of them an option of the spec: factorise the damped Hessian once (`factor`); move the target to make
 good what earlier layers broke (`correct`); fix each group's scale beforehand (`scales`) or try candidates in the sweep
-(`trial`); quantize column after column, later columns absorbing the errors (`sweep`).
+(`trial`); quantize column after column, later columns absorbing the errors (`sweep`); look at each code again with all
+others in place (`descent`).
 
 act_order quantizes loud inputs first, while there are still many columns left to absorb their errors. Groups stay
 where they are in the weight, so nothing is stored for it. With scales fixed beforehand columns go by diag(H) alone; the
@@ -25,7 +26,8 @@ from llmshrink.methods.contract import (
     resolve_group_size,
 )
 from llmshrink.methods.correct import correction
-from llmshrink.methods.factor import Factor, factorise
+from llmshrink.methods.descent import descend
+from llmshrink.methods.factor import Factor, damped, factorise
 from llmshrink.methods.registry import site_solver
 from llmshrink.methods.scales import Grid, fit, minmax
 from llmshrink.methods.sweep import sweep_
@@ -51,8 +53,10 @@ def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, 
         check_finite("the cross term", statistics.cross)
         target.add_(correction(original, statistics.cross.to(torch.float32), factor), alpha=spec.corrected)
     columns = target.T.contiguous()
-    del target
+    target = target.index_select(1, factor.order.argsort()) if spec.descent else target[:0]
     quantized = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype)
+    if spec.descent:
+        quantized = descend(quantized, target, damped(statistics.hessian, factor.damping), None, spec.descent)
     error, energy = measure(original, quantized, statistics.hessian)
     return Solved(quantized, relative(error, energy), error, energy, factor.damping, factor.events)
 
@@ -68,7 +72,10 @@ def gptq_on(
     """
     size, factor = _factor(target, statistics, spec)
     columns, keep = (part.index_select(1, factor.order).T.contiguous() for part in (target, mask.to(torch.float32)))
-    return _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype, keep)
+    quantized = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype, keep)
+    if not spec.descent:
+        return quantized
+    return descend(quantized, target, damped(statistics.hessian, factor.damping), mask, spec.descent)
 
 
 def _factor(weight: Tensor, statistics: SiteStatistics, spec: QuantizeSpec) -> tuple[int, Factor]:

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     StringConstraints,
     field_validator,
@@ -100,6 +101,7 @@ class Quantize(_Frozen):
     corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
     damp: share of the mean of the Hessian's diagonal that is added to it.
     block_size: columns that the sweep solves before it updates the rest.
+    descent: times that every code is chosen again afterwards, with all others in place (coordinate descent).
     """
 
     method: Annotated[str, Field(validate_default=True)] = "gptq"
@@ -112,6 +114,7 @@ class Quantize(_Frozen):
     corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     block_size: PositiveInt = 128
+    descent: NonNegativeInt = 0
 
     _bits = field_validator("bits")(_known_bits)
     _group = field_validator("group_size")(_known_group)
@@ -135,6 +138,7 @@ class Quantize(_Frozen):
                 ("scale_search", self.scale_search, self.scale_search in ("minmax", "mse")),
                 ("act_order", str(self.act_order).lower(), not self.act_order),
                 ("corrected", self.corrected, self.corrected == 0.0),
+                ("descent", self.descent, self.descent == 0),
             )
             if not idle
         ]
@@ -142,7 +146,7 @@ class Quantize(_Frozen):
             raise PydanticCustomError(
                 "rtn",
                 "method rtn reads no statistics, so it can't follow {unread}; use scale_search mse or minmax, "
-                "act_order false, corrected 0, or method gptq",
+                "act_order false, corrected 0, descent 0, or method gptq",
                 {"unread": ", ".join(unread)},
             )
         return self
@@ -161,6 +165,7 @@ class QuantizePatch(_Frozen):
     corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
     damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
     block_size: PositiveInt | None = None
+    descent: NonNegativeInt | None = None
 
     _bits = field_validator("bits")(_known_bits)
     _group = field_validator("group_size")(_known_group)
@@ -388,7 +393,7 @@ class Recipe(_Frozen):
         return self.depth is not None or self.width is not None
 
 
-METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size")
+METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size", "descent")
 
 
 def switch_method(fields: dict[str, object], method: object) -> dict[str, object]:

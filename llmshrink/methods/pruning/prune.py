@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmshrink.methods.contract import SiteStatistics, SolveError, check_finite, measure, relative
 from llmshrink.methods.correct import correction
-from llmshrink.methods.factor import factorise
+from llmshrink.methods.factor import damped, factorise
 from llmshrink.methods.pruning.contract import Problem, Pruned, PruneSpec
 from llmshrink.methods.pruning.pattern import check_width
 from llmshrink.methods.pruning.registry import pruner
@@ -29,11 +29,7 @@ def prune(weight: Tensor, statistics: SiteStatistics | None, spec: PruneSpec) ->
     original = weight.to(torch.float32)
     natural = torch.arange(weight.shape[1], device=weight.device)
     factor = factorise(statistics.hessian, natural, spec.damp)
-    diagonal = statistics.hessian.diagonal()
-    dead = diagonal <= 0
-    mean = diagonal[~dead].double().mean().float() if bool((~dead).any()) else torch.ones_like(diagonal[0])
-    hessian = statistics.hessian.to(torch.float32).clone()
-    hessian.diagonal().add_(torch.where(dead, mean, 0.0) + factor.damping * mean)
+    hessian = damped(statistics.hessian, factor.damping)
     target = original
     if spec.corrected > 0 and statistics.cross is not None:
         check_finite("the cross term", statistics.cross)
