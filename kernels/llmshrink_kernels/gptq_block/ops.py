@@ -27,8 +27,8 @@ def sweep_block(
     weight: float32 [n, rows]. unit: float32 [n, n], U with each row divided by its diagonal; only what is right of the
     diagonal is read. scale, zero: float32 [groups, rows]; zeros are whole numbers, or None. group: int64 [n], the row
     of `scale` for each column (its values are not checked: that would wait for the device). Returns codes, int8
-    [n, rows], and errors, float32 [n, rows]: what is left of each column once it is quantized. Raises ValueError, naming
-    the argument, on other dtypes, shapes or devices.
+    [n, rows], and errors, float32 [n, rows]: what is left of each column once it is quantized. Raises ValueError,
+    naming the argument, on other dtypes, shapes or devices.
     """
     _check_common(weight, unit, scale, zero, bits)
     n = weight.shape[0]
