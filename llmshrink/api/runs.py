@@ -122,12 +122,12 @@ def prune(
     repair: bool | None = None,
     **settings: Unpack[StoredSettings],
 ) -> QuantizeReport:
-    """Prune a model: half of its weights become zero, and the others make that good.
+    """Prune a model: half of its weights become zero, or blocks or channels go, and the others make that good.
 
-    recipe: a shipped name or a YAML file that prunes and doesn't quantize. repair: least squares on what is kept,
-    instead of the recipe's choice. format: "compressed-tensors" stores the zeros, in a checkpoint that everything
-    loads; "llmshrink" leaves those of 2:4 out (docs/formats-sparse24.md). Everything else is as in `quantize`. Raises
-    LlmshrinkError for bad input.
+    recipe: a shipped name or a YAML file that prunes and doesn't quantize; `depth-prune` and `width-prune` leave a
+    plain smaller model. repair: least squares on what is kept, instead of the recipe's choice. format:
+    "compressed-tensors" stores the zeros, in a checkpoint that everything loads; "llmshrink" leaves those of 2:4 out
+    (docs/formats-sparse24.md). Everything else is as in `quantize`. Raises LlmshrinkError for bad input.
     """
     return _run("prune", model, output, recipe, {"repair": repair}, **settings)
 

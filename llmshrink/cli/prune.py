@@ -1,4 +1,4 @@
-"""`llmshrink prune`: a model in, the same model with half of its weights zero and the others making that good out."""
+"""`llmshrink prune`: a model in; out the same one with zeros in it, or with fewer blocks or channels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def prune(
     json: JsonFlag = False,
     **settings: Any,
 ) -> int:
-    """Prune MODEL's weights into OUT. A run that was stopped goes on when the same command is given again."""
+    """Prune MODEL's weights, widths or blocks into OUT. A run that was stopped goes on with the same command."""
     from llmshrink import api
 
     return runs.carry_out(

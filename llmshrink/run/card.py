@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmshrink.run.report import SiteRow, changes, rows_of, size
+from llmshrink.run.report import SiteRow, changes, rows_of, size, summary_of
 from llmshrink.run.storage import format_of
 
 
@@ -21,6 +21,7 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
     quantized = [row for row in rows if row.bits is not None]
     schemes = sorted({f"{row.bits}-bit, groups of {row.group_size}" for row in quantized})
     how = f" ({'; '.join(schemes)})" if schemes else ""
+    shape = summary_of(record)
     own = format_of(record) == "llmshrink"
     layout = "llmshrink `sparse24`: 2:4 without its zeros" if own else "compressed-tensors `pack-quantized`"
     layout = layout if own or quantized else "plain safetensors, in the original's dtype"
@@ -28,7 +29,7 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
     lines = [
         "---",
         *_front_matter(record, source),
-        f"tags: [{', '.join(_tags(rows, own=own))}]",
+        f"tags: [{', '.join(_tags(rows, own=own, smaller=shape is not None))}]",
         "---",
         "",
         f"# {record['model']}, {record['recipe']}",
@@ -46,6 +47,7 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
         f"(standard error {quality['kl_stderr']:.5f}) nats/token; "
         f"the most likely next token is the same at {quality['top1_agreement']:.1%} of positions.",
         "",
+        *([f"- Shape: {shape}; its config.json says so, and it loads like any other model."] if shape else []),
         f"- Weights: of {len(rows)} linear layers in the blocks {changes(rows)}{how}; "
         "embeddings, norms and the head are as they were.",
         f"- Calibration: {calibration['tokens']} tokens of {calibration['name']}.",
@@ -71,8 +73,8 @@ def _front_matter(record: dict[str, Any], source: Path) -> list[str]:
     return [*lines, "library_name: transformers"]
 
 
-def _tags(rows: Sequence[SiteRow], *, own: bool) -> list[str]:
+def _tags(rows: Sequence[SiteRow], *, own: bool, smaller: bool) -> list[str]:
     quantized = any(row.bits is not None for row in rows)
     found = ["llmshrink", *(["compressed-tensors"] if quantized and not own else [])]
     found += ["quantized"] if quantized else []
-    return [*found, *(["pruned"] if any(row.pruned is not None for row in rows) else [])]
+    return [*found, *(["pruned"] if smaller or any(row.pruned is not None for row in rows) else [])]

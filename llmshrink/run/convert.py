@@ -27,7 +27,7 @@ from llmshrink.run import disk
 from llmshrink.run.card import card
 from llmshrink.run.finish import WEIGHT_SUFFIXES, pieces, serve_line, weight_bytes
 from llmshrink.run.journal import RECORD, Workspace
-from llmshrink.run.report import VerifyReport, rows_of, size
+from llmshrink.run.report import VerifyReport, rows_of, size, summary_of
 from llmshrink.run.shards import layout_of, open_shards, write_part
 from llmshrink.run.storage import BITS, GROUP_STEP, format_of
 from llmshrink.run.verify import REFERENCE, read_record, verify_reload
@@ -86,6 +86,12 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
     if not {"format_notes", "other_linears"} <= record.keys():
         raise SourceError(
             f"{source}: its {RECORD} is an earlier llmshrink's, which kept less: make the checkpoint again"
+        )
+    shape = summary_of(record)
+    if shape is not None:
+        raise SourceError(
+            f"{source}: is a plain model of another shape ({shape}), which every engine reads: there is nothing to "
+            "convert; prune or quantize it like any other model"
         )
     if format_of(record) == format:
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")

@@ -62,7 +62,7 @@ def finish(
     A checkpoint that doesn't verify isn't published: it stays in the workspace, and the report says so.
     """
     folder = workspace.checkpoint
-    rows = [row for part in workspace.parts for row in rows_of(part.rows)]
+    rows = [row for part in workspace.parts if part.of_block for row in rows_of(part.rows)]
     _write_index(job, work, workspace)
     copy_side_files(job.source.folder, folder, besides=(workspace.folder, workspace.output))
     config = json.loads((job.source.folder / "config.json").read_text())

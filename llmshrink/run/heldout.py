@@ -69,6 +69,20 @@ def summarize(
     return Quality.over(*columns), merge(kept)
 
 
+def divergences(
+    batches: Sequence[Batch], original: Sequence[Tensor], other: Sequence[Tensor], logits: Logits
+) -> Tensor:
+    """KL(original || other) in nats at every position that `reference` keeps: float64 [positions].
+
+    original, other: last hidden states of each batch, [batch, tokens, dim].
+    """
+    found = []
+    for batch, before_hidden, after_hidden in zip(batches, original, other, strict=True):
+        for _, (before, after) in _positions(batch, [before_hidden, after_hidden], logits):
+            found.append((before.exp() * (before - after)).sum(-1).double())
+    return torch.cat(found)
+
+
 def reference(batch: Batch, hidden: Tensor, logits: Logits) -> dict[str, Tensor]:
     """What is kept of a batch: its tokens, and float32 log-probabilities.
 

@@ -43,6 +43,11 @@ class Part:
     shards: dict[str, dict[str, Any]]
     rows: list[dict[str, Any]]
 
+    @property
+    def of_block(self) -> bool:
+        """Whether it is one of the model's blocks, whose rows are the report's."""
+        return self.name.startswith("block ")
+
 
 def is_ours(folder: Path) -> bool:
     """Whether `folder` was written by llmshrink: only such a folder is ever replaced."""

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 import torch
 from torch.utils import _triton
 
@@ -90,3 +91,8 @@ def _without_triton() -> Iterator[None]:
             yield
     finally:
         closed = True
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where a device's tensors live."""
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

@@ -85,6 +85,10 @@ class NarrowWork:
         chain.skeleton.release(chain.name(number))
 
     @property
+    def inside(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
     def structure(self) -> dict[str, Any]:
         return self._structure.record()
 

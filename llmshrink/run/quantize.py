@@ -8,18 +8,17 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-import torch
 from torch import Tensor
 
 from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.formats import stored
 from llmshrink.run import disk, heldout
+from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.job import Job, Options, prepare
-from llmshrink.run.journal import ACTIVATIONS, Workspace
-from llmshrink.run.memory import give_back, lean_imports
+from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
+from llmshrink.run.memory import free_memory, give_back, lean_imports
 from llmshrink.run.narrow import NarrowWork
 from llmshrink.run.progress import Progress
 from llmshrink.run.report import QuantizeReport
@@ -65,15 +64,19 @@ class _Run:
 
     def all(self) -> QuantizeReport:
         job, chain = self.job, self.job.chain
+        work = work_of(job, self.workspace.checkpoint)
         if not self.workspace.parts:
-            self._copy_outside()
+            self._copy_outside(work)
         # From here on embedding and head come from the output: nothing of the source is read more than twice.
         outside = open_shards(self.workspace.checkpoint, self.workspace.parts[0].shards)
         chain.skeleton.reader = Overlay(outside, job.index)
-        kept = len(self.workspace.parts) - 1
+        if isinstance(work, DepthWork):
+            self._choose_blocks(work)
+        finished = [part for part in self.workspace.parts if part.of_block]
+        kept = len(finished)
         self.progress.begin(len(chain.blocks), kept)
-        walk, work = self._streams(), work_of(job, self.workspace.checkpoint)
-        for number, part in enumerate(self.workspace.parts[1:]):
+        walk = self._streams()
+        for number, part in enumerate(finished):
             work.replay(walk, number, part)
             self.progress.block(number, None)
         for number in range(kept, len(chain.blocks)):
@@ -90,10 +93,21 @@ class _Run:
         if self.spill is not None:
             shutil.rmtree(self.spill, ignore_errors=True)
 
-    def _copy_outside(self) -> None:
+    def _choose_blocks(self, work: DepthWork) -> None:
+        """Which blocks go: from the journal, or else found and written there, as the second part."""
+        if len(self.workspace.parts) == 1:
+            placement = Placement.choose(self.job, self.workspace.folder)
+            self.spill = spill_folder(self.job, self.workspace.folder)
+            self.workspace.finish_part(Part("analysis", {}, [work.analyse(placement.spill, self.spill)]))
+            self.clear_spill()
+        work.settle(self.workspace.parts[1].rows[0])
+        self.progress.note(work.structure["summary"])
+
+    def _copy_outside(self, work: Work) -> None:
         """Everything that isn't in a block, byte for byte, as the first part."""
         index, chain = self.job.index, self.job.chain
         inside = {key for name, key in chain.skeleton.key_of.items() if name.startswith(chain.prefix + ".")}
+        inside |= work.inside
         keys = [key for key in index if key not in inside]
         layout = {key: (index.entry(key).dtype, index.entry(key).shape) for key in keys}
         part = write_part(
@@ -159,6 +173,8 @@ def work_of(job: Job, checkpoint: Path) -> Work:
     """What a job does to each block."""
     if job.structure is None:
         return SiteWork(job, checkpoint)
+    if job.structure.depth is not None:
+        return DepthWork(job, job.structure)
     return NarrowWork(job, job.structure, checkpoint)
 
 
@@ -179,23 +195,26 @@ class Placement:
         widest = max((site.in_features for site in job.sites), default=config.hidden_size)
         paused = streams * (2 * config.hidden_size + 2 * widest) // config.hidden_size
         device = job.chain.skeleton.device
-        free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        budget = free // 3
+        budget = free_memory(device) // 3
         if paused <= budget:
             return cls(None, True)
         if streams <= budget:
             return cls(None, False)
         check_room(job.options.work_dir or folder, streams, "the activations, which don't fit into memory")
-        if job.options.work_dir is None:
-            return cls(folder / ACTIVATIONS, False)
-        # A folder of its own: other runs may spill into the same work-dir at the same time.
-        name = f"llmshrink-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
-        return cls(job.options.work_dir / name, False)
+        return cls(spill_folder(job, folder), False)
+
+
+def spill_folder(job: Job, folder: Path) -> Path:
+    """Where activations go that don't fit into memory. folder: the workspace's."""
+    if job.options.work_dir is None:
+        return folder / ACTIVATIONS
+    # A folder of its own: other runs may spill into the same work-dir at the same time.
+    return job.options.work_dir / f"llmshrink-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
 
 
 def expected_bytes(job: Job) -> int:
     """Bytes of the output, to within its headers and side files (for which a megabyte is added)."""
-    total = 1_000_000
+    total = 1_000_000 - (job.structure.saved_bytes(job.index) if job.structure is not None else 0)
     by_key = {site.key: site for site in job.sites}
     schemes = job.schemes
     for key in job.index:

@@ -135,9 +135,9 @@ def changes(rows: Sequence[SiteRow]) -> str:
     if pruned:
         found.append(f"{len(pruned)} pruned ({', '.join(sorted(set(pruned)))})")
     quantized = sum(row.bits is not None for row in rows)
-    if quantized or not pruned:
+    if quantized:
         found.append(f"{quantized} quantized")
-    return ", ".join(found)
+    return ", ".join(found) or "none changed"
 
 
 def size(count: int) -> str:

@@ -53,7 +53,9 @@ def format_of(record: Mapping[str, Any]) -> Format:
 def check_recipe(recipe: Recipe) -> None:
     """Raise RecipeError, a line for each reason, when the llmshrink format can't hold what a recipe asks for."""
     faults = []
-    if recipe.prune is None:
+    if recipe.structured:
+        faults.append(f"it makes a plain smaller model, which has no zeros that {FLAG} could leave out; {INSTEAD[3:]}")
+    elif recipe.prune is None:
         faults.append(f"it prunes nothing, and {FLAG} stores {PATTERN} alone; take a recipe that prunes, {INSTEAD}")
     elif recipe.prune.pattern != PATTERN:
         faults.append(_other_pattern(recipe.prune))

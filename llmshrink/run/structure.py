@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import RecipeError, UnsupportedModelError
 from llmshrink.methods import NarrowSpec
 from llmshrink.model.chain import Chain
 from llmshrink.model.cuts import Cut, cuts_of
-from llmshrink.model.sites import Stage
+from llmshrink.model.sites import Site, Stage, sites_of
 from llmshrink.recipe.schema import Depth, Recipe, Width
 
 ROUND_TO, LEAST = 64, 12
@@ -49,8 +50,12 @@ class Fewer:
 
 @dataclass(frozen=True)
 class Structure:
-    """What the result has fewer of: blocks, or what `fewer` lists. heads: of queries; head_dim: their width."""
+    """What the result has fewer of: blocks, or what `fewer` lists. heads: of queries; head_dim: their width.
 
+    sites: of all blocks of the original.
+    """
+
+    sites: tuple[Site, ...]
     blocks: Count
     heads: Count
     head_dim: int
@@ -83,6 +88,18 @@ class Structure:
     def _counts(self) -> list[tuple[str, Count]]:
         counts = [(each.what, each.count) for each in self.fewer]
         return [*counts, *([("attention heads", self.heads)] if self.heads.before != self.heads.after else [])]
+
+    def saved_bytes(self, index: CheckpointIndex) -> int:
+        """Bytes of weights that the result doesn't have, biases and norms aside."""
+        if self.depth is not None:
+            of_blocks = sum(index.entry(site.key).nbytes for site in self.sites)
+            return of_blocks * (self.blocks.before - self.blocks.after) // self.blocks.before
+        return sum(
+            index.entry(site.key).nbytes * (each.count.before - each.count.after) // each.count.before
+            for each in self.fewer
+            for cut in each.cuts
+            for site in (cut.consumer, *(site for site, _ in cut.producers))
+        )
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the narrower model, from the original's."""
@@ -125,6 +142,7 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
     groups = next((each.count for each in fewer if each.what == KV_GROUPS), None)
     left = heads if groups is None else heads // groups.before * groups.after
     return Structure(
+        sites=tuple(site for each in stages for site in sites_of(each)),
         blocks=Count(blocks, blocks - drop),
         heads=Count(heads, left),
         head_dim=head_dim,

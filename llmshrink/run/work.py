@@ -43,10 +43,13 @@ class Finished:
 class Work(Protocol):
     """What happens to each block: `solve` carries both streams through it, and so does `replay` for a finished one.
 
-    ledger: what became of each tensor of the source. config: config.json of the result, from the original's. structure:
-    what the record says of another shape, with a `summary`; None where the result has the original's.
+    inside: keys of the source that are written with their blocks though the model's class doesn't know them. ledger:
+    what became of each tensor of the source. config: config.json of the result, from the original's. structure: what
+    the record says of another shape, with a `summary`; None where the result has the original's.
     """
 
+    @property
+    def inside(self) -> frozenset[str]: ...
     @property
     def structure(self) -> dict[str, Any] | None: ...
     def solve(self, walk: Walk, number: int) -> Finished: ...
@@ -81,6 +84,10 @@ class SiteWork:
                 if site.name in self._specs
             }
         replay_block(walk, number, weights)
+
+    @property
+    def inside(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def structure(self) -> None:

@@ -62,7 +62,7 @@ def test_recipes_ship() -> None:
     names = {"gptq-w2a16", "gptq-w3a16", "gptq-w4a16", "gptq-w8a16", "rtn-w4a16"}
     names |= {f"{method}-2of4" for method in ("magnitude", "wanda", "sparsegpt", "alps")}
     names |= {"wanda-50", "sparsegpt-50", "sparsegpt-2of4-gptq-w4a16", "alps-2of4-gptq-w4a16"}
-    names |= {"width-prune"}
+    names |= {"depth-prune", "width-prune"}
     assert names <= set(shipped_names()) == set(shipped()) == {file.stem for file in RECIPES}
 
 
