@@ -19,11 +19,12 @@ def distill(
     *,
     output: PathLike,
     data: PathLike | None = None,
+    teacher_cache: PathLike | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> DistillReport:
     """Train `student` towards `teacher` on `data`, and write it in its own format as `output`."""
-    from llmshrink.distillation.run import Options
+    from llmshrink.distillation.job import Options
     from llmshrink.distillation.run import distill as run
     from llmshrink.run.progress import Silent
 
@@ -32,6 +33,7 @@ def distill(
         student=os.fspath(student),
         output=Path(output),
         data=None if data is None else os.fspath(data),
+        teacher_cache=None if teacher_cache is None else Path(teacher_cache),
         **settings,
     )
     return run(options, progress or Silent())

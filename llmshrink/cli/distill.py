@@ -14,6 +14,12 @@ def distill(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="What was made of it, as a folder.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")],
     data: Annotated[str | None, typer.Option(help="A .txt, .jsonl or .parquet, a `datasets` name, or `demo`.")] = None,
+    generated_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of text that the teacher writes, beside the data.")
+    ] = 0,
+    teacher_cache: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's outputs there, or find them there.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 400,
     batch_size: Annotated[int, typer.Option(help="Windows in a batch.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
@@ -47,7 +53,8 @@ def distill(
 
     with Shown(json=json) as progress:
         report = api.distill(
-            teacher, student, output=output, data=data, steps=steps, batch_size=batch_size, accumulate=accumulate,
+            teacher, student, output=output, data=data, generated_tokens=generated_tokens,
+            teacher_cache=teacher_cache, steps=steps, batch_size=batch_size, accumulate=accumulate,
             seq_len=seq_len, alpha=alpha, temperature=temperature, divergence=divergence, beta=beta, train=train,
             lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup, eval_steps=eval_steps,
             gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype, seed=seed,

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.distillation.judge import judge
-from llmshrink.distillation.teacher import LiveTeacher
+from llmshrink.distillation.teacher import TeacherRows
 from llmshrink.run.progress import Progress, duration, peak_memory
 
 if TYPE_CHECKING:
-    from llmshrink.distillation.run import Job
+    from llmshrink.distillation.job import Job
+    from llmshrink.distillation.trainer import Says
 
 EVALUATIONS = 8
 """Of the student on the held-out windows in a run, and checkpoints of it, unless the user says otherwise."""
@@ -25,10 +27,13 @@ PLAIN_LR = 0.77
 LINE_SECONDS = 10.0
 
 
-def train(job: Job, folder: Path, progress: Progress) -> list[dict[str, float]]:
+def train(
+    job: Job, training: TokenWindows, says: Says, exact: TeacherRows, folder: Path, progress: Progress
+) -> list[dict[str, float]]:
     """Train the job's student in place; returns the curve: {"step", "kl", "perplexity", "loss"} of each evaluation.
 
-    folder: of the Trainer's checkpoints. The parameters at the end are those of the evaluation with the lowest KL.
+    training: what is learned from; says: the teacher there; exact: the teacher on the held-out windows. folder: of the
+    Trainer's checkpoints. The parameters at the end are those of the evaluation with the lowest KL.
     """
     from transformers import TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -39,7 +44,7 @@ def train(job: Job, folder: Path, progress: Progress) -> list[dict[str, float]]:
     width = job.split.weight.shape[1]
     rate = options.lr if options.lr is not None else PLAIN_LR / width
     every = options.eval_steps or max(1, -(-options.steps // EVALUATIONS))
-    module = Distiller(job.split, LiveTeacher(job.teacher, job.dtype), job.objective, job.dtype)
+    module = Distiller(job.split, says, job.objective, job.dtype)
     # The Trainer moves its module to its own device and counts its parameters; the teacher is none of them.
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -78,11 +83,11 @@ def train(job: Job, folder: Path, progress: Progress) -> list[dict[str, float]]:
         job.student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def judged() -> dict[str, float]:
-        found = judge(job.split, LiveTeacher(job.teacher), job.batches)
+        found = judge(job.split, exact, job.batches)
         return {"kl": found.kl_mean, "perplexity": found.ppl_after}
 
-    told = _Lines(progress, options.steps, options.batch_size * options.accumulate * job.training.input_ids.shape[1])
-    data = Windows(job.training)
+    told = _Lines(progress, options.steps, options.batch_size * options.accumulate * training.input_ids.shape[1])
+    data = Windows(training)
     with _quiet():
         trainer = DistillTrainer(
             module,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import INDEX_FILE
 from llmshrink.errors import SourceError
 from llmshrink.run import disk
@@ -20,7 +21,7 @@ from llmshrink.run.shards import write_part
 from llmshrink.run.verify import REFERENCE, read_record
 
 if TYPE_CHECKING:
-    from llmshrink.distillation.run import Job
+    from llmshrink.distillation.job import Job
 
 WHOLE = 1 << 62
 """A limit on shards that none reaches: files stay as they are cut."""
@@ -29,6 +30,7 @@ CARRIED = ("recipe.yaml",)
 
 def write(
     job: Job,
+    training: TokenWindows,
     workspace: Workspace,
     before: Quality,
     quality: Quality,
@@ -59,7 +61,7 @@ def write(
             disk.write_file(folder / name, pieces(source / name), (source / name).stat().st_size)
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
-    record = _record(job, before, quality, curve)
+    record = _record(job, training, before, quality, curve)
     disk.write_json(folder / RECORD, record)
     disk.write_text(folder / "README.md", card(record, source, weight_bytes(folder)))
     return record
@@ -73,10 +75,12 @@ def _write_index(job: Job, workspace: Workspace) -> None:
     disk.write_json(workspace.checkpoint / INDEX_FILE, content)
 
 
-def _record(job: Job, before: Quality, quality: Quality, curve: list[dict[str, float]]) -> dict[str, Any]:
+def _record(
+    job: Job, training: TokenWindows, before: Quality, quality: Quality, curve: list[dict[str, float]]
+) -> dict[str, Any]:
     """The student's own record, or a new one, with what the training made of it."""
     options, student = job.options, job.student
-    old = _old_record(job)
+    old = _old_record(job, training)
     identity = job.identity()
     rows = [replace(row, error=None) for row in rows_of(old["sites"])]
     # What a reload is computed in is float32, as the reference was.
@@ -95,8 +99,8 @@ def _record(job: Job, before: Quality, quality: Quality, curve: list[dict[str, f
             "revision": job.teacher_source.revision,
             "objective": asdict(job.objective),
             "steps": options.steps,
-            "data": job.training.name,
-            "windows": list(job.training.input_ids.shape),
+            "data": training.name,
+            "windows": list(training.input_ids.shape),
             "before": asdict(before),
             "curve": curve,
             "trained": sorted({name.rpartition(".")[2] for name, _ in student.trained()}),
@@ -104,7 +108,7 @@ def _record(job: Job, before: Quality, quality: Quality, curve: list[dict[str, f
     }
 
 
-def _old_record(job: Job) -> dict[str, Any]:
+def _old_record(job: Job, training: TokenWindows) -> dict[str, Any]:
     student = job.student
     try:
         return read_record(student.source.folder)
@@ -120,9 +124,9 @@ def _old_record(job: Job) -> dict[str, Any]:
         "blocks": student.model.config.get_text_config().num_hidden_layers,
         "serve_tp": 1,
         "calibration": {
-            "name": job.training.name,
-            "windows": list(job.training.input_ids.shape),
-            "tokens": job.training.tokens,
+            "name": training.name,
+            "windows": list(training.input_ids.shape),
+            "tokens": training.tokens,
         },
         "bytes_before": student.index.nbytes(),
         "identity": {"format": "compressed-tensors"},

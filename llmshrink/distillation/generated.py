@@ -1,0 +1,101 @@
+"""Text that the teacher writes itself: windows sampled from it, begun by a few tokens of real text.
+
+With little text a student learns the text by heart, and its distance from the teacher elsewhere stops falling. The
+teacher's own samples at temperature 1 are as many as one has time for, and they are where the teacher's probabilities
+are to be met. An end-of-text token doesn't end a window: the model goes on with another text, as in its training.
+
+Windows are written a batch a file, each batch with a seed of its own, so that an interrupted run goes on with the same
+windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.tokens import TokenWindows
+from llmshrink.run import disk
+from llmshrink.run.progress import Progress
+
+PROMPT_TOKENS = 4
+BATCH = 64
+"""Windows that are sampled side by side."""
+
+
+def generate_windows(
+    model: Callable[[], Any], real: TokenWindows, tokens: int, *, folder: Path, seed: int, progress: Progress
+) -> TokenWindows:
+    """At least `tokens` tokens in windows of the real text's length.
+
+    model: gives a transformers model with its `generate`, where one is needed. real: where prompts are taken from, in
+    order, from places in the windows that differ from round to round. folder: of the finished batches of this text and
+    seed, in a folder of their own there; what is there is taken as it is.
+    """
+    from safetensors.torch import load_file
+
+    length = real.input_ids.shape[1]
+    wanted = -(-tokens // length)
+    folder = folder / hashlib.sha256(f"{real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed}".encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = []
+    for number in range(-(-wanted // BATCH)):
+        path = folder / f"generated-{number:05}.safetensors"
+        if not path.is_file():
+            prompts = _prompts(real, range(number * BATCH, min((number + 1) * BATCH, wanted)))
+            disk.write_tensors(path, {"input_ids": _sample(model(), prompts, length, seed + number)})
+            progress.note(f"generated   {min((number + 1) * BATCH, wanted) * length:,} of {wanted * length:,} tokens")
+        batches.append(load_file(path)["input_ids"])
+    ids = torch.cat(batches)
+    digest = hashlib.sha256(f"{real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed}".encode())
+    digest.update(ids.numpy().tobytes())
+    name = f"{real.name}, and {ids.numel():,} tokens by the teacher"
+    return TokenWindows(ids, torch.ones_like(ids, dtype=torch.bool), name, digest.hexdigest())
+
+
+def _prompts(real: TokenWindows, numbers: range) -> Tensor:
+    """int64 [windows, PROMPT_TOKENS], one for each number."""
+    count = len(real.input_ids)
+    found = []
+    for number in numbers:
+        window = number % count
+        room = int(real.mask[window].sum()) - PROMPT_TOKENS
+        start = (number // count * 37) % max(room, 1)
+        found.append(real.input_ids[window, start : start + PROMPT_TOKENS])
+    return torch.stack(found)
+
+
+def _sample(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
+    """int64 [windows, length], on the CPU, from a generator of its own seed."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        found: Tensor = model.generate(
+            input_ids=prompts.to(device),
+            attention_mask=torch.ones_like(prompts).to(device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length - prompts.shape[1],
+            max_new_tokens=length - prompts.shape[1],
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+    return found.cpu()
+
+
+def together(real: TokenWindows, generated: TokenWindows) -> TokenWindows:
+    """Both, one after the other; the trainer shuffles them."""
+    digest = hashlib.sha256(f"{real.fingerprint} {generated.fingerprint}".encode())
+    return TokenWindows(
+        torch.cat([real.input_ids, generated.input_ids]),
+        torch.cat([real.mask, generated.mask]),
+        generated.name,
+        digest.hexdigest(),
+    )

@@ -1,0 +1,205 @@
+"""A distillation, ready to start: everything named, checked and read, and nothing written yet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmshrink.calibration.activations import Batch, batches_of
+from llmshrink.calibration.text import load_documents
+from llmshrink.calibration.tokens import TokenWindows, build_windows, tokenizer_hash
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
+from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.distillation.cache import LIKELIEST, CacheKey
+from llmshrink.distillation.objective import Divergence, Objective
+from llmshrink.distillation.student import Student, Train, open_student
+from llmshrink.distillation.teacher import SplitModel
+from llmshrink.errors import LlmshrinkError, SourceError
+from llmshrink.run.job import check_vocabulary, here, pick_device
+from llmshrink.runtime.load import config_of, load
+
+HELD_OUT_TOKENS = 8192
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for; the names are those of `llmshrink.distill`."""
+
+    teacher: str
+    student: str
+    output: Path
+    data: str | None = None
+    generated_tokens: int = 0
+    teacher_cache: Path | None = None
+    steps: int = 400
+    batch_size: int = 8
+    accumulate: int = 1
+    seq_len: int | None = None
+    alpha: float = 0.0
+    temperature: float = 1.0
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
+    train: Train | None = None
+    lr: float | None = None
+    scale_lr: float = 1e-2
+    optim: str = "adamw_torch"
+    warmup: int = 20
+    eval_steps: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    seed: int = 0
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """objective: the loss. split: the student, in two steps. real: windows of the text; held_out: others, as `batches`.
+
+    dtype: what forwards and backwards compute in. processes: how many share a step.
+    """
+
+    options: Options
+    objective: Objective
+    teacher_source: Source
+    student: Student
+    split: SplitModel
+    real: TokenWindows
+    held_out: TokenWindows
+    batches: list[Batch]
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def teacher(self) -> SplitModel:
+        """The teacher in memory, read when it's first asked for: a whole cache needs none."""
+        dtype = "float32" if self.device.type == "cpu" else None
+        asked = self.options
+        model = load(
+            self.teacher_source, device=str(self.device), dtype=dtype, trust_remote_code=asked.trust_remote_code
+        )
+        return SplitModel(model, self.teacher_source.name)
+
+    @cached_property
+    def teacher_fingerprint(self) -> str:
+        """Of the teacher's weights."""
+        with CheckpointIndex.open(self.teacher_source.folder) as index:
+            return index.fingerprint()
+
+    def cache_key(self, training: TokenWindows) -> CacheKey:
+        """What a teacher's outputs on these windows depend on."""
+        return CacheKey(
+            teacher=self.teacher_fingerprint,
+            data=training.fingerprint,
+            held_out=self.held_out.fingerprint,
+            temperature=self.objective.temperature,
+            likeliest=min(LIKELIEST, self.split.weight.shape[0]),
+            batch_size=self.options.batch_size,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the result depends on, in words that a person can compare."""
+        elsewhere = ("output", "overwrite", "teacher", "student", "data", "device", "teacher_cache")
+        asked = {name: value for name, value in asdict(self.options).items() if name not in elsewhere}
+        return {
+            "distill": {**asked, "dtype": str(self.dtype), "cached": self.options.teacher_cache is not None},
+            "teacher": self.teacher_fingerprint,
+            "student": self.student.index.fingerprint(),
+            "data": self.real.fingerprint,
+            "held_out": self.held_out.fingerprint,
+            **here(self.device),
+        }
+
+
+def prepare(options: Options) -> Job:
+    """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
+    objective = _objective(options)
+    teacher_source = resolve(options.teacher, trust_remote_code=options.trust_remote_code)
+    source = resolve(options.student, trust_remote_code=options.trust_remote_code)
+    config, teacher_config = (config_of(each, options.trust_remote_code) for each in (source, teacher_source))
+    tokenizer, other = (load_tokenizer(each, options.trust_remote_code) for each in (source, teacher_source))
+    sizes = [each.get_text_config().vocab_size for each in (config, teacher_config)]
+    if tokenizer_hash(tokenizer) != tokenizer_hash(other) or sizes[0] != sizes[1]:
+        raise SourceError(
+            f"{source.name} ({sizes[0]} tokens) and {teacher_source.name} ({sizes[1]}) have other tokenizers, so one's "
+            "probabilities say nothing of the other's tokens; distill from the model that the student was made from"
+        )
+    limits = [limit for limit in (model_limit(config), model_limit(teacher_config)) if limit is not None]
+    seq_len = _length(options.seq_len, min(limits, default=None))
+    documents = load_documents(options.data, source_kind=source.kind)
+    real, held_out = build_windows(
+        documents,
+        tokenizer,
+        samples=options.steps * options.batch_size * options.accumulate,
+        seq_len=seq_len,
+        held_out=max(1, HELD_OUT_TOKENS // seq_len),
+        seed=options.seed,
+        fewer=True,
+    )
+    check_vocabulary(real, sizes[0], source)
+    device = pick_device(options.device)
+    student = open_student(source, train=options.train, device=device, config=config)
+    return Job(
+        options=options,
+        objective=objective,
+        teacher_source=teacher_source,
+        student=student,
+        split=SplitModel(student.model, source.name),
+        real=real,
+        held_out=held_out,
+        batches=batches_of(held_out, options.batch_size, held_out=True),
+        device=device,
+        dtype=_compute_dtype(options.dtype, device),
+    )
+
+
+def _objective(options: Options) -> Objective:
+    for name, value, least in (
+        ("steps", options.steps, 1),
+        ("batch-size", options.batch_size, 1),
+        ("accumulate", options.accumulate, 1),
+        ("warmup", options.warmup, 0),
+        ("generated-tokens", options.generated_tokens, 0),
+        ("seed", options.seed, 0),
+    ):
+        if value < least:
+            raise LlmshrinkError(f"--{name} {value}: must be at least {least}")
+    for name, rate in (("lr", options.lr), ("scale-lr", options.scale_lr)):
+        if rate is not None and not 0.0 < rate < 1.0:
+            raise LlmshrinkError(f"--{name} {rate}: must be above 0 and below 1")
+    try:
+        return Objective(options.alpha, options.temperature, options.divergence, options.beta)
+    except ValueError as error:
+        raise LlmshrinkError(f"--{error}") from error
+
+
+def _length(seq_len: int | None, limit: int | None) -> int:
+    """Tokens in a window: as asked for, else DEFAULT_LENGTH or the shorter of both models' limits."""
+    length = min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH) if seq_len is None else seq_len
+    if length < 2:
+        raise LlmshrinkError(f"--seq-len {length}: must be at least 2")
+    if limit is not None and length > limit:
+        raise LlmshrinkError(f"--seq-len {length}: teacher and student allow {limit} positions; give at most that")
+    return length
+
+
+def _compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """What forwards and backwards compute in, weights and their optimizer being float32."""
+    if name is None or name == "auto":
+        fast = device.type == "cuda" or "avx512_bf16" in _cpu_flags()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise LlmshrinkError(f"--dtype {name}: choose float32 or bfloat16, or auto")
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _cpu_flags() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text() if cpuinfo.is_file() else ""
