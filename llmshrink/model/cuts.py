@@ -13,6 +13,8 @@ from llmshrink.errors import UnsupportedModelError
 from llmshrink.model.families import Family, Narrowing
 from llmshrink.model.sites import Site, Stage, sites_of
 
+CHANNELS, KV_GROUPS = "FFN channels", "KV groups"
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -27,28 +29,34 @@ class Cut:
     producers: tuple[tuple[Site, int], ...]
 
 
-def cuts_of(stages: Sequence[Stage], family: Family, heads: int, kv_heads: int) -> tuple[Cut, Cut]:
-    """(FFN's, attention's) of one block. heads, kv_heads: of queries, and of keys and values.
+def ffn_cut(stages: Sequence[Stage], family: Family) -> Cut:
+    """A block's FFN, by its channels. Raises UnsupportedModelError when it hasn't the family's linears, one by one."""
+    consumer, producers = _members(sites_of(stages), family.ffn, CHANNELS)
+    return _cut(consumer, producers, consumer.in_features, CHANNELS)
 
-    Raises UnsupportedModelError when the block hasn't the linears that the family says, one by one.
+
+def attention_cut(stages: Sequence[Stage], family: Family, heads: int, kv_heads: int) -> Cut:
+    """A block's attention, by its KV groups. heads, kv_heads: of queries, and of keys and values.
+
+    Raises UnsupportedModelError when it hasn't the family's linears, one by one, or its heads are no equal groups.
     """
-    found = {}
-    for name, narrowing, units in (
-        ("FFN channels", family.ffn, None),
-        ("KV groups", family.attention, kv_heads),
-    ):
-        consumer, producers = _members(sites_of(stages), narrowing, name)
-        count = consumer.in_features if units is None else units
-        divisible = all(site.out_features % count == 0 for site in producers) and consumer.in_features % count == 0
-        if not divisible or heads % kv_heads:
-            raise UnsupportedModelError(
-                f"{consumer.name}: its {consumer.in_features} inputs aren't {count} equal {name}; "
-                "width pruning doesn't cover this model yet"
-            )
-        found[name] = Cut(
-            consumer, consumer.in_features // count, count, tuple((s, s.out_features // count) for s in producers)
-        )
-    return found["FFN channels"], found["KV groups"]
+    consumer, producers = _members(sites_of(stages), family.attention, KV_GROUPS)
+    if heads % kv_heads:
+        raise _unequal(consumer, kv_heads, KV_GROUPS)
+    return _cut(consumer, producers, kv_heads, KV_GROUPS)
+
+
+def _cut(consumer: Site, producers: Sequence[Site], count: int, what: str) -> Cut:
+    if consumer.in_features % count or any(site.out_features % count for site in producers):
+        raise _unequal(consumer, count, what)
+    return Cut(consumer, consumer.in_features // count, count, tuple((s, s.out_features // count) for s in producers))
+
+
+def _unequal(consumer: Site, count: int, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{consumer.name}: its {consumer.in_features} inputs aren't {count} equal {what}; width pruning doesn't cover "
+        "this model yet: depth-prune drops whole blocks of it"
+    )
 
 
 def _members(sites: Sequence[Site], narrowing: Narrowing, what: str) -> tuple[Site, list[Site]]:

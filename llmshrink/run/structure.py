@@ -7,7 +7,7 @@ one number for all of them. What is left is a plain model of the same architectu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import RecipeError, UnsupportedModelError
 from llmshrink.methods import NarrowSpec
 from llmshrink.model.chain import Chain
-from llmshrink.model.cuts import Cut, cuts_of
+from llmshrink.model.cuts import CHANNELS, KV_GROUPS, Cut, attention_cut, ffn_cut
 from llmshrink.model.sites import Site, Stage, sites_of
 from llmshrink.recipe.schema import Depth, Recipe, Width
 
@@ -117,7 +117,6 @@ class Structure:
         return {"kind": "width", "summary": f"{said} in each of {self.blocks.before} blocks", **counts}
 
 
-CHANNELS, KV_GROUPS = "FFN channels", "KV groups"
 CONFIG = {CHANNELS: "intermediate_size", KV_GROUPS: "num_key_value_heads"}
 
 
@@ -138,7 +137,11 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
     else:
         assert recipe.width is not None
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        fewer = _fewer(recipe, recipe.width, [cuts_of(each, chain.family, heads, kv_heads) for each in stages])
+        cuts: dict[str, Callable[[Sequence[Stage]], Cut]] = {
+            CHANNELS: lambda block: ffn_cut(block, chain.family),
+            KV_GROUPS: lambda block: attention_cut(block, chain.family, heads, kv_heads),
+        }
+        fewer = _fewer(recipe, recipe.width, stages, cuts)
     groups = next((each.count for each in fewer if each.what == KV_GROUPS), None)
     left = heads if groups is None else heads // groups.before * groups.after
     return Structure(
@@ -167,13 +170,18 @@ def _dropped(recipe: Recipe, depth: Depth, blocks: int) -> int:
     return drop
 
 
-def _fewer(recipe: Recipe, width: Width, cuts: Sequence[tuple[Cut, Cut]]) -> tuple[Fewer, ...]:
+def _fewer(
+    recipe: Recipe,
+    width: Width,
+    stages: Sequence[Sequence[Stage]],
+    cuts: Mapping[str, Callable[[Sequence[Stage]], Cut]],
+) -> tuple[Fewer, ...]:
     found = []
-    for place, field, what in ((0, "channels", CHANNELS), (1, "kv_groups", KV_GROUPS)):
+    for field, what in (("channels", CHANNELS), ("kv_groups", KV_GROUPS)):
         asked = getattr(width, field)
         if asked is None:
             continue
-        these = tuple(each[place] for each in cuts)
+        these = tuple(cuts[what](block) for block in stages)
         before = these[0].units
         odd = next((cut for cut in these if cut.units != before), None)
         if odd is not None:
