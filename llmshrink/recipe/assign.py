@@ -273,7 +273,8 @@ def _pruned(site: SiteShape, asked: Prune | None) -> tuple[PruneSpec | None, str
                 f"isn't pruned: {asked.pattern} needs a multiple of {block} inputs, and it has {site.in_features}",
             )
         pattern = Pattern.n_of_m(keep, block)
-    return PruneSpec(asked.method, pattern, asked.repair, asked.corrected, asked.damp), None
+    by_error = asked.ratios == "by-error"
+    return PruneSpec(asked.method, pattern, asked.repair, asked.corrected, asked.damp, by_error), None
 
 
 def _quantized(

@@ -33,6 +33,7 @@ PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 Importance = Literal["activations", "magnitude"]
 DropBy = Literal["angular", "loss"]
+Ratios = Literal["uniform", "by-error"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -183,6 +184,8 @@ class Prune(_Frozen):
     method: `alps` (ADMM), `sparsegpt` (a sweep), `wanda` or `magnitude` (scores); all use calibration data.
     pattern: "n:m", n of every m consecutive inputs are kept (with quotes: YAML takes 2:4 for a time of day).
     ratio: instead of a pattern, the share of weights that goes, anywhere.
+    ratios: with a ratio, whether every matrix has it (`uniform`), or each its own, by what pruning it does to its
+        block's output (`by-error`, which takes a pass over the original first); of all together that share goes.
     repair: exact least squares on what is kept.
     corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
     damp: share of the mean of the Hessian's diagonal that is added to it.
@@ -191,6 +194,7 @@ class Prune(_Frozen):
     method: Annotated[str, Field(validate_default=True)] = "alps"
     pattern: str | None = None
     ratio: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    ratios: Ratios | None = None
     repair: bool = True
     corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
@@ -204,6 +208,8 @@ class Prune(_Frozen):
             raise PydanticCustomError(
                 "prune", 'says neither or both of pattern and ratio; give pattern: "2:4", or ratio: 0.5'
             )
+        if self.ratio is None and self.ratios is not None:
+            raise PydanticCustomError("ratios", "has ratios and a pattern; give ratio: 0.5, or leave ratios out")
         return self
 
 
@@ -213,6 +219,7 @@ class PrunePatch(_Frozen):
     method: str | None = None
     pattern: str | None = None
     ratio: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    ratios: Ratios | None = None
     repair: bool | None = None
     corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
     damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
@@ -225,7 +232,8 @@ class PrunePatch(_Frozen):
         patch = self.model_dump(exclude_none=True)
         fields = base.model_dump(exclude_none=True)
         if patch.keys() & {"pattern", "ratio"}:
-            fields = {name: value for name, value in fields.items() if name not in ("pattern", "ratio")}
+            # A ratio of one's own is not one to be found, unless it says so.
+            fields = {name: value for name, value in fields.items() if name not in ("pattern", "ratio", "ratios")}
         return Prune.model_validate(fields | patch)
 
 

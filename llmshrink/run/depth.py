@@ -82,6 +82,12 @@ class DepthWork:
         self._dropped, self._scores = choice["dropped"], choice["scores"]
 
     @property
+    def summary(self) -> str:
+        """One line for the user."""
+        found: str = self.structure["summary"]
+        return found
+
+    @property
     def structure(self) -> dict[str, Any]:
         depth, blocks = self._structure.depth, self._structure.blocks
         assert depth is not None
@@ -177,7 +183,7 @@ def shallower(
 
 def angles(chain: Chain, batches: Sequence[Batch], spill: Path | None) -> list[float]:
     """Mean angle between each block's input and output, as a share of pi, over the batches' real tokens."""
-    stream, found = _embedded(chain, batches, spill and spill / "original"), []
+    stream, found = embedded(chain, batches, spill and spill / "original"), []
     for number, block in enumerate(chain.blocks):
         chain.skeleton.load(chain.name(number))
         total, tokens = 0.0, 0
@@ -213,7 +219,7 @@ def losses(chain: Chain, batches: Sequence[Batch], spill: Path | None, room: Pat
     width = chain.skeleton.model.config.get_text_config().hidden_size
     needed = (len(chain.blocks) + 1) * tokens * width * chain.skeleton.dtype.itemsize
     folder = room if spill is None and needed > free_memory(chain.skeleton.device) // 3 else spill
-    original = _embedded(chain, few, folder and folder / "original")
+    original = embedded(chain, few, folder and folder / "original")
     without: list[Stream] = []
     for number, block in enumerate(chain.blocks):
         without.append(Stream(folder and folder / f"without-{number}"))
@@ -237,7 +243,8 @@ def losses(chain: Chain, batches: Sequence[Batch], spill: Path | None, room: Pat
     return [float(each.mean()) for each in found]
 
 
-def _embedded(chain: Chain, batches: Sequence[Batch], folder: Path | None) -> Stream:
+def embedded(chain: Chain, batches: Sequence[Batch], folder: Path | None) -> Stream:
+    """The original's stream at the first block's door. folder: as `Stream`'s."""
     stream = Stream(folder)
     chain.load_outside()
     for i, batch in enumerate(batches):

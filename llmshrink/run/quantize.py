@@ -21,6 +21,7 @@ from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import free_memory, give_back, lean_imports
 from llmshrink.run.narrow import NarrowWork
 from llmshrink.run.progress import Progress
+from llmshrink.run.ratios import RatioWork
 from llmshrink.run.report import QuantizeReport
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
 from llmshrink.run.transform import Walk
@@ -70,8 +71,8 @@ class _Run:
         # From here on embedding and head come from the output: nothing of the source is read more than twice.
         outside = open_shards(self.workspace.checkpoint, self.workspace.parts[0].shards)
         chain.skeleton.reader = Overlay(outside, job.index)
-        if isinstance(work, DepthWork):
-            self._choose_blocks(work)
+        if isinstance(work, DepthWork | RatioWork):
+            self._analyse(work)
         finished = [part for part in self.workspace.parts if part.of_block]
         kept = len(finished)
         self.progress.begin(len(chain.blocks), kept)
@@ -93,15 +94,15 @@ class _Run:
         if self.spill is not None:
             shutil.rmtree(self.spill, ignore_errors=True)
 
-    def _choose_blocks(self, work: DepthWork) -> None:
-        """Which blocks go: from the journal, or else found and written there, as the second part."""
+    def _analyse(self, work: DepthWork | RatioWork) -> None:
+        """What the whole original decides: from the journal, or else found and written there, as the second part."""
         if len(self.workspace.parts) == 1:
             placement = Placement.choose(self.job, self.workspace.folder)
             self.spill = spill_folder(self.job, self.workspace.folder)
             self.workspace.finish_part(Part("analysis", {}, [work.analyse(placement.spill, self.spill)]))
             self.clear_spill()
         work.settle(self.workspace.parts[1].rows[0])
-        self.progress.note(work.structure["summary"])
+        self.progress.note(work.summary)
 
     def _copy_outside(self, work: Work) -> None:
         """Everything that isn't in a block, byte for byte, as the first part."""
@@ -172,7 +173,8 @@ class _Run:
 def work_of(job: Job, checkpoint: Path) -> Work:
     """What a job does to each block."""
     if job.structure is None:
-        return SiteWork(job, checkpoint)
+        by_error = any(spec.prune is not None and spec.prune.by_error for spec in job.specs.values())
+        return (RatioWork if by_error else SiteWork)(job, checkpoint)
     if job.structure.depth is not None:
         return DepthWork(job, job.structure)
     return NarrowWork(job, job.structure, checkpoint)

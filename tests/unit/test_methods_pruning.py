@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmshrink.calibration.statistics import Statistics
 from llmshrink.methods import SolveError
-from llmshrink.methods.pruning import Pattern, Pruned, PruneSpec, names, prune
+from llmshrink.methods.pruning import Pattern, Pruned, PruneSpec, allocate, names, prune
 from llmshrink.methods.pruning.pattern import largest_of_blocks, largest_share
 from llmshrink.methods.pruning.repair import least_squares
 
@@ -220,3 +220,36 @@ def test_an_all_zero_weight_stays_zero() -> None:
     _, statistics = site(4, 32)
     found = prune(torch.zeros(4, 32), statistics, SPEC)
     assert not found.weight.any() and found.error == 0.0
+
+
+def test_ratios_meet_the_share_and_no_exchange_of_steps_is_better() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rates = {f"w{i}": (float(a), float(r)) for i, (a, r) in enumerate(torch.rand(9, 2, generator=generator))}
+    sizes = {name: 1000 * (1 + i % 3) for i, name in enumerate(rates)}
+    ratios = [0.35, 0.5, 0.65]
+
+    def cost(name: str, ratio: float) -> float:
+        scale, rate = rates[name]
+        return (0.1 + scale) * 2.718281828 ** ((4 + 8 * rate) * ratio)
+
+    found = allocate({n: [cost(n, r) for r in ratios] for n in rates}, ratios, sizes, 0.5)
+    assert list(found) == list(rates)
+    assert all(0.35 <= ratio <= 0.65 for ratio in found.values())
+    assert sum(found[n] * sizes[n] for n in found) == pytest.approx(0.5 * sum(sizes.values()), rel=1e-9)
+    assert len({round(ratio, 3) for ratio in found.values()}) > 3
+    total = sum(cost(n, found[n]) for n in found)
+    for more in found:
+        for less in found:
+            moved = dict(found)
+            moved[more] += 10 / sizes[more]
+            moved[less] -= 10 / sizes[less]
+            if more != less and moved[more] <= 0.65 and moved[less] >= 0.35:
+                # A step of .005 is the grain of the answer.
+                assert sum(cost(n, moved[n]) for n in found) > total * (1 - 1e-3)
+
+
+def test_equal_costs_have_equal_ratios_and_costs_of_nothing_are_no_fault() -> None:
+    same = allocate({"a": [1.0, 2.0], "b": [1.0, 2.0]}, [0.4, 0.6], {"a": 512, "b": 512}, 0.5)
+    assert same == pytest.approx({"a": 0.5, "b": 0.5}, abs=1e-9)
+    free = allocate({"a": [0.0, 0.0], "b": [1.0, 2.0]}, [0.4, 0.6], {"a": 512, "b": 512}, 0.5)
+    assert free == pytest.approx({"a": 0.6, "b": 0.4}, abs=1e-9)

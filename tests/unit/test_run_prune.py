@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers import contents
 from safetensors.torch import load_file
 
 import llmshrink
 from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.errors import RecipeError
 
 
 def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
@@ -82,3 +85,65 @@ def test_repair_is_the_recipes_choice_or_ones_own(model_of: Callable[..., Path],
         )  # fmt: skip
         errors[repair] = [row.error for row in report.sites]
     assert errors[None] == errors[True] != errors[False]
+
+
+BY_ERROR: dict[str, Any] = {
+    "recipe": "sparsegpt-50", "samples": 6, "seq_len": 32,
+    "set": ["steps.0.prune.ratios=by-error", "overrides=[{match: '*.1.mlp.down_proj', prune: {ratio: 0.25}}]"],
+}  # fmt: skip
+
+
+def test_ratios_by_error_differ_and_come_to_the_recipes_share(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    report = llmshrink.prune(model_of("llama"), output=tmp_path / "out", calibration=story, **BY_ERROR)
+    assert report.ok
+    rows = {row.name: row for row in report.sites}
+    own = rows.pop("model.layers.1.mlp.down_proj")
+    assert own.pruned == "sparsegpt 25 %" and own.zeros == pytest.approx(0.25, abs=0.01)
+    assert {row.pruned for row in rows.values()} == {"sparsegpt 50 % by error"}
+    zeros = {name: row.zeros for name, row in rows.items()}
+    assert len({round(share, 2) for share in zeros.values() if share is not None}) > 3
+    assert all(share is not None and 0.34 < share < 0.66 for share in zeros.values())
+    weights = {name: row.shape[0] * row.shape[1] for name, row in rows.items()}
+    gone = sum(weights[name] * (zeros[name] or 0.0) for name in rows)
+    assert gone / sum(weights.values()) == pytest.approx(0.5, abs=0.002)
+
+
+def test_ratios_are_found_once_and_a_stopped_run_goes_on_with_them(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmshrink.run import quantize as runs
+    from llmshrink.run import ratios
+
+    llmshrink.prune(model_of("llama"), output=tmp_path / "whole", calibration=story, **BY_ERROR)
+    placement = runs.Placement(tmp_path / "spill", False)
+    monkeypatch.setattr(runs.Placement, "choose", lambda job, folder: placement)
+    for stop in ("solve", "replay"):
+        with monkeypatch.context() as patch:
+            if stop == "replay":
+                patch.setattr(ratios, "curves", None)
+            solve = ratios.RatioWork.solve
+            done: list[int] = []
+
+            def stopping(work: Any, walk: Any, number: int, solve: Any = solve, done: list[int] = done) -> Any:
+                if done:
+                    raise KeyboardInterrupt
+                done.append(number)
+                return solve(work, walk, number)
+
+            if stop == "solve":
+                patch.setattr(ratios.RatioWork, "solve", stopping)
+                with pytest.raises(KeyboardInterrupt):
+                    llmshrink.prune(model_of("llama"), output=tmp_path / "out", calibration=story, **BY_ERROR)
+            else:
+                report = llmshrink.prune(model_of("llama"), output=tmp_path / "out", calibration=story, **BY_ERROR)
+                assert report.blocks_kept == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_ratios_by_error_are_for_a_ratio(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"has ratios and a pattern; give ratio: 0\.5, or leave ratios out"):
+        llmshrink.prune(
+            model_of("llama"), output=tmp_path / "out", calibration=story, set="steps.0.prune.ratios=by-error"
+        )

@@ -45,8 +45,9 @@ class Pattern:
 class PruneSpec:
     """How one site is pruned. The shipped recipes hold the defaults that measurement chose.
 
-    repair: least squares on what was kept. corrected: how much of the error of earlier layers this one makes good, 0
-    (one stream) to 1. damp: damping as a fraction of the Hessian's mean diagonal.
+    by_error: the pattern's ratio is that of all such sites together; each has one of its own, which is found before
+    anything is pruned. repair: least squares on what was kept. corrected: how much of the error of earlier layers this
+    one makes good, 0 (one stream) to 1. damp: damping as a fraction of the Hessian's mean diagonal.
     """
 
     method: str = "alps"
@@ -54,6 +55,7 @@ class PruneSpec:
     repair: bool = True
     corrected: float = 1.0
     damp: float = 0.001
+    by_error: bool = False
 
 
 @dataclass(frozen=True, eq=False)
