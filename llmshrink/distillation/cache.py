@@ -71,7 +71,7 @@ class CachedTeacher:
         ids, logprobs, tail = (torch.stack([part[i] for part in parts]).to(self._device)[where] for i in range(3))
 
         def rows(part: slice) -> TopK:
-            return TopK(ids[part].long(), logprobs[part].float(), tail[part].float())
+            return TopK(ids[part], logprobs[part], tail[part])
 
         return rows
 
@@ -82,7 +82,8 @@ class CachedTeacher:
         if file not in self._open:
             self._open[file] = safe_open(self._folder / _file(file), framework="pt")
         ids, logprobs, tail = (self._open[file].get_slice(name)[row] for name in ("ids", "logprobs", "tail"))
-        return (ids.int() & 0xFFFF if ids.dtype == torch.int16 else ids), logprobs, tail
+        wide = (ids.int() & 0xFFFF if ids.dtype == torch.int16 else ids).long()
+        return wide, logprobs.float(), tail.float()
 
 
 class HeldOutTeacher:

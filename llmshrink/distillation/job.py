@@ -83,7 +83,11 @@ class Job:
         dtype = "float32" if self.device.type == "cpu" else None
         asked = self.options
         model = load(
-            self.teacher_source, device=str(self.device), dtype=dtype, trust_remote_code=asked.trust_remote_code
+            self.teacher_source,
+            device=str(self.device),
+            dtype=dtype,
+            trust_remote_code=asked.trust_remote_code,
+            plain_too=True,
         )
         return SplitModel(model, self.teacher_source.name)
 

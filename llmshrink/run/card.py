@@ -49,7 +49,8 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
         "",
         *([f"- Shape: {shape}; its config.json says so, and it loads like any other model."] if shape else []),
         f"- Weights: of {len(rows)} linear layers in the blocks {changes(rows)}{how}; "
-        "embeddings, norms and the head are as they were.",
+        f"embeddings{' ' if 'distill' in record else ', norms '}and the head are as they were.",
+        *_distilled(record),
         f"- Calibration: {calibration['tokens']} tokens of {calibration['name']}.",
         f"- Format: {layout}; per-layer errors are in `llmshrink.json`.",
         *[f"- {note}" for note in record["notes"]],
@@ -61,6 +62,17 @@ def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _distilled(record: dict[str, Any]) -> list[str]:
+    """What a distillation did, as a line of the list."""
+    if "distill" not in record:
+        return []
+    made = record["distill"]
+    return [
+        f"- Distilled from {made['teacher']}: {made['steps']} steps on {made['data']}; KL on held-out text "
+        f"{made['before']['kl_mean']:.5f} before, {record['quality']['kl_mean']:.5f} after."
+    ]
 
 
 def _front_matter(record: dict[str, Any], source: Path) -> list[str]:

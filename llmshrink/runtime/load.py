@@ -57,8 +57,10 @@ class _Reader:
         return self._index.read(key)
 
 
-def load(source: Source, *, device: str | None, dtype: str | None, trust_remote_code: bool) -> Any:
-    """See `llmshrink.load`. source: the model, resolved."""
+def load(
+    source: Source, *, device: str | None, dtype: str | None, trust_remote_code: bool, plain_too: bool = False
+) -> Any:
+    """See `llmshrink.load`. source: the model, resolved. plain_too: that it isn't compressed is no news."""
     place = pick_device(device)
     quantization = quantization_of(source)
     config = config_of(source, trust_remote_code)
@@ -70,7 +72,8 @@ def load(source: Source, *, device: str | None, dtype: str | None, trust_remote_
             raise CheckpointError(
                 f"{source.name}: {packed} is packed, but config.json has no quantization_config; copy config.json again"
             )
-        logger.warning("%s isn't compressed: loaded as it is", source.name)
+        if not plain_too:
+            logger.warning("%s isn't compressed: loaded as it is", source.name)
         loaded = _load_dense(source, place, chosen, trust_remote_code)
     else:
         with CheckpointIndex.open(source.folder) as index:

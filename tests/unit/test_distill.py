@@ -1,0 +1,267 @@
+"""Distillation end to end on tiny models: what may change changes, what may not is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import contents, make_model
+from torch import Tensor
+
+import llmshrink
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.distillation.chunked import chunked_loss
+from llmshrink.distillation.objective import Objective, TopK
+from llmshrink.distillation.student import ScaledLinear
+from llmshrink.errors import LlmshrinkError
+from llmshrink.formats import stored
+from llmshrink.run.progress import Silent
+from llmshrink.weights import GroupedInt
+
+SHORT: dict[str, Any] = {
+    "steps": 6, "batch_size": 4, "seq_len": 32, "lr": 1e-2, "warmup": 1, "eval_steps": 2, "dtype": "float32",
+}  # fmt: skip
+CALIBRATED = {"samples": 8, "seq_len": 32}
+
+
+@pytest.fixture(scope="module")
+def teacher(model_of: Callable[..., Path]) -> Path:
+    return model_of("llama")
+
+
+@pytest.fixture(scope="module")
+def sparse(teacher: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("students") / "sparse"
+    llmshrink.prune(teacher, output=out, recipe="magnitude-2of4", calibration=story, **CALIBRATED)
+    return out
+
+
+@pytest.fixture(scope="module")
+def quantized(teacher: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("students") / "quantized"
+    recipe = {"recipe": "rtn-w4a16", "bits": 3, "group_size": 32}
+    llmshrink.quantize(teacher, output=out, calibration=story, **recipe, **CALIBRATED)
+    return out
+
+
+@pytest.fixture(scope="module")
+def joint(teacher: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2:4 and int4, in llmshrink's own format."""
+    out = tmp_path_factory.mktemp("students") / "joint"
+    recipe = {"recipe": "sparsegpt-2of4-gptq-w4a16", "group_size": 32, "format": "llmshrink"}
+    llmshrink.compress(teacher, output=out, calibration=story, **recipe, **CALIBRATED)
+    return out
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    with CheckpointIndex.open(folder) as index:
+        return {key: index.read(key) for key in index}
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """The last parts of the names of the tensors that differ; both have the same, in the same dtypes and shapes."""
+    old, new = tensors(before), tensors(after)
+    assert old.keys() == new.keys()
+    assert all(old[key].dtype == new[key].dtype and old[key].shape == new[key].shape for key in old)
+    return {".".join(key.split(".")[-2:]) for key in old if not torch.equal(old[key], new[key])}
+
+
+LINEARS = {f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
+NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight", "norm.weight"}
+
+
+def test_a_mask_is_held_and_the_rest_learns(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
+    report = llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT)
+    assert report.ok
+    assert report.quality.kl_mean < report.before.kl_mean
+    assert [point["step"] for point in report.curve] == [2, 4, 6]
+    assert changed(sparse, tmp_path / "out") == LINEARS | NORMS
+    old, new = tensors(sparse), tensors(tmp_path / "out")
+    for key, weight in old.items():
+        if key.endswith("proj.weight"):
+            assert not new[key][weight == 0].any()
+            assert ((new[key].view(len(weight), -1, 4) != 0).sum(-1) <= 2).all()
+    assert llmshrink.verify(tmp_path / "out").ok
+    assert llmshrink.inspect(tmp_path / "out").recipe == "magnitude-2of4, distilled"
+    record = json.loads((tmp_path / "out" / "llmshrink.json").read_text())
+    assert record["distill"]["objective"] == {"alpha": 0.0, "temperature": 1.0, "divergence": "forward_kl", "beta": 0.5}
+    assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (sparse / "recipe.yaml").read_bytes()
+    assert "Distilled" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_codes_are_frozen_and_scales_learn(teacher: Path, quantized: Path, story: Path, tmp_path: Path) -> None:
+    report = llmshrink.distill(teacher, quantized, output=tmp_path / "out", data=story, **SHORT)
+    assert report.ok and report.quality.kl_mean < report.before.kl_mean
+    found = changed(quantized, tmp_path / "out")
+    assert found - NORMS == {name.replace(".weight", ".weight_scale") for name in LINEARS}
+    assert (tmp_path / "out" / "config.json").read_bytes() == (quantized / "config.json").read_bytes()
+
+
+def test_codes_learn_too_where_that_is_asked(teacher: Path, quantized: Path, story: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, "train": "weights", "lr": 0.3, "eval_steps": 6}
+    report = llmshrink.distill(teacher, quantized, output=tmp_path / "out", data=story, **settings)
+    assert report.ok
+    assert {name.replace(".weight", ".weight_packed") for name in LINEARS} <= changed(quantized, tmp_path / "out")
+
+
+@pytest.mark.parametrize("train", ["scales", "weights"])
+def test_two_of_four_integers_keep_their_zeros(
+    train: Any, teacher: Path, joint: Path, story: Path, tmp_path: Path
+) -> None:
+    settings = {**SHORT, "train": train, "lr": 0.3, "eval_steps": 6}
+    assert llmshrink.distill(teacher, joint, output=tmp_path / "out", data=story, **settings).ok
+    found = changed(joint, tmp_path / "out")
+    kinds = {name.rpartition(".")[2] for name in found - NORMS}
+    assert kinds == ({"weight_scale"} if train == "scales" else {"weight_scale", "weight_values"})
+
+
+def test_a_plain_model_can_be_a_student(teacher: Path, story: Path, tmp_path: Path) -> None:
+    student = make_model(tmp_path / "student", seed=3)
+    report = llmshrink.distill(teacher, student, output=tmp_path / "out", data=story, **SHORT, alpha=0.3)
+    assert report.ok and report.quality.kl_mean < report.before.kl_mean
+    assert llmshrink.verify(tmp_path / "out").ok
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+class StopAt(Silent):
+    """As a Ctrl-C at a line that begins so."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+
+    def note(self, line: str) -> None:
+        if line.startswith(self.line):
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SHORT, "generated_tokens": 200}
+    llmshrink.distill(teacher, sparse, output=tmp_path / "whole", data=story, **settings)
+    for line in ("generated", "step 4/6"):
+        with pytest.raises(KeyboardInterrupt):
+            llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, progress=StopAt(line), **settings)
+        assert (tmp_path / "out.partial" / "training").is_dir()
+    said: list[str] = []
+
+    class Listen(Silent):
+        def note(self, line: str) -> None:
+            said.append(line)
+
+    llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, progress=Listen(), **settings)
+    assert any(line.startswith("resumed") for line in said)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_cached_teacher_teaches_the_same(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
+    live = llmshrink.distill(teacher, sparse, output=tmp_path / "live", data=story, **SHORT)
+    made = {**SHORT, "teacher_cache": tmp_path / "cache"}
+    first = llmshrink.distill(teacher, sparse, output=tmp_path / "first", data=story, **made)
+    again = llmshrink.distill(teacher, sparse, output=tmp_path / "again", data=story, **made)
+    assert contents(tmp_path / "first") == contents(tmp_path / "again")
+    assert first.before.kl_mean == pytest.approx(live.before.kl_mean, rel=1e-5)
+    assert first.quality.kl_mean == pytest.approx(live.quality.kl_mean, rel=0.05)
+    assert again.quality == first.quality
+    with pytest.raises(LlmshrinkError, match="another temperature"):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "hot", data=story, **made, temperature=2.0)
+    with pytest.raises(LlmshrinkError, match="another teacher"):
+        llmshrink.distill(sparse, sparse, output=tmp_path / "other", data=story, **made)
+    victim = next((tmp_path / "cache" / "outputs").glob("windows-*"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    with pytest.raises(LlmshrinkError, match="isn't what was written"):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "damaged", data=story, **made)
+
+
+def test_a_cached_loss_is_within_its_bound_of_the_live_one(tmp_path: Path) -> None:
+    """With all of the vocabulary kept only float16 is left: less than 2e-4 nats a position."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 16, generator=g)
+    weight, teacher = torch.randn(200, 16, generator=g), 3 * torch.randn(64, 200, generator=g)
+    live = chunked_loss(hidden, weight, None, teacher.__getitem__, Objective()).total
+    for k, bound in ((200, 2e-4), (64, 2e-2)):
+        exact = TopK.of(teacher, k)
+        kept = TopK(exact.ids, exact.logprobs.half().float(), exact.tail.half().float())
+        rows = lambda part, kept=kept: TopK(kept.ids[part], kept.logprobs[part], kept.tail[part])  # noqa: E731
+        cached = chunked_loss(hidden, weight, None, rows, Objective()).total
+        assert abs(float(cached - live)) / 64 < bound * max(1.0, float(live) / 64)
+
+
+def test_a_scaled_linear_is_its_checkpoint(story: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    for zero_point in (None, torch.randint(-4, 4, (6, 4), dtype=torch.int8, generator=g)):
+        codes = torch.randint(-4, 4, (6, 32), dtype=torch.int8, generator=g)
+        scale = torch.randn(6, 4, generator=g).bfloat16()
+        weight = GroupedInt(codes, scale, zero_point, 3, 8)
+        module = ScaledLinear(weight, None, latent=True, sparse=False)
+        assert torch.equal(module.weight, weight.dequantize(torch.float32))
+        assert torch.equal(module.stored().codes, codes)
+        assert torch.equal(module.stored().scale, scale)
+        module(torch.randn(5, 32, generator=g)).square().sum().backward()
+        assert module.gain.grad is not None and module.gain.grad.ne(0).all()
+        with torch.no_grad():
+            module.gain.mul_(-3.0)  # no step turns a scale's sign, or makes it too small to divide by
+        held = module.stored()
+        assert (held.scale.float().abs() >= 9.9e-6).all()
+        assert torch.equal(held.scale < 0, scale < 0)
+        assert torch.equal(stored.whole(held).dequantize(torch.float32), module.weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"alpha": 1.5}, "--alpha 1.5"),
+        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"lr": 2.0}, "--lr 2.0"),
+        ({"seq_len": 129}, "--seq-len 129: teacher and student allow 128"),
+        ({"generated_tokens": -1}, "--generated-tokens -1"),
+        ({"dtype": "float16"}, "--dtype float16"),
+        ({"train": "scales"}, "isn't quantized"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_written(
+    fault: dict[str, Any], says: str, teacher: Path, sparse: Path, story: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LlmshrinkError, match=says):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **{**SHORT, **fault})
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_is_refused(teacher: Path, story: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", vocab_size=999)
+    with pytest.raises(LlmshrinkError, match="other tokenizers"):
+        llmshrink.distill(teacher, other, output=tmp_path / "out", data=story, **SHORT)
+
+
+def test_empty_data_is_refused(teacher: Path, sparse: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("  \n")
+    with pytest.raises(LlmshrinkError, match="empty"):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=tmp_path / "empty.txt", **SHORT)
+
+
+def test_a_loss_that_is_no_number_stops_at_its_step(
+    teacher: Path, sparse: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmshrink.distillation.trainer import Distiller
+
+    losses, calls = Distiller.losses, []
+
+    def spoiled(self: Distiller, *arguments: Any) -> Any:
+        calls.append(1)
+        found, count = losses(self, *arguments)
+        if len(calls) == 4:
+            found = type(found)(found.total * torch.nan, found.entropy, found.divergence)
+        return found, count
+
+    monkeypatch.setattr(Distiller, "losses", spoiled)
+    with pytest.raises(LlmshrinkError, match=r"step 4: the loss of windows \["):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT)
+    assert (tmp_path / "out.partial" / "training" / "checkpoint-2").is_dir()
+    monkeypatch.undo()
+    assert llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT).ok
