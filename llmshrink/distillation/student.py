@@ -99,8 +99,12 @@ class ScaledLinear(nn.Module):
         if self.latent is None:
             return self.codes.float()
         inside = self.latent.clamp(*code_range(self.bits))
-        rounded = inside + (inside.round() - inside).detach()
-        return rounded if self.kept is None else rounded * self.kept
+        codes = inside.detach().round()
+        if self.kept is None:
+            return inside + (codes - inside).detach()
+        # What is kept stays kept: a code of zero would be another pattern.
+        codes = torch.where(codes == 0, torch.where(inside.detach() < 0, -1.0, 1.0), codes)
+        return (inside + (codes - inside).detach()) * self.kept
 
 
 @dataclass(eq=False)
