@@ -87,7 +87,9 @@ def test_a_fault_at_any_disk_operation_is_survived(
         assert not out.with_name(out.name + ".partial").exists(), at
 
 
-@pytest.mark.parametrize("recipe", ["alps-2of4", "sparsegpt-50", "sparsegpt-2of4-gptq-w4a16"])
+@pytest.mark.parametrize(
+    "recipe", ["alps-2of4", "sparsegpt-50", "sparsegpt-2of4-gptq-w4a16", "width-prune", "depth-prune"]
+)
 def test_a_pruning_run_goes_on_where_it_stood(
     recipe: str, model: Path, story: Path, tmp_path: Path, failing: Callable[..., list[str]]
 ) -> None:

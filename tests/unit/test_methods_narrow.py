@@ -35,7 +35,7 @@ def data(out: int = 24, width: int = 37, tokens: int = 400, *, dead: tuple[int, 
 
 
 def normal_equations(d: Data, inputs: Tensor, spec: NarrowSpec) -> Tensor:
-    """The V that minimises |W x' - V x~_S|^2 + ridge |V - W_S|^2 with x' = x~ + a (x - x~), in float64 from the data."""
+    """V minimising |W x' - V x~_S|^2 + ridge |V - W_S|^2 with x' = x~ + a (x - x~), in float64 from the data."""
     w, x, y = d.weight.double(), d.original.double(), d.compressed.double()
     wanted = (y + spec.corrected * (x - y)) @ w.T
     kept = y[:, inputs]
