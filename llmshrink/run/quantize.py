@@ -97,6 +97,7 @@ class _Run:
     def _analyse(self, work: DepthWork | RatioWork) -> None:
         """What the whole original decides: from the journal, or else found and written there, as the second part."""
         if len(self.workspace.parts) == 1:
+            self.progress.note("a pass over the original comes first")
             placement = Placement.choose(self.job, self.workspace.folder)
             self.spill = spill_folder(self.job, self.workspace.folder)
             self.workspace.finish_part(Part("analysis", {}, [work.analyse(placement.spill, self.spill)]))
