@@ -11,7 +11,8 @@ import pytest
 from eval_example import example
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmshrink_eval.report import figure, inference, quality
+from llmshrink_eval.report import figure, inference, plots, quality
+from llmshrink_eval.report.canvas import drawn
 from llmshrink_eval.report.quality import pareto
 from llmshrink_eval.report.table import change_cell, markdown
 from llmshrink_eval.report.write import render
@@ -149,3 +150,29 @@ def test_a_recovery_without_a_bound_can_be_drawn() -> None:
     assert "of the original's score, mean over 2 tasks; no interval." in found.replace("&#39;", "'").replace(
         "\xa0", " "
     )
+
+
+def test_a_histogram_shows_where_positions_are_and_all_of_the_damage() -> None:
+    results = example(models=1, tasks=0)
+    model = results.models[1]
+    assert model.divergence is not None
+    counts = (1, 0, 3, 50_000, 49_995, 0, 1, 0)  # below a thousandth: the first three
+    divergence = model.divergence.model_copy(
+        update={"histogram_edges": tuple(10.0 ** (place - 6) for place in range(9)), "histogram_counts": counts}
+    )
+    changed = model.model_copy(update={"divergence": divergence})
+    shown = drawn(results.model_copy(update={"models": (results.models[0], changed)}))
+    assert plots._occupied(shown) == (10.0**-3, 10.0**1)
+
+
+def test_worst_contexts_beyond_the_third_are_folded() -> None:
+    results = example(models=1, tasks=0)
+    model = results.models[1]
+    assert model.divergence is not None
+    many = model.divergence.model_copy(update={"worst": (model.divergence.worst * 4)[:10]})
+    models = (results.models[0], model.model_copy(update={"divergence": many}))
+    page = render(results.model_copy(update={"models": models}), {})
+    shown, _, folded = page.partition("7 more places")
+    assert (shown.count('class="context"'), folded.count('class="context"')) == (3, 7)
+    assert page.count("<details") == page.count("</details>")
+    assert "more place" not in render(results, {})

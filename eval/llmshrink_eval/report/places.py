@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ _CANDIDATES = (
     (8, -26, "left", "top"),
     (-8, -26, "right", "top"),
 )
+# What a label's place costs beside the area (square points) that it hides: a thin line behind a label, which has a
+# halo, matters less than a marker; and each candidate is a little worse than the one before it.
+_LINE, _FURTHER = 0.8, 6.0
 
 
 def label_points(figure: Figure) -> None:
@@ -37,21 +41,26 @@ def label_points(figure: Figure) -> None:
     figure.set_layout_engine("none")
     for axes in figure.axes:
         mine = [text for holder, text in labels if holder is axes]
-        taken = [_around(axes, text) for text in mine] + _lines(axes)
+        lines = _lines(axes)
+        placed: list[Bbox] = []
         frame = axes.get_window_extent()
         for text in mine:
+            # Wider around the others' markers than around its own: a label belongs to the marker that it is nearest to.
+            markers = [_around(axes, other, 5 if other is text else 12) for other in mine]
             best: tuple[float, tuple[float, float, str, str]] | None = None
-            for candidate in _CANDIDATES:
+            for rank, candidate in enumerate(_CANDIDATES):
                 _move(text, candidate)
                 box = text.get_window_extent()
-                cost = _outside(box, frame) * 4 + sum(_overlap(box, other) for other in taken if box.overlaps(other))
+                hidden = math.fsum(_overlap(box, other) for other in (*markers, *placed))
+                cost = 4 * _outside(box, frame) + hidden + _FURTHER * rank
+                cost += _LINE * math.fsum(_overlap(box, line) for line in lines)
                 if best is None or cost < best[0]:
                     best = cost, candidate
                 if cost == 0:
                     break
             assert best is not None
             _move(text, best[1])
-            taken.append(text.get_window_extent())
+            placed.append(text.get_window_extent())
 
 
 def _annotations(axes: Axes) -> list[Annotation]:
@@ -67,12 +76,12 @@ def _move(text: Annotation, candidate: tuple[float, float, str, str]) -> None:
     text.set(ha=horizontal, va=vertical)
 
 
-def _around(axes: Axes, text: Annotation) -> Bbox:
-    """The box of the marker that a label belongs to, in display units."""
+def _around(axes: Axes, text: Annotation, reach: float) -> Bbox:
+    """A box around the marker that a label belongs to, so far in each direction, in display units."""
     from matplotlib.transforms import Bbox
 
     x, y = axes.transData.transform(text.xy)
-    return Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
+    return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
 
 
 def _lines(axes: Axes) -> list[Bbox]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _AT_MOST_PANELS = 12
+_TRACE = 0.1
+"""Percent of positions: bins with fewer are left out at the harmless end."""
 
 
 def all_plots(results: Results) -> dict[str, Plot]:
@@ -127,12 +129,10 @@ def _histogram(results: Results) -> Plot | None:
 
     def paint(canvas: Figure, width: int) -> None:
         axes = canvas.subplots()
-        for one in shown:
+        for rank, one in enumerate(shown):
             divergence = one.model.divergence
             assert divergence is not None
-            total = sum(divergence.histogram_counts)
-            shares = [100 * counted / total for counted in divergence.histogram_counts]
-            edges = list(divergence.histogram_edges)
+            shares, edges = _spread(one), list(divergence.histogram_edges)
             if len(shown) <= 3:  # more would only be mud
                 axes.stairs(shares, edges, fill=True, color=one.colour, alpha=0.10)
             axes.stairs(shares, edges, color=one.colour, linewidth=1.8)
@@ -140,7 +140,7 @@ def _histogram(results: Results) -> Plot | None:
                 axes.axvline(divergence.kl_mean, color=one.colour, linewidth=1.4, linestyle=(0, (3, 3)))
                 axes.plot(
                     divergence.kl_mean,
-                    0.965,
+                    0.965 - 0.055 * rank,  # means can be close together
                     marker=one.marker,
                     color=one.colour,
                     markeredgecolor=PAPER,
@@ -148,8 +148,8 @@ def _histogram(results: Results) -> Plot | None:
                     markersize=figure.marker_size(one.index, 8.5),
                 )
         axes.set_xscale("log")
-        axes.margins(x=0.01)
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+        axes.set_xlim(*_occupied(shown))
+        axes.set_ylim(0, axes.get_ylim()[1] * (1.08 + 0.06 * min(len(shown), 6)))
         figure.plain_log_axis(axes, "x", 12 if width == WIDE else 5)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("KL at one position, nats")
@@ -157,6 +157,24 @@ def _histogram(results: Results) -> Plot | None:
 
     label = f"Histogram of KL per position for {numbers.listed([one.label for one in shown])}, on a logarithmic axis."
     return both("histogram", label, lambda width: 330 if width == WIDE else 280, paint)
+
+
+def _spread(one: Drawn) -> list[float]:
+    """Percent of the positions in each bin."""
+    counts = one.model.divergence.histogram_counts if one.model.divergence else ()
+    return [100 * counted / sum(counts) for counted in counts]
+
+
+def _occupied(shown: list[Drawn]) -> tuple[float, float]:
+    """From the first bin with a thousandth of any model's positions to the last that isn't empty: damage is there."""
+    lows, highs = [], []
+    for one in shown:
+        assert one.model.divergence is not None
+        edges, shares = one.model.divergence.histogram_edges, _spread(one)
+        trace = min(_TRACE, max(shares))
+        lows.append(min(low for low, share in zip(edges[:-1], shares, strict=True) if share >= trace))
+        highs.append(max(high for high, share in zip(edges[1:], shares, strict=True) if share > 0))
+    return min(lows), max(highs)
 
 
 # Error of each layer

@@ -118,7 +118,7 @@ def _paint(axes: Axes, results: Results, measure: _Measure) -> None:
     sizes = [size for size, _ in points]
     if max(sizes) / min(sizes) > 2:
         axes.set_xscale("log")
-        axes.set_xlim(min(sizes) / 1.35, max(sizes) * 1.35)
+        axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.35)
         figure.plain_log_axis(axes, "x")
     else:
         axes.margins(x=0.35)

@@ -25,8 +25,9 @@ def escaped(text: str) -> str:
 def perplexity_decimals(results: Results) -> int:
     """For the whole column: as many as tell its models apart, by the narrowest interval; three at most."""
     shown = [inference.perplexity_shown(model.perplexity) for model in results.models if model.perplexity]
-    wanted = [numbers.decimals_for(interval.half_width) for interval in shown if interval and interval.half_width > 0]
-    return min(3, max(wanted, default=2))
+    widths = [interval.half_width for interval in shown if interval and interval.half_width > 0]
+    wanted = [numbers.decimals_for(width, 1) for width in widths]
+    return min(3, max(1, *wanted)) if wanted else 2
 
 
 def perplexity_cell(model: ModelResult, decimals: int) -> str:
