@@ -10,17 +10,21 @@ from typing import Any
 
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.formats import stored
-from llmshrink.run.report import SiteRow, rows_of, size
+from llmshrink.run.report import SiteRow, rows_of, size, summary_of
 from llmshrink.run.verify import read_record
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """bits_per_weight are stored bits over original weights: of the quantized and unquantized linears, and of all."""
+    """bits_per_weight are stored bits over original weights: of the quantized and unquantized linears, and of all.
+
+    structure: how its shape differs from the original's, in words; None where it doesn't. The weights are those it has.
+    """
 
     folder: Path
     model: str
     recipe: str
+    structure: str | None
     sites: tuple[SiteRow, ...]
     weights: int
     bytes: int
@@ -47,6 +51,7 @@ class InspectReport:
         found += [
             "",
             f"{self.model}, {self.recipe}: {size(self.bytes)} of weights",
+            *([f"structure    {self.structure}"] if self.structure else []),
             f"bits/weight  {self.linear_bits_per_weight:.3f} in the blocks' linears, "
             f"{self.bits_per_weight:.3f} over all {self.weights} weights",
         ]
@@ -73,6 +78,7 @@ def inspect(folder: Path) -> InspectReport:
         folder=folder,
         model=record["model"],
         recipe=record["recipe"],
+        structure=summary_of(record),
         sites=rows,
         weights=weights,
         bytes=total,

@@ -250,6 +250,7 @@ def test_other_verbs_take_the_result_for_what_it_is(
     described = llmshrink.inspect(out)
     assert described.bytes == sum(t.numel() * t.element_size() for t in map_all(out))
     assert described.weights == sum(t.numel() for t in map_all(out))
+    assert f"structure    {report.structure}" in described.lines()
     assert report.structure is not None and any("structure" in line for line in report.lines())
     assert report.structure in (out / "README.md").read_text() and "pruned" in (out / "README.md").read_text()
     for format in ("llmshrink", "compressed-tensors"):
