@@ -22,8 +22,11 @@ def distill(
     teacher_cache: PathLike | None = None,
     progress: Progress | None = None,
     **settings: Any,
-) -> DistillReport:
-    """Train `student` towards `teacher` on `data`, and write it in its own format as `output`."""
+) -> DistillReport | None:
+    """Train `student` towards `teacher` on `data`, and write it in its own format as `output`.
+
+    Under a launcher such as torchrun every process calls it, and the first has the report; the others get None.
+    """
     from llmshrink.distillation.job import Options
     from llmshrink.distillation.run import distill as run
     from llmshrink.run.progress import Silent

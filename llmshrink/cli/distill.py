@@ -60,5 +60,7 @@ def distill(
             gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype, seed=seed,
             overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
+    if report is None:  # another process speaks
+        return 0
     show(report, as_json=json)
     return 0 if report.ok else 1

@@ -17,6 +17,7 @@ from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.distillation.cache import LIKELIEST, CacheKey
 from llmshrink.distillation.objective import Divergence, Objective
+from llmshrink.distillation.processes import Processes
 from llmshrink.distillation.student import Student, Train, open_student
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import LlmshrinkError, SourceError
@@ -76,6 +77,7 @@ class Job:
     batches: list[Batch]
     device: torch.device
     dtype: torch.dtype
+    processes: Processes
 
     @cached_property
     def teacher(self) -> SplitModel:
@@ -118,6 +120,7 @@ class Job:
             "student": self.student.index.fingerprint(),
             "data": self.real.fingerprint,
             "held_out": self.held_out.fingerprint,
+            "processes": self.processes.count,
             **here(self.device),
         }
 
@@ -149,6 +152,8 @@ def prepare(options: Options) -> Job:
     )
     check_vocabulary(real, sizes[0], source)
     device = pick_device(options.device)
+    processes = Processes.here()
+    processes.share(options.batch_size)
     student = open_student(source, train=options.train, device=device, config=config)
     return Job(
         options=options,
@@ -161,6 +166,7 @@ def prepare(options: Options) -> Job:
         batches=batches_of(held_out, options.batch_size, held_out=True),
         device=device,
         dtype=_compute_dtype(options.dtype, device),
+        processes=processes,
     )
 
 

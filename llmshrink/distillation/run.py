@@ -6,7 +6,9 @@ student's files with other numbers in them, verified from disk, and given its na
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.preflight import check_room
@@ -21,25 +23,37 @@ from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import write
 from llmshrink.errors import LlmshrinkError
 from llmshrink.run.finish import serve_line, weight_bytes
-from llmshrink.run.journal import TRAINING, Workspace
-from llmshrink.run.progress import Progress, peak_memory
+from llmshrink.run.journal import TRAINING, Workspace, partial_folder
+from llmshrink.run.progress import Progress, Silent, peak_memory
 from llmshrink.run.verify import verify_reload
 
 
-def distill(options: Options, progress: Progress) -> DistillReport:
-    """Carry out the options. Raises LlmshrinkError for what can't be done; a run that was killed goes on."""
-    started = time.perf_counter()
+def distill(options: Options, progress: Progress) -> DistillReport | None:
+    """Carry out the options. Raises LlmshrinkError for what can't be done; a run that was killed goes on.
+
+    Of several processes (`processes.py`) the first does everything that is written, and has the report; the others
+    train with it, and return None.
+    """
     job = prepare(options)
+    if not job.processes.first:
+        _train_along(job)
+        return None
+    started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         check_room(options.output, max(0, weight_bytes(job.student.source.folder) - workspace.finished_bytes()))
         parts = workspace.begin(job.identity())
         if parts is None:
             raise LlmshrinkError(f"{options.output}: this very run was finished before; remove it to run it again")
-        training = _windows(job, workspace, progress)
+        training = _windows(job, workspace.folder / TRAINING, progress)
         says, exact = _teachers(job, training, progress)
+        job.processes.wait(job.device)
         before = judge(job.split, exact, job.batches)
         progress.note(f"before      KL {before.kl_mean:.5f} on {before.tokens} held-out tokens")
         curve = train(job, training, says, exact, workspace.folder / TRAINING, progress)
+        helped = min(point["kl"] for point in curve) < before.kl_mean
+        if not helped:
+            job.student.restore()
+            progress.note("no step came nearer to the teacher: the student stays as it was; give a lower --lr")
         job.student.settle()
         quality = judge(job.split, exact, job.batches)
         record = write(job, training, workspace, before, quality, reference(job.split, job.batches), curve)
@@ -65,13 +79,22 @@ def distill(options: Options, progress: Progress) -> DistillReport:
     return report
 
 
-def _windows(job: Job, workspace: Workspace, progress: Progress) -> TokenWindows:
+def _train_along(job: Job) -> None:
+    """The part of a process that isn't the first: from when the windows and the teacher's outputs are there."""
+    job.processes.wait(job.device)
+    folder = partial_folder(Path(os.path.abspath(job.options.output))) / TRAINING
+    training = _windows(job, folder, Silent())
+    says, exact = _teachers(job, training, Silent())
+    train(job, training, says, exact, folder, Silent())
+
+
+def _windows(job: Job, folder: Path, progress: Progress) -> TokenWindows:
     """The real text's windows, with the teacher's own after them where they are asked for."""
     options = job.options
     if not options.generated_tokens:
         return job.real
     # Beside the teacher's outputs where those are kept, so that the next student finds both.
-    folder = (options.teacher_cache or workspace.folder / TRAINING) / "generated"
+    folder = (options.teacher_cache or folder) / "generated"
     generated = generate_windows(
         lambda: job.teacher.model, job.real, options.generated_tokens, folder=folder, seed=options.seed,
         progress=progress,

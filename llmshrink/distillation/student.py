@@ -125,6 +125,19 @@ class Student:
         """Name and parameter of all that changes."""
         return ((name, each) for name, each in self.model.named_parameters() if each.requires_grad)
 
+    def restore(self) -> None:
+        """Everything as the checkpoint has it, again."""
+        with torch.no_grad():
+            for module in self.model.modules():
+                if isinstance(module, ScaledLinear):
+                    module.gain.fill_(1.0)
+                    if module.latent is not None:
+                        module.latent.copy_(module.codes)
+            for name, parameter in self.trained():
+                key = self.key_of.get(name)
+                if key is not None:
+                    parameter.copy_(self.index.read(key))
+
     def settle(self) -> None:
         """Round every trained parameter to what the checkpoint will hold, so that what is judged is what is written."""
         with torch.no_grad():

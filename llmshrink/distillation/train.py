@@ -49,7 +49,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=job.processes.share(options.batch_size),
         gradient_accumulation_steps=options.accumulate,
         learning_rate=rate,
         lr_scheduler_type="linear",
@@ -77,7 +77,7 @@ def train(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=job.device.type == "cuda",
-        gradient_checkpointing=False,
+        ddp_find_unused_parameters=False,
     )
     if options.gradient_checkpointing:
         job.student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -127,10 +127,9 @@ class _Lines:
             self._first, self._started = step - 1, now
         if "eval_kl" in values:
             self._progress.note(f"step {step}/{self._steps}  KL {values['eval_kl']:.5f} held-out")
-        elif "loss" in values and now - self._said >= LINE_SECONDS:
+        elif "loss" in values and step > self._first + 1 and now - self._said >= LINE_SECONDS:
             self._said = now
-            done = max(step - self._first - 1, 1)
-            pace = (now - self._started) / done
+            pace = (now - self._started) / (step - self._first - 1)
             self._progress.note(
                 f"step {step}/{self._steps}  loss {values['loss']:.4f}  {self._tokens / pace:,.0f} tokens/s  "
                 f"memory {peak_memory() / 1e9:.2f} GB  left {duration(pace * (self._steps - step))}"

@@ -129,6 +129,13 @@ def test_a_plain_model_can_be_a_student(teacher: Path, story: Path, tmp_path: Pa
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_a_training_that_harms_changes_nothing(teacher: Path, joint: Path, story: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, "scale_lr": 0.9, "lr": 0.9, "steps": 2}
+    report = llmshrink.distill(teacher, joint, output=tmp_path / "out", data=story, **settings)
+    assert report.ok and report.quality.kl_mean == pytest.approx(report.before.kl_mean)
+    assert changed(joint, tmp_path / "out") == set()
+
+
 class StopAt(Silent):
     """As a Ctrl-C at a line that begins so."""
 
