@@ -25,6 +25,11 @@ STRETCH = 512
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
+def kept_answers(file: Path) -> int:
+    """How many answers an interrupted run has left in this file."""
+    return sum(len(line["answers"]) for line in CheckedLines(file).read())
+
+
 class KeptAnswers:
     """Stands for an `lm_eval.api.model.LM`.
 

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,10 @@ from llmshrink_eval.cost import stored_cost
 from llmshrink_eval.engines import open_engine
 from llmshrink_eval.errors import EvalFailed
 from llmshrink_eval.options import ModelSpec, Options
-from llmshrink_eval.outcome import Evaluation, Samples
+from llmshrink_eval.outcome import Evaluation, Samples, now, tell
 from llmshrink_eval.progress import Progress, Silent
 from llmshrink_eval.results import Cost, Divergence, Generation, ModelResult, Perplexity, Results, Task
+from llmshrink_eval.used import settings_used
 
 if TYPE_CHECKING:
     from llmshrink_eval.passes import Pass
@@ -53,25 +53,32 @@ def evaluate(
             reference = one
         measured.append(one)
     results = Results(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         command=options.command,
         seed=options.seed,
         device=prepared.device,
         versions=prepared.versions,
-        settings=prepared.settings,
+        settings=settings_used(options, prepared, {one.result.name: one.result.dtype for one in measured}),
         text=prepared.text_used,
+        tasks_fingerprint=prepared.task_data.fingerprint if prepared.task_data is not None else None,
         models=tuple(one.result for one in measured),
     )
     from llmshrink_eval.report.summary import sentences
 
     results = results.model_copy(update={"requirements": require.check(prepared.conditions, results)})
     results = results.model_copy(update={"summary": sentences(results)})
-    return Evaluation(results, {path: rows for one in measured for path, rows in one.samples.items()})
+    return Evaluation(
+        results,
+        samples={path: rows for one in measured for path, rows in one.samples.items()},
+        parts={one.result.name: one.parts for one in measured},
+        files=() if prepared.task_data is None else prepared.task_data.files,
+    )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """One model's result, and what later models are compared with. baseline: the folder of its pass over the text."""
+    """One model's result, and what later models are compared with. baseline: the folder of its pass over the text.
+    parts: what was measured of it, now or before."""
 
     subject: Subject
     result: ModelResult
@@ -79,6 +86,7 @@ class _Measured:
     reading: Pass | None
     baseline: Path | None
     tasks: dict[str, TaskRun]
+    parts: tuple[str, ...]
 
 
 class _Measuring:
@@ -96,6 +104,7 @@ class _Measuring:
         self._subject, self._prepared, self._options = subject, prepared, options
         self._cache, self._progress, self._reference = cache, progress, reference
         self._engine = open_engine(subject.spec, options.running, subject.tokenizer)
+        self._parts: list[str] = []
         self._cached: list[str] = []
         self._seconds = 0.0
 
@@ -110,11 +119,7 @@ class _Measuring:
             raise EvalFailed(f"{self._subject.spec.name}: {error}") from error
         finally:
             self._engine.close()
-        for warning in dict.fromkeys(warning for run in runs.values() for warning in run.warnings):
-            self._progress.note(f"{self._subject.spec.name}: tasks: {warning}")
         tasks, samples = self._compared(runs)
-        if self._cached:
-            self._progress.note(f"{self._subject.spec.name}: {', '.join(self._cached)} from the cache")
         recoveries = [task.versus_original.recovery for task in tasks.values() if task.versus_original is not None]
         known = [recovery for recovery in recoveries if recovery is not None]
         result = ModelResult(
@@ -135,7 +140,8 @@ class _Measuring:
             seconds=self._seconds,
             cached=tuple(self._cached),
         )
-        return _Measured(self._subject, result, samples, reading, baseline, runs)
+        tell(result, self._progress)
+        return _Measured(self._subject, result, samples, reading, baseline, runs, tuple(self._parts))
 
     def _key(self, **more: object) -> dict[str, object]:
         running = self._options.running
@@ -149,6 +155,7 @@ class _Measuring:
 
     def _kept(self, part: str, key: dict[str, object], measure: Callable[[], Any], label: str) -> Any:
         """A part's value from the cache, or measured and kept, with the seconds it took."""
+        self._parts.append(part)
         entry = None if self._options.fresh else self._cache.get(part, key)
         if entry is None:
             self._progress.part(f"{self._subject.spec.name}: {label}")
@@ -166,14 +173,18 @@ class _Measuring:
         stored = stored_cost(folder, trust_remote_code=self._options.running.trust_remote_code)
         sizes = self._options.speed
         key = self._key(speed=list(sizes), machine=self._prepared.machine)
-        measured = self._kept("cost", key, lambda: self._engine.cost(sizes), "load and speed") if sizes else {}
+        label = "load and speed" if sizes else "load"
+        measured = self._kept("cost", key, lambda: self._engine.cost(sizes), label)
         return Cost.model_validate({**dataclasses.asdict(stored), **measured})
 
     def _reading(self) -> tuple[Pass | None, Path | None]:
         """The pass over the text. The original's is kept as the baseline of the models after it."""
+        from llmshrink_eval.passes import begun
+
         windows = self._prepared.windows
         if windows is None:
             return None, None
+        self._parts.append("text")
         first = self._subject.role == "original" and self._prepared.compares
         key = self._key(
             windows=windows.fingerprint,
@@ -187,6 +198,7 @@ class _Measuring:
         if found is None:
             against = self._sound_baseline(windows)
             self._progress.part(f"{self._subject.spec.name}: text {windows.name}")
+            self._goes_on(f"text {windows.name}", begun(windows, folder, keep=keep), f"of {len(windows)} windows")
             started = time.perf_counter()
             found = self._engine.read(windows, keep=keep, against=against, folder=folder, progress=self._progress)
             seconds = time.perf_counter() - started
@@ -196,6 +208,11 @@ class _Measuring:
             seconds = (self._cache.get("reading", key) or {"seconds": 0.0})["seconds"]
         self._seconds += seconds
         return found, keep
+
+    def _goes_on(self, what: str, done: int, of: str) -> None:
+        """Say where an interrupted run is taken up."""
+        if done:
+            self._progress.note(f"{self._subject.spec.name}: {what}: goes on after {done} {of}, where a run stopped")
 
     def _sound_baseline(self, windows: Windows) -> Path | None:
         """The original's pass to compare with, made again where it isn't as it was written."""
@@ -231,19 +248,21 @@ class _Measuring:
         return scored, divergence(windows, parts, self._subject.tokenizer, method=self._engine.method)
 
     def _tasks(self) -> dict[str, TaskRun]:
+        from llmshrink_eval.answers import kept_answers
         from llmshrink_eval.tasks import TaskRun
 
         options = self._prepared.tasks
-        if options is None:
+        data = self._prepared.task_data
+        if options is None or data is None:
             return {}
-
-        key = self._key(tasks=self._prepared.tasks_fingerprint)
+        key = self._key(tasks=data.fingerprint)
         if self._options.fresh:
             self._cache.drop_folder("tasks", key)
 
         def measure() -> dict[str, Any]:
-            answers = str(self._cache.folder("tasks", key).absolute() / "answers.jsonl")
-            runs = self._engine.tasks(dataclasses.replace(options, answers=answers), self._progress)
+            answers = self._cache.folder("tasks", key).absolute() / "answers.jsonl"
+            self._goes_on("tasks", kept_answers(answers), "answers")
+            runs = self._engine.tasks(dataclasses.replace(options, answers=str(answers)), self._progress)
             return {name: run.to_dict() for name, run in runs.items()}
 
         found = self._kept("tasks", key, measure, f"tasks {', '.join(options.names)}")

@@ -59,12 +59,12 @@ def fingerprint_folder(folder: Path, cache_dir: Path) -> str:
     beside = {file for pattern in SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
     digest = hashlib.sha256()
     for file in sorted({*weights, *beside}):
-        digest.update(f"{_file_digest(file, cache_dir)}  {file.relative_to(folder).as_posix()}\n".encode())
+        digest.update(f"{file_digest(file, cache_dir)}  {file.relative_to(folder).as_posix()}\n".encode())
     return digest.hexdigest()
 
 
-def _file_digest(file: Path, cache_dir: Path) -> str:
-    """sha256 of one file's content, remembered."""
+def file_digest(file: Path, cache_dir: Path) -> str:
+    """sha256 of one file's content, as 64 hexadecimal digits, remembered in `cache_dir`. Raises EvalError."""
     try:
         real = file.resolve(strict=True)
         before = _state(real)

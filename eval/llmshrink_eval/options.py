@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmshrink_eval.cache import default_folder
-from llmshrink_eval.model import Loader
 from llmshrink_eval.results import SiteError
 from llmshrink_eval.text import Text
+
+if TYPE_CHECKING:
+    from llmshrink_eval.model import Loader
 
 Engine = Literal["transformers", "vllm"]
 ProtocolName = Literal["gptq", "sliding"]
@@ -24,7 +26,8 @@ SHOWN_TOKENS = 48
 class ModelSpec:
     """A model to measure.
 
-    name: as reports show it. folder: where it is. loader: reads what transformers can't. site_errors: what its
+    name: as reports show it. folder: where it is. loader: reads what transformers can't; a function
+    of a module, since another process asks for it by its name. site_errors: what its
     compressor recorded.
     """
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmshrink_eval.errors import EvalError
-from llmshrink_eval.results import Results
+from llmshrink_eval.progress import Progress
+from llmshrink_eval.results import ModelResult, Results
 
 Samples = dict[str, list[dict[str, Any]]]
 
@@ -18,10 +20,14 @@ PAGES = ("table.md", "report.html")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """results: what becomes results.json. samples: rows of the per-item files, by their path in the report."""
+    """results: what becomes results.json. samples: rows of the per-item files, by their path in the report. parts: what
+    was measured of each model, by its name. files: the local files that the tasks' data come from; None where some come
+    from elsewhere."""
 
     results: Results
     samples: Samples
+    parts: dict[str, tuple[str, ...]]
+    files: tuple[Path, ...] | None
 
     def write(self, folder: Path) -> Results:
         """The report, results.json last: where it is, the rest is. Files of items that only the report before had go.
@@ -57,6 +63,19 @@ class Evaluation:
             return None
         same = _said(before) == _said(self.results) and rows == json.loads(json.dumps(self.samples))
         return before if same else None
+
+
+def now() -> str:
+    """As results.json has it: ISO 8601, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def tell(result: ModelResult, progress: Progress) -> None:
+    """What there is to say of a model when it is done: what its tasks warned of, and what was measured before."""
+    for warning in dict.fromkeys(warning for task in result.tasks.values() for warning in task.warnings):
+        progress.note(f"{result.name}: tasks: {warning}")
+    if result.cached:
+        progress.note(f"{result.name}: {', '.join(result.cached)} from the cache")
 
 
 def _said(results: Results) -> dict[str, Any]:

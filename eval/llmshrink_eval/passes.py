@@ -70,6 +70,15 @@ def finished(windows: Windows, folder: Path, *, keep: Path | None = None) -> Pas
     return Pass(tuple(known[window] for window in range(len(windows))), len(windows))
 
 
+def begun(windows: Windows, folder: Path, *, keep: Path | None = None) -> int:
+    """How many windows of the pass an earlier run has left in these folders: `run_pass` goes on after them."""
+    known = set(_known(_lines(folder)))
+    if known and keep is not None:
+        store = Baseline.open(keep, windows)
+        known &= set(store.done) if store is not None else set()
+    return len(known)
+
+
 def default_batch_size(length: int) -> int:
     """Windows in a forward, for windows of so many tokens."""
     return max(1, BATCH_TOKENS // length)

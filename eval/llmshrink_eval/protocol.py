@@ -142,6 +142,11 @@ def build_windows(
             f"--max-tokens {max_tokens:,}: {text.name} has {there:,} tokens; ask for fewer, or leave --max-tokens out"
         )
     if protocol == "gptq":
+        if max_tokens is not None and max_tokens < window:
+            raise EvalError(
+                f"--max-tokens {max_tokens:,}: less than one window of {window:,} tokens; ask for {window:,} or more,"
+                " or take a smaller --window"
+            )
         spans = [_gptq_spans(min(there, max_tokens or there), window, text.name)]
     else:
         spans = list(_sliding_spans([len(part.ids) for part in parts], max_tokens, window, stride))

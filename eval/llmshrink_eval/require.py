@@ -1,7 +1,8 @@
 """Conditions that decide an exit code: `recovery>=0.98,kl<=0.02`.
 
-A condition is a name, an operator and a number. Names are `recovery`, `kl` (short for `kl_mean`), and every numeric key
-of results.Perplexity and results.Divergence. A gate has to fail closed: a value that was not measured, or is NaN, meets
+A condition is a name, an operator and a number. Names are `recovery`, `kl` (short for `kl_mean`), and every key of
+results.Perplexity and results.Divergence that measures something; how much was read (tokens, windows, positions, ...)
+is no quality to be held to. A gate has to fail closed: a value that was not measured, or is NaN, meets
 no condition, and a condition that could only ever fail for want of data is refused before any model is loaded.
 """
 
@@ -32,12 +33,15 @@ Part = Literal["perplexity", "divergence", "tasks"]
 
 
 def _numeric(model: type[Perplexity] | type[Divergence]) -> tuple[str, ...]:
-    numbers = (float, int, float | None, int | None)
+    numbers = (float, float | None)  # whole numbers count what was read
     return tuple(name for name, field in model.model_fields.items() if field.annotation in numbers)
 
 
 _PERPLEXITY = _numeric(Perplexity)
 _DIVERGENCE = _numeric(Divergence)
+_COUNTS = (Perplexity.model_fields.keys() | Divergence.model_fields.keys()) & {
+    "units", "tokens", "words", "bytes", "windows", "positions", "kl_units",
+}  # fmt: skip
 NAMES: tuple[str, ...] = ("recovery", "kl", *_PERPLEXITY, *_DIVERGENCE)
 
 
@@ -94,11 +98,15 @@ def _read(part: str) -> Condition | str:
     if not part:
         return "an empty condition; write conditions as 'recovery>=0.98,kl<=0.02'"
     match = _CONDITION.fullmatch(part)
+    if part[:1] not in "<>=≤≥" and part.endswith(tuple("<>=≤≥")):
+        return f"{part!r} has no number after its operator: write one, as 'kl<=0.02'"
     if match is None:
         return f"{part!r} is no condition: write NAME, one of {' '.join(_OPERATORS)}, and a number, as 'kl<=0.02'"
     name, sign, written = match["name"], match["operator"], match["bound"]
     faults = []
-    if name not in NAMES:
+    if name in _COUNTS:
+        faults.append(f"{name!r} in {part!r} says how much was read, not how good: names are {', '.join(NAMES)}")
+    elif name not in NAMES:
         near = get_close_matches(name, NAMES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"names are {', '.join(NAMES)}"
         faults.append(f"unknown name {name!r} in {part!r}: {hint}")

@@ -117,6 +117,9 @@ class Task(Frozen):
     warnings: tuple[str, ...] = Field(
         default=(), description="what lm-eval's model had to say while it ran, prompts that were cut off for instance"
     )
+    version: str | None = Field(default=None, description="of the task's definition, as lm-eval has it")
+    num_fewshot: int | None = Field(default=None, description="examples in the prompt, as used")
+    data_fingerprint: str | None = Field(default=None, description="sha256 of the documents that were used")
     versus_original: Paired | None = None
     samples: str | None = None
 
@@ -200,7 +203,7 @@ class Requirement(Frozen):
 
 
 class Results(Frozen):
-    """The file. settings: every option as used; versions: of every package that a number depends on."""
+    """The file. settings: every option, as `used` has it; versions: of every package that a number depends on."""
 
     schema_version: int = SCHEMA_VERSION
     created: str
@@ -210,6 +213,7 @@ class Results(Frozen):
     versions: dict[str, str]
     settings: dict[str, object]
     text: TextUsed | None = None
+    tasks_fingerprint: str | None = Field(default=None, description="sha256 of the tasks' definitions and data")
     models: tuple[ModelResult, ...]
     requirements: tuple[Requirement, ...] = ()
     summary: tuple[str, ...] = Field(default=(), description="the plain-language findings, one sentence each")

@@ -1,10 +1,15 @@
 """What a model costs to run: time and memory of a stretch of work, and tokens per second.
 
-Memory: several models may be measured in one process, one after the other, and the kernel's high-water mark of a
-process never falls. (It can be reset by writing to /proc/self/clear_refs; then everybody else who reads it, `time -v`
-among them, is told too little.) So the resident memory is sampled every 10 ms while the work runs, and where the mark
-itself rose meanwhile, the mark is the peak, exactly. What the sampling can miss is what came and went within 10 ms.
-It is the whole process's memory: interpreter, libraries, weights and activations.
+Memory: it is the whole process's: interpreter, libraries, weights, the checkpoint's mapped pages, activations. An
+evaluation measures each model in a process of its own (`engines.cost_process`), since neither what an earlier model
+left behind nor what the first one imported may count. `Usage` can be used within one process too, whose high-water
+mark in the kernel never falls. (It can be reset by writing to /proc/self/clear_refs; then everybody else who reads it,
+`time -v` among them, is told too little.) So the resident memory is sampled every 10 ms while the work runs, and where
+the mark itself rose meanwhile, the mark is the peak, exactly. What the sampling can miss is what came and went within
+10 ms.
+
+A process that has run no model yet imports, allocates and starts a good deal with its first one. `warm_up` has that
+behind it before a clock starts.
 
 Speed: prefill is one forward over the prompt that keeps the last position's logits, as generation does; decode is one
 forward for each new token over the model's own cache. The next token is taken from the prompt instead of the logits,
@@ -16,9 +21,11 @@ from __future__ import annotations
 import gc
 import inspect
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
@@ -77,6 +84,33 @@ class Usage:
                 return
 
 
+def warm_up(device: str, *, offload: bool) -> None:
+    """Load and run a model of a few kilobytes, by the way that all models are loaded and run.
+
+    device: as torch spells it. offload: whether models are streamed from disk. The random numbers of the process are
+    not touched.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmshrink_eval.model import LoadOptions, load_model, quiet
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    with tempfile.TemporaryDirectory(prefix="llmshrink-first-") as folder:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            LlamaForCausalLM(config).save_pretrained(folder)
+        model = load_model(folder, LoadOptions(device, offload=Path(folder) / "offload" if offload else None))
+        measure_speed(model, torch.ones(1, 16, dtype=torch.int64), new_tokens=2, repeats=1)
+
+
 def high_water() -> int | None:
     """The process's high-water mark of resident memory in bytes, where the kernel keeps one that can be read."""
     try:
@@ -110,7 +144,9 @@ def measure_speed(
     """
     import torch
 
-    assert prompt.ndim == 2 and prompt.numel() and new_tokens >= 1 and repeats >= 1 and min(batch_sizes) >= 1
+    assert prompt.ndim == 2 and prompt.numel() and new_tokens >= 1 and repeats >= 1 and min(batch_sizes, default=1) >= 1
+    from llmshrink_eval.passes import input_device
+
     length = prompt.shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and length + new_tokens > limit:
@@ -120,7 +156,7 @@ def measure_speed(
         )
     found = []
     for batch_size in batch_sizes:
-        rows = prompt.repeat(-(-batch_size // len(prompt)), 1)[:batch_size].to(model.device)
+        rows = prompt.repeat(-(-batch_size // len(prompt)), 1)[:batch_size].to(input_device(model))
         following = rows[:, torch.arange(new_tokens, device=rows.device) % length]
         try:
             with torch.inference_mode():
@@ -139,6 +175,19 @@ def measure_speed(
             )
         )
     return tuple(found)
+
+
+def read_once(model: Any, prompt: Tensor) -> None:
+    """One forward over a prompt that isn't timed: what the model needs to run at all shows in the memory.
+
+    prompt: token ids, int64 [rows, length].
+    """
+    import torch
+
+    from llmshrink_eval.passes import input_device
+
+    with torch.inference_mode():
+        _timed(model, prompt.to(input_device(model)), prompt[:, :0])
 
 
 def _timed(model: Any, rows: Tensor, following: Tensor) -> tuple[float, float]:

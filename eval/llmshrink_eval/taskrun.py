@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from importlib.metadata import version
 from typing import Any, Self
 
 from llmshrink_eval.errors import EvalFailed
 from llmshrink_eval.results import Frozen
-from llmshrink_eval.taskset import TaskOptions, TaskSet
+from llmshrink_eval.taskset import TaskOptions, TaskSet, fingerprint_documents
 
 PRIMARY = ("acc_norm", "acc", "exact_match")
 GUESSABLE = ("acc_norm", "acc", "acc_bytes", "acc_mutual_info")
@@ -45,8 +46,9 @@ class TaskRun(Frozen):
 
     metric: the primary one, with its filter unless that is "none". stderr: of the score, as the mean over items.
     chance: what guessing scores, known for accuracies over choices. metrics: all that lm-eval reports. items: empty
-    where the score is no mean over items. documents: how many were asked. num_fewshot: as used. warnings: what
-    lm-eval's model had to say while it ran (prompts that were cut off), alike ones once, with their number.
+    where the score is no mean over items. documents: how many were asked. num_fewshot: as used. data_fingerprint: of
+    the documents, see `taskset.fingerprint_documents`. warnings: what lm-eval's model had to say while it ran (prompts
+    that were cut off), alike ones once, with their number.
     """
 
     name: str
@@ -60,6 +62,7 @@ class TaskRun(Frozen):
     documents: int
     num_fewshot: int
     task_version: str
+    data_fingerprint: str
     lm_eval_version: str
     warnings: tuple[str, ...] = ()
 
@@ -112,6 +115,7 @@ def _task_run(task: Any, name: str, results: Mapping[str, Any], warnings: tuple[
         documents=int(results["n-samples"][name]["effective"]),
         num_fewshot=int(results["n-shot"].get(name) or 0),
         task_version=str(results["versions"].get(name)),
+        data_fingerprint=fingerprint_documents(task, samples),
         lm_eval_version=version("lm_eval"),
         warnings=warnings,
     )
@@ -242,5 +246,7 @@ def _pooled(name: str, members: Sequence[TaskRun], reported: Mapping[str, Any]) 
             "metrics": {**scores, **{f"{member.name}: {member.metric}": member.score for member in members}},
             "items": tuple(item.model_copy(update={"doc_id": index}) for index, item in enumerate(items)),
             "documents": len(items),
+            "task_version": ", ".join(dict.fromkeys(member.task_version for member in members)),
+            "data_fingerprint": sha256("".join(member.data_fingerprint for member in members).encode()).hexdigest(),
         }
     )

@@ -20,20 +20,21 @@ from llmshrink_eval.errors import EvalError
 from llmshrink_eval.paired import compare_items
 from llmshrink_eval.results import Paired, Task
 from llmshrink_eval.taskrun import Item, TaskRun, collect
-from llmshrink_eval.taskset import TaskOptions, TaskSet, check_tasks, fingerprint_tasks, load_tasks, quiet
+from llmshrink_eval.taskset import TaskData, TaskOptions, TaskSet, check_tasks, load_tasks, quiet, survey_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Item",
+    "TaskData",
     "TaskOptions",
     "TaskRun",
     "check_tasks",
     "compare_tasks",
-    "fingerprint_tasks",
     "run_lm_tasks",
     "run_tasks",
+    "survey_tasks",
 ]
 
 LOGITS_BYTES = 1 << 30
@@ -58,7 +59,7 @@ def run_tasks(
         lm = HFLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
-            batch_size=options.batch_size or fitting_batch_size(model),
+            batch_size=options.batch_size or fitting_batch_size(model.config),
         )
         if model.device.type == "meta":  # offloaded: the weights come to where the hooks run the model
             hooked: Any = model
@@ -120,6 +121,9 @@ def compare_tasks(
             items=run.documents,
             chance=run.chance,
             metrics=run.metrics,
+            version=run.task_version,
+            num_fewshot=run.num_fewshot,
+            data_fingerprint=run.data_fingerprint,
             warnings=run.warnings,
             versus_original=None if original is None else _versus(name, original, run, seed),
         )
@@ -127,9 +131,10 @@ def compare_tasks(
     }
 
 
-def fitting_batch_size(model: PreTrainedModel) -> int:
-    """lm-eval keeps the logits of a whole batch: as many prompts of usual length as leave them within 1 GiB."""
-    config = model.config.get_text_config()
+def fitting_batch_size(config: Any) -> int:
+    """Of a model with this config: lm-eval keeps the logits of a whole batch, so as many prompts of usual length as
+    leave them within 1 GiB."""
+    config = config.get_text_config()
     length = min(LENGTH_AT_HAND, getattr(config, "max_position_embeddings", None) or LENGTH_AT_HAND)
     return max(1, min(LARGEST_BATCH, LOGITS_BYTES // (4 * length * int(config.vocab_size))))
 

@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,8 @@ from llmshrink_eval.errors import EvalError
 
 NEAREST = 3
 CAUSE_LENGTH = 200
+FILE_READERS = ("json", "csv", "parquet", "text", "arrow")
+"""What `datasets` calls the readers of files that a task names itself."""
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "httpx", "fsspec", "filelock")
 
 
@@ -110,12 +112,23 @@ def load_tasks(options: TaskOptions) -> TaskSet:
     return TaskSet(dict(loaded["tasks"]), dict(loaded.get("groups", {})))
 
 
-def fingerprint_tasks(options: TaskOptions) -> str:
-    """sha256 of all that decides the items and their scoring: the tasks' definitions (local Python files too), the
-    documents that are asked and those that few-shot examples are drawn from, the options, and lm-eval's version.
+@dataclass(frozen=True)
+class TaskData:
+    """What tasks are made of.
 
-    Not of where the files lie. Raises EvalError where `load_tasks` does.
+    fingerprint: sha256 of all that decides the items and their scoring: the tasks' definitions (local Python files
+    too), the documents that are asked and those that few-shot examples are drawn from, the options, and lm-eval's
+    version; not of where the files lie. num_fewshot: as used, by task. files: the local files that the data come from;
+    None where a task's data may come from elsewhere.
     """
+
+    fingerprint: str
+    num_fewshot: dict[str, int]
+    files: tuple[Path, ...] | None
+
+
+def survey_tasks(options: TaskOptions) -> TaskData:
+    """Read the tasks' definitions and data. Raises EvalError where `load_tasks` does."""
     loaded = load_tasks(options)
     digest = hashlib.sha256()
 
@@ -136,7 +149,36 @@ def fingerprint_tasks(options: TaskOptions) -> str:
                 enter(*getattr(getattr(task, "sampler", None), "df", ()))
         for name, group in sorted(loaded.groups.items()):
             enter(name, group.child_names)
-    return digest.hexdigest()
+    return TaskData(
+        fingerprint=digest.hexdigest(),
+        num_fewshot={name: int(task.get_config("num_fewshot") or 0) for name, task in loaded.tasks.items()},
+        files=_local_files(loaded.tasks.values()),
+    )
+
+
+def fingerprint_documents(task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
+    """sha256 of the documents of a task that were asked, by lm-eval's hashes of them, and of those that few-shot
+    examples were drawn from, if any were."""
+    asked = {int(sample["doc_id"]): str(sample["doc_hash"]) for sample in samples}
+    examples = getattr(getattr(task, "sampler", None), "df", ()) if task.get_config("num_fewshot") else ()
+    said = json.dumps([sorted(asked.items()), list(examples)], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _local_files(tasks: Iterable[Any]) -> tuple[Path, ...] | None:
+    """The files named as data of the tasks, if all of them are named and here."""
+    found: dict[Path, None] = {}
+    for task in tasks:
+        named = (task.get_config("dataset_kwargs") or {}).get("data_files")
+        if task.get_config("dataset_path") not in FILE_READERS or not named:
+            return None
+        for entry in named.values() if isinstance(named, dict) else [named]:
+            for file in [entry] if isinstance(entry, str) else entry:
+                path = Path(file).absolute()
+                if not path.is_file():
+                    return None
+                found[path] = None
+    return tuple(found)
 
 
 @contextlib.contextmanager

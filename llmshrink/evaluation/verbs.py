@@ -6,20 +6,20 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmshrink.errors import LlmshrinkError, OutputError
-from llmshrink.evaluation import loader
+from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
 
 if TYPE_CHECKING:
     from llmshrink_eval.options import ModelSpec, Options
+    from llmshrink_eval.outcome import Evaluation
     from llmshrink_eval.progress import Progress
     from llmshrink_eval.results import Results, SiteError
     from llmshrink_eval.text import Text
 
-DEMO = "demo"
 DEMO_TEXT_SEED = 40_000
 """Far from the seeds of training, calibration and the tests, so that what is scored was never seen."""
 DEMO_CHARACTERS = 120_000
@@ -65,18 +65,38 @@ def evaluate(
     progress: Progress | None,
 ) -> Results:
     """Measure and write the report. Raises LlmshrinkError or EvalError for bad input, EvalFailed for a NaN."""
+    from llmshrink.evaluation.known import Known
+
+    check_report_folder(output)
+    known = Known(original, models, settings)
+    found = known.find()
+    if found is not None:
+        return _again(found, output, command, progress)
     from llmshrink_eval.evaluate import evaluate as measure
     from llmshrink_eval.prepare import refuse
 
     from llmshrink.run.memory import lean_imports
 
-    check_report_folder(output)
     with tempfile.TemporaryDirectory(prefix="llmshrink-offload-") as scratch, lean_imports():
         options = options_of(settings, Path(scratch), command=command)
         refuse(options, baseline=original is not None)
         specs = [spec_of(model, settings) for model in models]
         first = None if original is None else spec_of(original, settings)
-        return measure(first, specs, options, progress).write(output)
+        known.look()
+        evaluation = measure(first, specs, options, progress)
+        known.keep(evaluation)
+        return evaluation.write(output)
+
+
+def _again(found: Evaluation, output: Path, command: str | None, progress: Progress | None) -> Results:
+    """Say and write what an earlier run found."""
+    from llmshrink_eval.outcome import now, tell
+    from llmshrink_eval.progress import Silent
+
+    for model in found.results.models:
+        tell(model, progress or Silent())
+    results = found.results.model_copy(update={"command": command, "created": now()})
+    return replace(found, results=results).write(output)
 
 
 def check_report_folder(folder: Path) -> None:
@@ -117,6 +137,7 @@ def spec_of(model: str, settings: Settings) -> ModelSpec:
     from llmshrink_eval.options import ModelSpec
 
     from llmshrink.checkpoint.source import resolve
+    from llmshrink.evaluation import loader
 
     source = resolve(model, trust_remote_code=settings.trust_remote_code)
     name = f"{source.name}@{source.revision[:12]}" if source.revision else source.name
@@ -137,9 +158,9 @@ def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Opt
 
     device = "cpu" if settings.engine == "vllm" and settings.device is None else str(pick_device(settings.device))
     cache = default_folder() if settings.cache is None else Path(settings.cache)
-    tasks = _names(settings.tasks)
+    tasks = task_names(settings.tasks)
     folders = [] if settings.tasks_dir is None else [Path(settings.tasks_dir)]
-    if any(name == DEMO or name.startswith(f"{DEMO}_") for name in tasks):
+    if any(map(is_demo_task, tasks)):
         folders.append(_demo_tasks(cache))
     return Options(
         scoring=Scoring(
@@ -209,11 +230,6 @@ def _text(spec: str | None) -> Text | None:
         if sum(map(len, documents)) >= DEMO_CHARACTERS:
             return Text(DEMO, ("".join(documents),))
     raise AssertionError("the demo language has no end")
-
-
-def _names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
-    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
-    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def _speed(settings: Settings) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,19 @@ def test_a_second_run_measures_nothing_and_says_so(models: Path, report: Path, s
     assert [model.cost for model in after.models] == [model.cost for model in before.models]
 
 
+SEEN = "import sys; from llmshrink.cli import run; run(sys.argv[1:]); print(*sorted(sys.modules), sep='\\n')"
+
+
+def test_a_second_run_imports_nothing_that_could_measure(models: Path, report: Path, story: Path) -> None:
+    command = [sys.executable, "-c", SEEN, *map(str, asked(story))]
+    llmshrink(models, *asked(story), code=1)
+    done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=environment(models))
+    assert done.returncode == 0, done.stderr
+    imported = {line for line in done.stdout.splitlines() if line.isidentifier()}
+    assert "llmshrink_eval" in imported
+    assert not imported & {"torch", "transformers", "tokenizers", "lm_eval", "datasets", "matplotlib", "numpy", "scipy"}
+
+
 def test_json_is_the_file_and_goes_alone_on_stdout(models: Path, report: Path, story: Path) -> None:
     done = llmshrink(models, *asked(story), "--json", code=1)
     assert done.stdout == (report / "results.json").read_text()
@@ -222,7 +236,8 @@ def test_a_run_that_was_killed_and_interrupted_goes_on_and_finds_the_same(tmp_pa
     assert lines("windows.jsonl") >= 102 > before
     assert not (broken / "report").exists()
     done = llmshrink(broken, *LONG)
-    assert "demo: text from the cache\n" in done.stderr
+    assert "demo: cost, text from the cache\n" in done.stderr
+    assert re.search(r"^demo: tasks: goes on after \d+ answers, where a run stopped$", done.stderr, re.MULTILINE)
     found, expected = (Results.read(folder / "report" / "results.json") for folder in (broken, whole))
     assert measured(found) == measured(expected)
     for file in sorted((whole / "report" / "samples").rglob("*.jsonl")):

@@ -150,7 +150,7 @@ def test_changed_data_is_measured_anew(
             path.write_text(path.read_text().replace('target_delimiter: ""', 'target_delimiter: " "'))
         changed = dataclasses.replace(warm, tasks_dir=folder)
     elif what == "versions":
-        monkeypatch.setattr(preparing, "_versions", lambda engine: {"torch": "0.0"})
+        monkeypatch.setattr(preparing, "versions_of", lambda engine: {"torch": "0.0"})
     else:
         monkeypatch.setattr("platform.node", lambda: "elsewhere")
     assert work_of(changed, tmp_path / "cache", monkeypatch) == missed

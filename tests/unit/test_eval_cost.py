@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,11 +18,14 @@ import torch
 from helpers import make_model
 from llmshrink_eval import running
 from llmshrink_eval.cost import architecture, linear_bytes, stored_cost
+from llmshrink_eval.engines.cost_process import CostProcess, cost_process
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.options import ModelSpec, Running
 from llmshrink_eval.running import Usage, measure_speed
 from llmshrink_eval.weightfiles import StoredTensor, read_header, weight_files
 from safetensors.torch import load_file, save_file
 
+ROOT = Path(__file__).parents[2]
 LINEARS = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96)
 """Of the tiny Llama: two blocks of q, k, v, o, gate, up, down."""
 
@@ -226,3 +231,54 @@ def test_a_model_without_a_cache_reads_everything_for_each_token(model_of: Calla
 def test_a_speed_beyond_the_models_positions_is_bad_input(model_of: Callable[..., Path]) -> None:
     with pytest.raises(EvalError, match=r"120 \+ 16 tokens .* 128 positions"):
         measure_speed(_load(model_of("llama")), torch.ones(1, 120, dtype=torch.int64), new_tokens=16)
+
+
+TWICE = """
+import json, sys
+from pathlib import Path
+from llmshrink_eval.engines.transformers import TransformersEngine
+from llmshrink_eval.options import ModelSpec, Running
+for folder in sys.argv[1:]:
+    engine = TransformersEngine(ModelSpec("a model", Path(folder)), Running(), None)
+    print(json.dumps(engine.cost((1,))))
+"""
+
+
+def test_what_a_model_costs_does_not_depend_on_its_place(tmp_path: Path) -> None:
+    """In a new Python process, whose first model would pay for all imports, and after a larger one."""
+    small = make_model(tmp_path / "small", "llama")
+    large = make_model(tmp_path / "large", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    order = [str(folder) for folder in (small, large, small)]
+    done = subprocess.run([sys.executable, "-c", TWICE, *order], capture_output=True, text=True, cwd=ROOT / "eval")
+    assert done.returncode == 0, done.stderr
+    first, between, last = map(json.loads, done.stdout.splitlines())
+    assert first["peak_rss_bytes"] == pytest.approx(last["peak_rss_bytes"], rel=0.04)
+    assert between["peak_rss_bytes"] > 1.2 * first["peak_rss_bytes"]
+    # Not a timing: importing the libraries alone takes a hundred times as long as loading this model.
+    assert max(first["load_seconds"], last["load_seconds"]) < 10 * min(first["load_seconds"], last["load_seconds"])
+
+
+def test_what_goes_wrong_where_it_is_measured_is_one_line_here(model_of: Callable[..., Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(model_of("llama"), tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(EvalError, match="transformers can't load it") as caught:
+        cost_process().ask(ModelSpec("a model", broken), Running(), (1,))
+    assert "\n" not in str(caught.value)
+    odd = ModelSpec("a model", model_of("llama"), loader=lambda path, options: None)
+    with pytest.raises(EvalError, match=r"a model: its loader \(.*lambda.*\) must be a function of a module"):
+        cost_process().ask(odd, Running(), (1,))
+    # And it goes on.
+    assert cost_process().ask(ModelSpec("a model", model_of("llama")), Running(), ())["peak_rss_bytes"] > 0
+
+
+def test_a_process_that_was_killed_is_told_of_and_started_again(model_of: Callable[..., Path]) -> None:
+    process, asked = CostProcess(), ModelSpec("a model", model_of("llama"))
+    try:
+        process.ask(asked, Running(), ())
+        assert process._process is not None
+        process._process.kill()
+        process._process.wait()
+        assert process.ask(asked, Running(), ())["load_seconds"] > 0
+    finally:
+        process.close()
+    assert process._process is None

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import math
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_a_second_run_loads_nothing_and_says_so(here: Small, near: Path, monkeyp
     monkeypatch.setattr(engines, "load_model", None)
     heard = Heard()
     second = evaluate(spec(here.original), [spec(near)], here.options(speed=(1,)), heard)
+    assert not [note for note in heard.notes if "goes on" in note]
     assert heard.parts == [] and all(note.endswith("from the cache") for note in heard.notes) and len(heard.notes) == 2
     same = {"created": first.results.created}
     drop = {"models": {"__all__": {"cached"}}}
@@ -147,7 +149,11 @@ def test_one_model_is_in_memory_at_a_time(here: Small, near: Path, far: Path, mo
     assert len(alive) == 3
 
 
-@pytest.mark.parametrize("stop", [("model: text", 3), ("near: text", 2), ("model: tasks", 10), ("near: tasks", 12)])
+AT = {("model: text", 3): 9, ("near: text", 2): 6, ("model: tasks", 10): 5, ("near: tasks", 12): 10}
+"""Label and step at which a run is stopped -> how many windows or answers are there by then."""
+
+
+@pytest.mark.parametrize("stop", AT)
 def test_an_interrupted_evaluation_goes_on_and_finds_the_same(
     stop: tuple[str, int], here: Small, near: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +170,11 @@ def test_an_interrupted_evaluation_goes_on_and_finds_the_same(
     assert ended.samples == whole.samples
     # What was done before the interruption isn't done again, and what was in the middle is entered in the middle.
     kind = "read" if "text" in stop[0] else "tasks"
+    name, _, part = stop[0].partition(": ")
+    told = {"text": r"text a text: goes on after (\d+) of \d+ windows", "tasks": r"tasks: goes on after (\d+) answers"}
+    (line,) = [note for note in heard.notes if "goes on" in note]
+    match = re.fullmatch(rf"{name}: {told[part]}, where a run stopped", line)
+    assert match is not None and int(match[1]) == AT[stop]
     assert stop[0].split(":")[0] in work.of(kind)
     assert stop[0].startswith("model") or "model" not in work.of("read") + work.of("tasks")
     assert not list((tmp_path / "another cache" / "tasks").glob("*/"))
@@ -210,6 +221,35 @@ def test_the_mean_recovery_is_not_that_of_the_tasks_that_have_one(here: Small, n
     results = evaluate(spec(here.original), [spec(near)], both).results
     assert results.models[0].tasks["demo_cloze"].score == 0
     assert results.models[1].recovery is None
+
+
+def test_all_that_is_needed_to_do_it_again_is_in_the_results(here: Small, near: Path) -> None:
+    results = evaluate(spec(here.original), [spec(near)], here.options(num_fewshot=2)).results
+    for model in results.models:
+        task = model.tasks["demo_facts"]
+        assert (task.num_fewshot, task.version) == (2, "1") and re.fullmatch(
+            r"[0-9a-f]{64}", task.data_fingerprint or ""
+        )
+    assert len({model.tasks["demo_facts"].data_fingerprint for model in results.models}) == 1
+    assert re.fullmatch(r"[0-9a-f]{64}", results.tasks_fingerprint or "")
+    assert results.settings["running"]["dtype"] == {"model": "float32", "near": "float32"}  # type: ignore[index]
+    assert evaluate(None, [spec(near)], here.options(tasks=())).results.tasks_fingerprint is None
+    fewer = evaluate(None, [spec(near)], here.options(text=False, num_fewshot=2, limit=3)).results.models[0]
+    plain = evaluate(None, [spec(near)], here.options(text=False)).results.models[0]
+    of = {model.tasks["demo_facts"].data_fingerprint for model in (results.models[1], fewer, plain)}
+    assert len(of) == 3  # other documents, and examples drawn from others or from none
+
+
+@pytest.mark.parametrize("changes", [{}, {"offload": True}, {"speed": (1,)}])
+def test_load_time_and_memory_are_measured_whatever_else_is(
+    changes: dict[str, Any], here: Small, tmp_path: Path
+) -> None:
+    if changes.get("offload"):
+        changes = {"offload": tmp_path / "offload"}
+    (model,) = evaluate(None, [spec(here.original)], here.options(tasks=(), prompts=(), **changes)).results.models
+    assert model.cost is not None and model.cost.load_seconds is not None and model.cost.peak_rss_bytes is not None
+    assert model.cost.load_seconds > 0 and model.cost.peak_rss_bytes > 2**27
+    assert len(model.cost.speed) == len(changes.get("speed", ()))
 
 
 def test_a_gate_is_in_the_results(here: Small, near: Path, far: Path) -> None:

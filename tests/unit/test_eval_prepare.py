@@ -15,6 +15,7 @@ from eval_small import Small, small, spec
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.options import Options, Running, Scoring
 from llmshrink_eval.prepare import prepare, refuse
+from llmshrink_eval.used import settings_used
 
 
 @pytest.fixture
@@ -68,6 +69,10 @@ def test_recovery_with_tasks_and_an_original_is_fine() -> None:
         ({"window": 129}, r"--window 129: between 2 and the model's limit of 128 tokens"),
         ({"stride": 24, "protocol": "sliding"}, r"--stride 24: between 1 and 23, less than the window of 24"),
         ({"stride": 5}, r"--stride 5: gptq's windows don't overlap"),
+        (
+            {"max_tokens": 20},
+            r"^--max-tokens 20: less than one window of 24 tokens; ask for 24 or more, or take a smaller --window$",
+        ),
         ({"max_tokens": 10**7}, r"--max-tokens 10,000,000: a text has \d+ tokens; ask for fewer"),
         ({"tasks": ("demo_fact",)}, r"task demo_fact: unknown; did you mean demo_facts"),
         ({"tasks": ("demo_facts",), "tasks_dir": (Path("nowhere"),)}, r"nowhere: no such folder of tasks"),
@@ -177,15 +182,87 @@ def test_names_and_the_slugs_of_files_stay_apart(here: Small) -> None:
     assert all(slug and "/" not in slug and not slug.startswith(".") for slug in slugs)
 
 
-def test_what_is_used_is_written_down(here: Small) -> None:
-    kept = shutil.copytree(here.tasks_dir, here.cache / "tasks of the caller")
-    options = here.options(batch_size=3, num_fewshot=1, tasks_dir=(here.tasks_dir, kept), tasks=("demo_facts",))
+def test_what_is_used_is_known(here: Small) -> None:
+    options = here.options(batch_size=3, num_fewshot=1)
     prepared = prepare(None, [spec(here.original)], options)
-    assert prepared.settings["tasks_dir"] == [str(here.tasks_dir)] and "cache" not in prepared.settings
-    assert prepared.settings["scoring"] == {"protocol": "gptq", "window": 24, "stride": None, "max_tokens": None}
-    assert (prepared.settings["limit"], prepared.settings["num_fewshot"]) == (6, 1)
     assert {"python", "torch", "transformers", "lm_eval", "llmshrink"} <= prepared.versions.keys()
     used = prepared.text_used
     assert used is not None and prepared.windows is not None
     assert (used.window, used.tokens) == (24, prepared.windows.tokens)
     assert prepared.prompts and all(here.text.count(prompt) for prompt in prepared.prompts)
+
+
+def test_settings_are_what_was_used_and_nothing_is_left_open(here: Small, tmp_path: Path) -> None:
+    kept = shutil.copytree(here.tasks_dir, here.cache / "tasks of the caller")
+    options = here.options(
+        protocol="sliding",
+        tasks_dir=(here.tasks_dir, kept),
+        tasks=("demo_facts", "demo_cloze"),
+        offload=tmp_path / "x9",
+    )
+    prepared = prepare(None, [spec(here.original)], options)
+    found = settings_used(options, prepared, {"model": "float32"})
+    assert found["scoring"] == {"protocol": "sliding", "window": 24, "stride": 12, "max_tokens": None}
+    assert found["running"] == {
+        "engine": "transformers", "device": "cpu", "dtype": {"model": "float32"}, "offload": True,
+        "batch_size": {"text": 4096 // 24, "tasks": 32}, "trust_remote_code": False,
+    }  # fmt: skip
+    assert found["num_fewshot"] == {"demo_facts": 0, "demo_cloze": 0}
+    assert found["tasks_dir"] == [str(here.tasks_dir)] and here.tasks_dir.is_absolute()
+    assert found["prompts"] == list(prepared.prompts) != []
+    assert found["limit"] == 6 and not {"cache", "command", "text"} & found.keys()
+    assert "x9" not in json.dumps(found)
+    asked = here.options(num_fewshot=2, batch_size=3, window=None, max_tokens=200, tasks=("demo_facts",))
+    found = settings_used(asked, prepare(None, [spec(here.original)], asked), {})
+    assert found["num_fewshot"] == {"demo_facts": 2}
+    assert found["scoring"] == {"protocol": "gptq", "window": 128, "stride": 128, "max_tokens": 200}
+    assert isinstance(found["running"], dict) and found["running"]["batch_size"] == {"text": 3, "tasks": 3}
+
+
+def test_settings_are_those_that_the_engine_takes(here: Small) -> None:
+    """The batch sizes that are written down are the ones that the passes and lm-eval get."""
+    from llmshrink_eval.model import LoadOptions, load_model
+    from llmshrink_eval.passes import default_batch_size
+    from llmshrink_eval.tasks import fitting_batch_size
+
+    prepared = prepare(None, [spec(here.original)], here.options())
+    assert prepared.windows is not None
+    assert prepared.batch_size == {
+        "text": default_batch_size(prepared.windows.input_ids.shape[1]),
+        "tasks": fitting_batch_size(load_model(here.original, LoadOptions()).config),
+    }
+
+
+def test_a_task_folder_named_from_here_is_written_down_whole(here: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here.tasks_dir.parent)
+    options = here.options(text=False, tasks_dir=(Path(here.tasks_dir.name),))
+    found = settings_used(options, prepare(None, [spec(here.original)], options), {})
+    assert found["tasks_dir"] == [str(here.tasks_dir)] and found["scoring"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        ({"limit": 5}, True),
+        ({"num_fewshot": 1}, True),
+        ({"tasks_dir": "copied"}, False),
+        ({"tasks_dir": "edited"}, True),
+    ],
+)
+def test_the_tasks_fingerprint_is_of_their_content(
+    change: dict[str, Any], other: bool, here: Small, tmp_path: Path
+) -> None:
+    def fingerprint(**changes: Any) -> str:
+        data = prepare(None, [spec(here.original)], here.options(text=False, **changes)).task_data
+        assert data is not None
+        return data.fingerprint
+
+    if "tasks_dir" in change:
+        folder = shutil.copytree(here.tasks_dir, tmp_path / "elsewhere")
+        for file in folder.glob("*.yaml"):
+            file.write_text(file.read_text().replace(str(here.tasks_dir), str(folder)))
+        if change["tasks_dir"] == "edited":
+            rows = (folder / "demo_facts.jsonl").read_text()
+            (folder / "demo_facts.jsonl").write_text(rows.replace("a", "e", 1))
+        change = {"tasks_dir": (folder,)}
+    assert (fingerprint(**change) != fingerprint()) == other

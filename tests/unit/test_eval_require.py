@@ -23,7 +23,7 @@ def test_conditions_are_read_with_and_without_blanks() -> None:
 
 
 def test_what_is_written_back_parses_to_the_same_condition() -> None:
-    for condition in parse("recovery>=0.98,kl<=0.00012,tokens>100000,excess_nats<-0.5"):
+    for condition in parse("recovery>=0.98,kl<=0.00012,token>100000,excess_nats<-0.5"):
         assert parse(condition.text) == [condition]
 
 
@@ -53,6 +53,24 @@ def test_every_fault_is_named_at_once_with_the_nearest_name() -> None:
         "'kl' is no condition",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize("text", ["recovery<=", "kl <", "token>=", "kl<=1,recovery=="])
+def test_a_condition_without_a_number_says_that_the_number_is_missing(text: str) -> None:
+    last = text.split(",")[-1]
+    with pytest.raises(EvalError, match=rf"^--require: '{last}' has no number after its operator: write one, as 'kl<="):
+        parse(text)
+
+
+@pytest.mark.parametrize("name", ["units", "tokens", "words", "bytes", "windows", "positions", "kl_units"])
+def test_how_much_was_read_is_no_quality_to_be_held_to(name: str) -> None:
+    assert name not in NAMES
+    with pytest.raises(EvalError, match=rf"^--require: '{name}' in '{name}>=5' says how much was read, not how good"):
+        parse(f"{name}>=5")
+    for wrong in (f"{name}x>5", "qqq>1"):
+        with pytest.raises(EvalError) as caught:
+            parse(wrong)
+        assert f"'{name}'" not in str(caught.value).replace(f"'{wrong}'", "") and f" {name}," not in str(caught.value)
 
 
 @pytest.mark.parametrize(

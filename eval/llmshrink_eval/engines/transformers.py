@@ -13,7 +13,7 @@ from llmshrink_eval.model import LoadOptions, load_model, model_limit
 from llmshrink_eval.options import SHOWN_TOKENS, SPEED_NEW, SPEED_PROMPT, ModelSpec, Running
 from llmshrink_eval.progress import Progress
 from llmshrink_eval.results import Generation
-from llmshrink_eval.running import Usage, measure_speed
+from llmshrink_eval.running import Usage, measure_speed, read_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +54,17 @@ class TransformersEngine:
         return self._model
 
     def cost(self, batch_sizes: Sequence[int]) -> dict[str, Any]:
-        """Load it and time it: load_seconds, peak_rss_bytes, peak_vram_bytes, speed, as results.Cost has them."""
-        import torch
+        """load_seconds, peak_rss_bytes, peak_vram_bytes and speed, as results.Cost has them, in a process of its own
+        (see `cost_process`)."""
+        from llmshrink_eval.engines.cost_process import cost_process
 
         self.close()
+        return cost_process().ask(self._spec, self._running, batch_sizes)
+
+    def cost_here(self, batch_sizes: Sequence[int]) -> dict[str, Any]:
+        """The same in this process: load it, let it read a prompt, and time it at the batch sizes, if any."""
+        import torch
+
         with Usage() as usage:
             started = time.perf_counter()
             model = self.loaded
@@ -65,6 +72,7 @@ class TransformersEngine:
             limit = model_limit(model)
             prompt_tokens = SPEED_PROMPT if limit is None else max(1, min(SPEED_PROMPT, limit - SPEED_NEW))
             prompt = torch.full((1, prompt_tokens), SPEED_TOKEN)
+            read_once(model, prompt)
             speed = measure_speed(model, prompt, batch_sizes=batch_sizes, new_tokens=SPEED_NEW)
         return {
             "load_seconds": load_seconds,
@@ -106,9 +114,11 @@ class TransformersEngine:
         """Greedy continuations."""
         import torch
 
+        from llmshrink_eval.passes import input_device
+
         found = []
         for prompt in prompts:
-            ids: Tensor = torch.tensor([self._tokenizer(prompt)["input_ids"]], device=self.loaded.device)
+            ids: Tensor = torch.tensor([self._tokenizer(prompt)["input_ids"]], device=input_device(self.loaded))
             limit = model_limit(self.loaded)
             if limit is not None and ids.shape[1] >= limit:
                 raise EvalError(f"--prompt: has {ids.shape[1]} tokens, the model reads {limit}; give a shorter one")

@@ -80,7 +80,7 @@ class VllmProcess:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "llmshrink_eval.engines.vllm_worker", os.fspath(question)],
-                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": _import_path()},
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": import_path()},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -168,7 +168,8 @@ class _EngineError(Exception):
     """What vLLM itself raised, in one line."""
 
 
-def _import_path() -> str:
-    """Where this package was found comes first, installed or not."""
+def import_path() -> str:
+    """For another process of ours: where this package was found comes first, installed or not, and what this process
+    can import the other can."""
     here = os.fspath(Path(__file__).parents[2])
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join(dict.fromkeys([here, *filter(None, sys.path)]))

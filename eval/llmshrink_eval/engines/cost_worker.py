@@ -1,0 +1,118 @@
+"""Loads, runs and times models, each in a process that begins like every other.
+
+`python -m llmshrink_eval.engines.cost_worker` imports what models need, and then answers until its input ends.
+
+Every line on the standard input is a JSON object: folder, loader (`module:function`, or null), running (the fields of
+options.Running), batch_sizes, threads. For each a child is forked; its answer is a line on the standard output, either
+{"cost": ...} or {"error": one line, "kind": "input" | "failed" | "died"}. This process itself only imports, and runs
+nothing: it has no other thread when it forks, and no child finds a trace of the model before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmshrink_eval.errors import EvalError, EvalFailed
+from llmshrink_eval.options import ModelSpec, Running
+
+PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when the one that started it ends (prctl(2))."""
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """What the job's model costs to load and run, as results.Cost has it; everything is imported before it counts."""
+    import torch
+
+    from llmshrink_eval.cost import architecture
+    from llmshrink_eval.engines.transformers import TransformersEngine
+    from llmshrink_eval.running import warm_up
+
+    torch.set_num_threads(job["threads"])
+    offload = job["running"]["offload"]
+    running = Running(**{**job["running"], "offload": None if offload is None else Path(offload)})
+    loader = None
+    if job["loader"] is not None:
+        module, _, function = job["loader"].partition(":")
+        loader = getattr(importlib.import_module(module), function)
+    spec = ModelSpec(name=job["folder"], folder=Path(job["folder"]), loader=loader)
+    # Building the model without weights imports its classes.
+    architecture(spec.folder, trust_remote_code=running.trust_remote_code)
+    if _compressed(spec.folder):
+        import_if_there("compressed_tensors.quantization")
+        import_if_there("transformers.quantizers.auto")
+    warm_up(running.device, offload=running.offload is not None)
+    return TransformersEngine(spec, running, None).cost_here(job["batch_sizes"])
+
+
+def import_if_there(name: str) -> None:
+    """Import a module, whose absence is for whoever needs it to report."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return
+
+
+def _compressed(folder: Path) -> bool:
+    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"cost": measure(job)}
+    except EvalError as error:
+        return {"error": str(error), "kind": "input"}
+    except EvalFailed as error:
+        return {"error": str(error), "kind": "failed"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600], "kind": "died"}
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    """Import, then answer until the input ends."""
+    _die_with_parent()
+    out = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    for name in ("torch", "transformers.models.llama.modeling_llama", "accelerate", "safetensors.torch"):
+        importlib.import_module(name)
+    for line in sys.stdin.buffer:
+        child = os.fork()
+        if child == 0:
+            _die_with_parent()
+            os.write(out, json.dumps(_answer(json.loads(line))).encode() + b"\n")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            code = os.waitstatus_to_exitcode(status)
+            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            died = {"error": f"the process that ran it ended with {reason}", "kind": "died"}
+            os.write(out, json.dumps(died).encode() + b"\n")
+
+
+def job(spec: ModelSpec, running: Running, batch_sizes: list[int], threads: int) -> dict[str, Any]:
+    """What `measure` takes. Raises EvalError for a loader that another process can't find."""
+    loader = None
+    if spec.loader is not None:
+        loader = f"{spec.loader.__module__}:{spec.loader.__qualname__}"
+        if "<" in loader or spec.loader.__module__ == "__main__":
+            raise EvalError(f"{spec.name}: its loader ({loader}) must be a function of a module that can be imported")
+    asked = dataclasses.asdict(running)
+    asked["offload"] = None if running.offload is None else os.fspath(running.offload.absolute() / "cost")
+    folder = os.fspath(spec.folder.absolute())
+    return {"folder": folder, "loader": loader, "running": asked, "batch_sizes": batch_sizes, "threads": threads}
+
+
+if __name__ == "__main__":
+    main()
