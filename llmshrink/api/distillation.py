@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def distill(
     teacher: PathLike,
-    student: PathLike,
+    student: PathLike | None = None,
     *,
     output: PathLike,
     data: PathLike | None = None,
@@ -33,7 +33,7 @@ def distill(
 
     options = Options(
         teacher=os.fspath(teacher),
-        student=os.fspath(student),
+        student=None if student is None else os.fspath(student),
         output=Path(output),
         data=None if data is None else os.fspath(data),
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),

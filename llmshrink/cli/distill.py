@@ -11,8 +11,16 @@ from llmshrink.cli.show import JsonFlag, show
 
 def distill(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="The original: a Hub id, a folder, or `demo`.")],
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="What was made of it, as a folder.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")],
+    student: Annotated[
+        str | None, typer.Argument(metavar="STUDENT", help="What was made of it, as a folder; or none, and:")
+    ] = None,
+    student_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="depth=N,width=N", help="Cut the student from the teacher: blocks, FFN channels that stay."
+        ),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="A .txt, .jsonl or .parquet, a `datasets` name, or `demo`.")] = None,
     generated_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of text that the teacher writes, beside the data.")
@@ -53,7 +61,7 @@ def distill(
 
     with Shown(json=json) as progress:
         report = api.distill(
-            teacher, student, output=output, data=data, generated_tokens=generated_tokens,
+            teacher, student, student_from=student_from, output=output, data=data, generated_tokens=generated_tokens,
             teacher_cache=teacher_cache, steps=steps, batch_size=batch_size, accumulate=accumulate,
             seq_len=seq_len, alpha=alpha, temperature=temperature, divergence=divergence, beta=beta, train=train,
             lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup, eval_steps=eval_steps,

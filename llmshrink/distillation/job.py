@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +19,13 @@ from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.distillation.cache import LIKELIEST, CacheKey
 from llmshrink.distillation.objective import Divergence, Objective
 from llmshrink.distillation.processes import Processes
+from llmshrink.distillation.smaller import Smaller, make_student, student_folder
 from llmshrink.distillation.student import Student, Train, open_student
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import LlmshrinkError, SourceError
 from llmshrink.run.job import check_vocabulary, here, pick_device
+from llmshrink.run.journal import check_output, partial_folder
+from llmshrink.run.progress import Progress
 from llmshrink.runtime.load import config_of, load
 
 HELD_OUT_TOKENS = 8192
@@ -33,8 +37,9 @@ class Options:
     """What a user asked for; the names are those of `llmshrink.distill`."""
 
     teacher: str
-    student: str
+    student: str | None
     output: Path
+    student_from: str | None = None
     data: str | None = None
     generated_tokens: int = 0
     teacher_cache: Path | None = None
@@ -125,13 +130,22 @@ class Job:
         }
 
 
-def prepare(options: Options) -> Job:
-    """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
+def prepare(options: Options, progress: Progress) -> Job:
+    """Resolve and check everything. Raises LlmshrinkError subclasses.
+
+    Nothing is written, but for a student that has to be made first (`smaller.py`).
+    """
     objective = _objective(options)
-    teacher_source = resolve(options.teacher, trust_remote_code=options.trust_remote_code)
-    source = resolve(options.student, trust_remote_code=options.trust_remote_code)
-    config, teacher_config = (config_of(each, options.trust_remote_code) for each in (source, teacher_source))
-    tokenizer, other = (load_tokenizer(each, options.trust_remote_code) for each in (source, teacher_source))
+    if (options.student is None) == (options.student_from is None):
+        raise LlmshrinkError("name a STUDENT, or give --student-from depth=N,width=N and none")
+    smaller = None if options.student_from is None else Smaller.of(options.student_from)
+    processes = Processes.here()
+    processes.share(options.batch_size)
+    device, trusted = pick_device(options.device), options.trust_remote_code
+    teacher_source = resolve(options.teacher, trust_remote_code=trusted)
+    source = teacher_source if options.student is None else resolve(options.student, trust_remote_code=trusted)
+    config, teacher_config = (config_of(each, trusted) for each in (source, teacher_source))
+    tokenizer, other = (load_tokenizer(each, trusted) for each in (source, teacher_source))
     sizes = [each.get_text_config().vocab_size for each in (config, teacher_config)]
     if tokenizer_hash(tokenizer) != tokenizer_hash(other) or sizes[0] != sizes[1]:
         raise SourceError(
@@ -140,9 +154,8 @@ def prepare(options: Options) -> Job:
         )
     limits = [limit for limit in (model_limit(config), model_limit(teacher_config)) if limit is not None]
     seq_len = _length(options.seq_len, min(limits, default=None))
-    documents = load_documents(options.data, source_kind=source.kind)
     real, held_out = build_windows(
-        documents,
+        load_documents(options.data, source_kind=source.kind),
         tokenizer,
         samples=options.steps * options.batch_size * options.accumulate,
         seq_len=seq_len,
@@ -151,9 +164,11 @@ def prepare(options: Options) -> Job:
         fewer=True,
     )
     check_vocabulary(real, sizes[0], source)
-    device = pick_device(options.device)
-    processes = Processes.here()
-    processes.share(options.batch_size)
+    if smaller is not None:
+        _make_student(smaller, options, teacher_config, len(real.input_ids), seq_len, processes, progress)
+        processes.wait(device)
+        source = resolve(str(student_folder(options.output)))
+        config = config_of(source, trusted)
     student = open_student(source, train=options.train, device=device, config=config)
     return Job(
         options=options,
@@ -168,6 +183,26 @@ def prepare(options: Options) -> Job:
         dtype=_compute_dtype(options.dtype, device),
         processes=processes,
     )
+
+
+def _make_student(
+    smaller: Smaller,
+    options: Options,
+    config: Any,
+    samples: int,
+    seq_len: int,
+    processes: Processes,
+    progress: Progress,
+) -> None:
+    smaller.recipes(config)
+    if not processes.first:
+        return
+    if not partial_folder(Path(os.path.abspath(options.output))).exists():
+        check_output(options.output, overwrite=options.overwrite)
+    make_student(
+        smaller, config, options.teacher, options.output, data=options.data, samples=samples, seq_len=seq_len,
+        seed=options.seed, device=options.device, trust_remote_code=options.trust_remote_code, progress=progress,
+    )  # fmt: skip
 
 
 def _objective(options: Options) -> Objective:

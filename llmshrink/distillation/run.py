@@ -7,6 +7,7 @@ student's files with other numbers in them, verified from disk, and given its na
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llmshrink.distillation.generated import generate_windows, together
 from llmshrink.distillation.job import Job, Options, prepare
 from llmshrink.distillation.judge import judge, reference
 from llmshrink.distillation.report import DistillReport
+from llmshrink.distillation.smaller import student_folder
 from llmshrink.distillation.teacher import LiveTeacher, TeacherRows
 from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
@@ -34,7 +36,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
     Of several processes (`processes.py`) the first does everything that is written, and has the report; the others
     train with it, and return None.
     """
-    job = prepare(options)
+    job = prepare(options, progress)
     if not job.processes.first:
         _train_along(job)
         return None
@@ -61,7 +63,9 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         report = DistillReport(
             output=options.output,
             teacher=job.teacher_source.name,
-            student=job.student.source.name,
+            student=job.student.source.name
+            if options.student_from is None
+            else f"{options.student_from} of the teacher",
             before=before,
             quality=quality,
             held_out=job.held_out.name,
@@ -76,6 +80,8 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         )
         if report.ok:
             workspace.publish()
+            if options.student is None:
+                shutil.rmtree(student_folder(options.output))
     return report
 
 

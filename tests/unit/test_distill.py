@@ -241,6 +241,38 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("depth=2", "depth=2: the teacher has 2; give 1 to 1"),
+        ("width=0", "not depth=N"),
+        ("depth=1,depth=1", "not depth=N"),
+        ("height=3", "not depth=N"),
+    ],
+)
+def test_a_student_that_cannot_be_cut_is_refused(
+    asked: str, says: str, teacher: Path, story: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LlmshrinkError, match=says):
+        llmshrink.distill(teacher, student_from=asked, output=tmp_path / "out", data=story, **SHORT)
+    with pytest.raises(LlmshrinkError, match="name a STUDENT"):
+        llmshrink.distill(teacher, output=tmp_path / "out", data=story, **SHORT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_smaller_student_is_cut_from_the_teacher_and_taught(teacher: Path, story: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SHORT, "student_from": "depth=1,width=48"}
+    report = llmshrink.distill(teacher, output=tmp_path / "out", data=story, **settings)
+    assert report.ok and report.quality.kl_mean < report.before.kl_mean
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (1, 48)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert llmshrink.verify(tmp_path / "out").ok
+    from transformers import AutoModelForCausalLM
+
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers) == 1
+
+
 def test_another_tokenizer_is_refused(teacher: Path, story: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", vocab_size=999)
     with pytest.raises(LlmshrinkError, match="other tokenizers"):

@@ -1,0 +1,96 @@
+"""`--student-from depth=4,width=512`: a smaller student, cut from the teacher by the pruning recipes.
+
+It is made by the runs that `llmshrink prune --recipe depth-prune` and `width-prune` are, on the text that the student
+is then taught with, in a folder beside the output that goes when the output is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmshrink.errors import LlmshrinkError
+from llmshrink.run.progress import Progress
+
+SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """depth: blocks that stay; width: channels of the FFN that stay. None: as many as the teacher's."""
+
+    depth: int | None
+    width: int | None
+
+    @classmethod
+    def of(cls, text: str) -> Smaller:
+        """From "depth=4", "width=512" or both with a comma. Raises LlmshrinkError."""
+        found: dict[str, int] = {}
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(depth|width)\s*=\s*([1-9]\d*)\s*", part)
+            if match is None or match[1] in found:
+                raise LlmshrinkError(
+                    f"--student-from {text}: not depth=N (blocks that stay), width=N (FFN channels that stay) or both "
+                    "with a comma"
+                )
+            found[match[1]] = int(match[2])
+        return cls(found.get("depth"), found.get("width"))
+
+    def recipes(self, config: Any) -> list[tuple[str, str]]:
+        """(recipe, its setting) of each run, for a teacher's config. Raises LlmshrinkError for a number it hasn't."""
+        text = config.get_text_config()
+        found = []
+        for name, wanted, field in (
+            ("depth", self.depth, "num_hidden_layers"),
+            ("width", self.width, "intermediate_size"),
+        ):
+            has = getattr(text, field, None)
+            if wanted is None:
+                continue
+            if not isinstance(has, int) or not 0 < wanted < has:
+                raise LlmshrinkError(
+                    f"--student-from {name}={wanted}: the teacher has {has}; give 1 to {(has or 1) - 1}"
+                )
+            setting = f"steps.0.depth.drop={has - wanted}" if name == "depth" else f"steps.0.width.channels={wanted}"
+            found.append((f"{name}-prune", setting))
+        return found
+
+
+def student_folder(output: Path) -> Path:
+    """Where the student lies until it is taught."""
+    output = Path(os.path.abspath(output))
+    return output.with_name(output.name + ".student")
+
+
+def make_student(
+    smaller: Smaller, config: Any, teacher: str, output: Path, *, data: str | None, samples: int, seq_len: int,
+    seed: int, device: str | None, trust_remote_code: bool, progress: Progress,
+) -> Path:  # fmt: skip
+    """Cut the teacher and return the student's folder. samples: windows that the text has, of which SAMPLES are read.
+
+    The same student every time: what is there of an earlier run is made again.
+    """
+    from llmshrink.run.job import Options
+    from llmshrink.run.quantize import quantize
+
+    model = teacher
+    target = student_folder(output)
+    runs = smaller.recipes(config)
+    for number, (recipe, setting) in enumerate(runs):
+        last = number == len(runs) - 1
+        folder = target if last else target.with_name(target.name + "-1")
+        progress.note(f"student     {recipe} {setting}")
+        options = Options(
+            model=model, output=folder, verb="prune", recipe=recipe, sets=(setting,), calibration=data,
+            samples=min(samples, SAMPLES), seq_len=seq_len, seed=seed, device=device,
+            trust_remote_code=trust_remote_code, overwrite=True,
+        )  # fmt: skip
+        quantize(options, progress)
+        if number:
+            shutil.rmtree(model)
+        model = str(folder)
+    return target
