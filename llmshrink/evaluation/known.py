@@ -95,16 +95,20 @@ class Known:
         return Evaluation(results.model_copy(update={"models": models}), kept["samples"], kept["parts"], files)
 
     def keep(self, evaluation: Evaluation) -> None:
-        """Remember what was found, under what `look` has seen. Raises EvalError when the cache can't be written, or a
-        file can't be read."""
+        """Remember what was found, under what `look` has seen; nothing, where a file of the tasks' data has gone or is
+        being written. Raises EvalError when the cache can't be written."""
         files = () if self._only_demo else evaluation.files
         if self._key is None or files is None:
+            return
+        try:
+            digests = {str(file): file_digest(file, self._folder) for file in files}
+        except EvalError:
             return
         value = {
             "results": json.loads(evaluation.results.to_json()),
             "samples": evaluation.samples,
             "parts": evaluation.parts,
-            "files": {str(file): file_digest(file, self._folder) for file in files},
+            "files": digests,
         }
         self._cache.put(PART, self._key, value)
 

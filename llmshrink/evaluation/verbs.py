@@ -84,8 +84,9 @@ def evaluate(
         first = None if original is None else spec_of(original, settings)
         known.look()
         evaluation = measure(first, specs, options, progress)
+        results = evaluation.write(output)
         known.keep(evaluation)
-        return evaluation.write(output)
+        return results
 
 
 def _again(found: Evaluation, output: Path, command: str | None, progress: Progress | None) -> Results:

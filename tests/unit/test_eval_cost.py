@@ -274,10 +274,9 @@ def test_what_goes_wrong_where_it_is_measured_is_one_line_here(model_of: Callabl
 def test_a_process_that_was_killed_is_told_of_and_started_again(model_of: Callable[..., Path]) -> None:
     process, asked = CostProcess(), ModelSpec("a model", model_of("llama"))
     try:
-        process.ask(asked, Running(), ())
-        assert process._process is not None
-        process._process.kill()
-        process._process.wait()
+        begun = process._started()
+        begun.kill()
+        begun.wait()
         assert process.ask(asked, Running(), ())["load_seconds"] > 0
     finally:
         process.close()
