@@ -52,7 +52,7 @@ class Fewer:
 class Structure:
     """What the result has fewer of: blocks, or what `fewer` lists. heads: of queries; head_dim: their width.
 
-    sites: of all blocks of the original.
+    sites: of all blocks of the original. other_heads_in_vllm: whether vLLM would take the heads to be wider.
     """
 
     sites: tuple[Site, ...]
@@ -61,7 +61,7 @@ class Structure:
     head_dim: int
     depth: Depth | None
     fewer: tuple[Fewer, ...]
-    head_dim_in_vllm: bool
+    other_heads_in_vllm: bool
 
     @property
     def narrow(self) -> dict[str, NarrowSpec]:
@@ -70,24 +70,25 @@ class Structure:
 
     def notes(self, tp: int) -> list[str]:
         """Which engines won't serve the result, and over how many devices it can't be split any more."""
-        wrong = self.heads.after != self.heads.before and not self.head_dim_in_vllm
-        reasons = ["its code for this architecture takes hidden_size / heads for the width of a head"] if wrong else []
-        said = []
+        reasons, said = [], []
+        if self.other_heads_in_vllm:
+            reasons.append("its code for this architecture takes hidden_size / heads for the width of a head")
         for what, count in self._counts():
-            if count.after % tp and (what != KV_GROUPS or count.after > tp or tp % count.after):
+            # Fewer heads of keys than ranks are copied to them; query heads are asked about with every model.
+            copied = what == KV_GROUPS and count.after < tp and tp % count.after == 0
+            if count.after % tp and what != HEADS and not copied:
                 reasons.append(f"{count.after} {what} can't be split over {tp} ranks")
-            most, could = (min(RANKS, n & -n) for n in (count.after, count.before))
-            if most < could and what != KV_GROUPS:
-                ranks = f"over at most {most} devices" if most > 1 else "over no number of devices"
+            ranks = 2 * (count.after & -count.after)
+            if what != KV_GROUPS and ranks <= RANKS and count.before % ranks == 0:
                 said.append(
-                    f"{count.after} {what} can be split {ranks} when served (tensor parallel); the original's "
-                    f"{count.before} could be over {could}"
+                    f"{count.after} {what} can't be split over {ranks} devices when served (tensor parallel), as the "
+                    f"original's {count.before} can"
                 )
         return [f"{e} won't serve this checkpoint: {why}" for why in reasons for e in ("vllm-cpu", "vllm-cuda")] + said
 
     def _counts(self) -> list[tuple[str, Count]]:
         counts = [(each.what, each.count) for each in self.fewer]
-        return [*counts, *([("attention heads", self.heads)] if self.heads.before != self.heads.after else [])]
+        return [*counts, *([(HEADS, self.heads)] if self.heads.before != self.heads.after else [])]
 
     def saved_bytes(self, index: CheckpointIndex) -> int:
         """Bytes of weights that the result doesn't have, biases and norms aside."""
@@ -103,21 +104,20 @@ class Structure:
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the narrower model, from the original's."""
-        changed = dict(config)
-        for each in self.fewer:
-            changed[CONFIG[each.what]] = each.count.after
+        changed = {**config, **{CONFIG[what]: count.after for what, count in self._counts()}}
         if self.heads.before != self.heads.after:
-            changed |= {"num_attention_heads": self.heads.after, "head_dim": self.head_dim}
+            changed["head_dim"] = self.head_dim
         return changed
 
     def record(self) -> dict[str, Any]:
         """What llmshrink.json says of it."""
-        counts = {what: [count.before, count.after] for what, count in self._counts()}
+        counts = {CONFIG[what]: [count.before, count.after] for what, count in self._counts()}
         said = ", ".join(f"{what} {count}" for what, count in self._counts())
         return {"kind": "width", "summary": f"{said} in each of {self.blocks.before} blocks", **counts}
 
 
-CONFIG = {CHANNELS: "intermediate_size", KV_GROUPS: "num_key_value_heads"}
+HEADS = "attention heads"
+CONFIG = {CHANNELS: "intermediate_size", KV_GROUPS: "num_key_value_heads", HEADS: "num_attention_heads"}
 
 
 def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]) -> Structure | None:
@@ -151,7 +151,9 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
         head_dim=head_dim,
         depth=recipe.depth,
         fewer=fewer,
-        head_dim_in_vllm=chain.family.head_dim_in_vllm,
+        other_heads_in_vllm=left < heads
+        and not chain.family.head_dim_in_vllm
+        and config.hidden_size != left * head_dim,
     )
 
 
