@@ -91,10 +91,10 @@ class DepthWork:
     def structure(self) -> dict[str, Any]:
         depth, blocks = self._structure.depth, self._structure.blocks
         assert depth is not None
-        prefix, gone = self._job.chain.prefix, ", ".join(map(str, self._dropped))
+        gone = ", ".join(self._job.chain.name(number) for number in self._dropped)
         return {
             "kind": "depth",
-            "summary": f"blocks {blocks}, without {prefix}.{{{gone}}} (by {depth.by})",
+            "summary": f"blocks {blocks}, without {gone}, chosen by {'angle' if depth.by == 'angular' else 'loss'}",
             "blocks": [blocks.before, blocks.after],
             "dropped": self._dropped,
             "by": depth.by,
@@ -104,7 +104,7 @@ class DepthWork:
     def solve(self, walk: Walk, number: int) -> Finished:
         stored = self._carry(walk, number)
         if number in self._dropped:
-            return Finished({}, [], None, {})
+            return Finished({}, [], "dropped", {})
         extra = [key for key, at in self._place.items() if at[0] == number and key not in stored]
         source = {**stored, **{key: self._job.index.read(key) for key in extra}}
         tensors = {self._renamed(key): tensor for key, tensor in source.items()}
@@ -124,7 +124,7 @@ class DepthWork:
             )
             for site in sites_of(self._job.stages[number])
         ]
-        return Finished(tensors, rows, None, {})
+        return Finished(tensors, rows, "copied", {})
 
     def replay(self, walk: Walk, number: int, part: Part) -> None:
         self._carry(walk, number)

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """The run tells, an implementation shows. `error` is relative: ||(W - Q) X||^2 / ||W X||^2 over a block's sites."""
+    """The run tells, an implementation shows. A block's state is its error, relative: ||(W - Q) X||^2 / ||W X||^2 over
+    its sites; or a word."""
 
     def begin(self, blocks: int, kept: int) -> None: ...
-    def block(self, number: int, error: float | None) -> None: ...
+    def block(self, number: int, state: float | str) -> None: ...
     def note(self, line: str) -> None: ...
     def close(self) -> None: ...
 
@@ -37,7 +38,7 @@ class Silent:
     """The Python twin's default: says nothing."""
 
     def begin(self, blocks: int, kept: int) -> None: ...
-    def block(self, number: int, error: float | None) -> None: ...
+    def block(self, number: int, state: float | str) -> None: ...
     def note(self, line: str) -> None: ...
     def close(self) -> None: ...
 
@@ -55,14 +56,14 @@ class PlainLines:
         if kept:
             self.note(f"resumed: {kept} of {blocks} blocks were finished and verified, {blocks - kept} to go")
 
-    def block(self, number: int, error: float | None) -> None:
-        self.note(f"block {number + 1}/{self._blocks}  {self._state(number, error)}")
+    def block(self, number: int, state: float | str) -> None:
+        self.note(f"block {number + 1}/{self._blocks}  {self._state(number, state)}")
 
-    def _state(self, number: int, error: float | None) -> str:
+    def _state(self, number: int, state: float | str) -> str:
         done = number + 1 - self._first
         elapsed = time.monotonic() - self._started
         left = elapsed / max(done, 1) * (self._blocks - number - 1)
-        shown = "kept" if error is None else f"error {error:.5f}"
+        shown = state if isinstance(state, str) else f"error {state:.5f}"
         return f"{shown}  memory {peak_memory() / 1e9:.2f} GB  left {duration(left)}"
 
     def note(self, line: str) -> None:
@@ -94,8 +95,8 @@ class Bar(PlainLines):
         self._task = self._bar.add_task("", total=blocks, completed=kept, state="")
         self._bar.start()
 
-    def block(self, number: int, error: float | None) -> None:
-        self._bar.update(self._task, completed=number + 1, state=self._state(number, error))
+    def block(self, number: int, state: float | str) -> None:
+        self._bar.update(self._task, completed=number + 1, state=self._state(number, state))
 
     def note(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False)

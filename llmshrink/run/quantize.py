@@ -79,7 +79,7 @@ class _Run:
         walk = self._streams()
         for number, part in enumerate(finished):
             work.replay(walk, number, part)
-            self.progress.block(number, None)
+            self.progress.block(number, "kept")
         for number in range(kept, len(chain.blocks)):
             self._solve(work, walk, number)
         quality, reference = self._held_out(walk)
@@ -153,7 +153,7 @@ class _Run:
             limit=self.job.options.max_shard_size, rows=[asdict(row) for row in block.rows],
         )  # fmt: skip
         self.workspace.finish_part(part)
-        self.progress.block(number, block.error)
+        self.progress.block(number, block.state)
 
     def _held_out(self, walk: Walk) -> tuple[heldout.Quality, dict[str, Tensor]]:
         give_back()

@@ -30,13 +30,13 @@ from llmshrink.weights import Dense, GroupedInt
 class Finished:
     """A block as the output stores it.
 
-    tensors: by output key. rows: of its sites, for the report. error: their mean, for progress; None where nothing was
-    solved. seconds: wall time by site, for timing.json.
+    tensors: by output key. rows: of its sites, for the report. state: for progress, their mean error, or a word.
+    seconds: wall time by site, for timing.json.
     """
 
     tensors: dict[str, Tensor]
     rows: list[SiteRow]
-    error: float | None
+    state: float | str
     seconds: dict[str, float]
 
 
