@@ -107,7 +107,10 @@ class _Chunked(torch.autograd.Function):
             if to_hidden is not None:
                 torch.mm(narrow, matrix, out=to_hidden[rows])
             if to_weight is not None:
-                to_weight += narrow.t() @ hidden[rows]
+                if to_weight.dtype == hidden.dtype:
+                    to_weight.addmm_(narrow.t(), hidden[rows])
+                else:
+                    to_weight += narrow.t() @ hidden[rows]
             if to_bias is not None:
                 to_bias += gradient.sum(0)
         ctx.gradients = (to_hidden, to_weight, to_bias)
@@ -120,11 +123,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        to_hidden, to_weight, to_bias = ctx.gradients
+        if ctx.gradients is None:
+            raise RuntimeError("a chunked loss has one backward: its gradients are made in the forward")
+        (to_hidden, to_weight, to_bias), ctx.gradients = ctx.gradients, None
         of_weight, of_bias = ctx.dtypes
         return (
-            None if to_hidden is None else to_hidden * total.to(to_hidden.dtype),
-            None if to_weight is None else (to_weight * total).to(of_weight),
-            None if to_bias is None else (to_bias * total).to(of_bias),
+            None if to_hidden is None else to_hidden.mul_(total.to(to_hidden.dtype)),
+            None if to_weight is None else to_weight.mul_(total).to(of_weight),
+            None if to_bias is None else to_bias.mul_(total).to(of_bias),
             None,
         )

@@ -80,20 +80,24 @@ def row_losses(
     """
     alpha, temperature = objective.alpha, objective.temperature
     entropy = logits.new_zeros(len(logits))
-    gradient = torch.zeros_like(logits)
+    gradient: Tensor | None = None
     if alpha > 0.0 and labels is not None:
         entropy, gradient = _cross_entropy(logits, labels)
         gradient *= alpha
     if alpha == 1.0:
-        return entropy, torch.zeros_like(entropy), gradient
-    student = (logits / temperature).log_softmax(-1)
+        return entropy, torch.zeros_like(entropy), torch.zeros_like(logits) if gradient is None else gradient
+    student = _logprobs(logits, temperature)
     if isinstance(teacher, TopK):
         divergence, slope = _over_buckets(objective, student, teacher)
     else:
-        divergence, slope = _divergence(objective, student, (teacher / temperature).log_softmax(-1))
+        divergence, slope = _divergence(objective, student, _logprobs(teacher, temperature))
     # d/dz of T^2 D, where D knows z / T: one T is left.
-    gradient += (1.0 - alpha) * temperature * slope
-    return entropy, temperature**2 * divergence, gradient
+    slope *= (1.0 - alpha) * temperature
+    return entropy, temperature**2 * divergence, slope if gradient is None else gradient.add_(slope)
+
+
+def _logprobs(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,26 +114,29 @@ def _divergence(objective: Objective, student: Tensor, teacher: Tensor) -> tuple
     """(D [rows], its gradient by student logits over T [rows, n]) of log-probabilities [rows, n]."""
     p_s, p_t = student.exp(), teacher.exp()
     if objective.divergence == "forward_kl":
-        return _kl(p_t, teacher, student), p_s - p_t
+        return _weighted(p_t, teacher - student).sum(-1), p_s.sub_(p_t)
     if objective.divergence == "reverse_kl":
-        excess = _finite(student - teacher)
+        excess = _relevant(p_s, student - teacher)
         value = (p_s * excess).sum(-1)
-        return value, p_s * (excess - value[:, None])
+        return value, p_s.mul_(excess.sub_(value[:, None]))
     beta = objective.beta
     middle = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    excess = _finite(student - middle)
+    value = beta * _weighted(p_t, teacher - middle).sum(-1)
+    excess = _relevant(p_s, student - middle)
     mean = (p_s * excess).sum(-1)
-    value = beta * _kl(p_t, teacher, middle) + (1.0 - beta) * mean
-    return value, (1.0 - beta) * p_s * (excess - mean[:, None])
+    return value + (1.0 - beta) * mean, p_s.mul_(excess.sub_(mean[:, None])).mul_(1.0 - beta)
 
 
-def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (p * _finite(log_p - log_q)).sum(-1)
+def _relevant(p: Tensor, difference: Tensor) -> Tensor:
+    """`difference`, itself, 0 where p is: an impossible outcome adds nothing, even where logarithms are infinite.
+
+    What isn't a number stays so, and is seen in the loss.
+    """
+    return difference.masked_fill_(p == 0, 0.0)
 
 
-def _finite(difference: Tensor) -> Tensor:
-    """0 where an outcome is impossible to both; a teacher's impossible outcome stays infinite."""
-    return torch.where(difference.isnan(), 0.0, difference)
+def _weighted(p: Tensor, difference: Tensor) -> Tensor:
+    return _relevant(p, difference).mul_(p)
 
 
 def _over_buckets(objective: Objective, student: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,26 @@ def test_half_precision_is_summed_in_single() -> None:
     assert single.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_what_is_no_number_is_seen(divergence: Any, whose: str) -> None:
+    hidden, weight, _, teacher, _ = problem(31, 0, bias=False)
+    spoiled = hidden.detach().clone()
+    if whose == "student":
+        spoiled[3, 0] = math.nan
+    else:
+        teacher[3, 0] = math.nan
+    assert chunked_loss(spoiled, weight, None, teacher.__getitem__, Objective(divergence=divergence)).total.isnan()
+
+
+def test_a_second_backward_is_refused() -> None:
+    hidden, weight, _, teacher, _ = problem(7, 0, bias=False)
+    total = chunked_loss(hidden, weight, None, teacher.__getitem__, Objective()).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        total.backward()
+
+
 def test_no_rows_no_loss() -> None:
     weight = torch.ones(5, 4, requires_grad=True)
     total = chunked_loss(
