@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def prepare(options: Options, progress: Progress) -> Job:
     Nothing is written, but for a student that has to be made first (`smaller.py`).
     """
     objective = _objective(options)
+    if find_spec("accelerate") is None:
+        raise LlmshrinkError("distill needs accelerate: pip install 'llmshrink[distill]'")
     if (options.student is None) == (options.student_from is None):
         raise LlmshrinkError("name a STUDENT, or give --student-from depth=N,width=N and none")
     smaller = None if options.student_from is None else Smaller.of(options.student_from)
