@@ -45,12 +45,13 @@ class DepthWork:
         self._job, self._structure = job, structure
         self._dropped: list[int] = []
         self._scores: list[float] = []
-        list_name = job.chain.prefix.rpartition(".")[2]
-        pattern = re.compile(rf"(?:^|.*\.){re.escape(list_name)}\.(\d+)\.")
-        found = {key: pattern.match(key) for key in job.index}
-        numbers = {key: (int(match[1]), match.start(1), match.end(1)) for key, match in found.items() if match}
-        # Some checkpoints have tensors under a block's number that its class doesn't know; they go with the block.
-        self._place = {key: at for key, at in numbers.items() if at[0] < structure.blocks.before}
+        first = f"{job.chain.name(0)}."
+        name, key = next((name, key) for name, key in job.chain.skeleton.key_of.items() if name.startswith(first))
+        start = key.removesuffix(name.removeprefix(first)).removesuffix("0.")  # "model.layers.", or "layers."
+        found = {key: re.match(rf"{re.escape(start)}(\d+)\.", key) for key in job.index}
+        # Some checkpoints have tensors under a block's number that its class doesn't know: they go with the block; and
+        # some under the numbers after the last block's: they keep following it, and are written with it.
+        self._place = {key: (int(match[1]), match.start(1), match.end(1)) for key, match in found.items() if match}
 
     @property
     def inside(self) -> frozenset[str]:
@@ -102,12 +103,15 @@ class DepthWork:
         }
 
     def solve(self, walk: Walk, number: int) -> Finished:
-        stored = self._carry(walk, number)
-        if number in self._dropped:
-            return Finished({}, [], "dropped", {})
-        extra = [key for key, at in self._place.items() if at[0] == number and key not in stored]
-        source = {**stored, **{key: self._job.index.read(key) for key in extra}}
+        stored, blocks = self._carry(walk, number), self._structure.blocks.before
+        dropped = number in self._dropped
+        source = {} if dropped else dict(stored)
+        for key, (at, _, _) in self._place.items():
+            if (at == number and not dropped and key not in stored) or (at >= blocks and number == blocks - 1):
+                source[key] = self._job.index.read(key)
         tensors = {self._renamed(key): tensor for key, tensor in source.items()}
+        if dropped:
+            return Finished(tensors, [], "dropped", {})
         new = number - sum(gone < number for gone in self._dropped)
         rows = [
             SiteRow(

@@ -6,6 +6,7 @@ to the bit: the forward that fed a cut matrix is run again through the narrower 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -104,6 +105,11 @@ class NarrowWork:
     def _narrowed(self, weight: Tensor, site: Site, statistics: Statistics, fewer: Fewer) -> Narrowed:
         device = self._job.chain.skeleton.device
         result = narrow(weight.to(device), statistics, fewer.spec, weight.dtype)
+        if not math.isfinite(result.error):
+            raise CheckpointError(
+                f"{site.key}: weights of up to {float(weight.float().abs().max()):.3g} overflow float32 in its output; "
+                "the checkpoint is damaged: download or export it again"
+            )
         if not bool(torch.isfinite(result.weight).all()):
             raise CheckpointError(
                 f"{site.key}: what is left of it can't be stored in {str(weight.dtype).removeprefix('torch.')}: it "
