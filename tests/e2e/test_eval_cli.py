@@ -185,7 +185,7 @@ SEEN = "import sys; from llmshrink.cli import run; run(sys.argv[1:]); print(*sor
 
 
 def test_a_second_run_imports_nothing_that_could_measure(models: Path, report: Path, story: Path) -> None:
-    command = [sys.executable, "-c", SEEN, *map(str, asked(story))]
+    command = [sys.executable, "-P", "-c", SEEN, *map(str, asked(story))]
     llmshrink(models, *asked(story), code=1)
     done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=environment(models))
     assert done.returncode == 0, done.stderr

@@ -88,7 +88,8 @@ class CostProcess:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "llmshrink_eval.engines.cost_worker"],
+                # -P: a folder here that is called as a package isn't that package.
+                [sys.executable, "-P", "-m", "llmshrink_eval.engines.cost_worker"],
                 env={**os.environ, "PYTHONPATH": import_path()},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
