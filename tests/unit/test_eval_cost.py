@@ -271,7 +271,13 @@ def test_what_goes_wrong_where_it_is_measured_is_one_line_here(model_of: Callabl
     assert cost_process().ask(ModelSpec("a model", model_of("llama")), Running(), ())["peak_rss_bytes"] > 0
 
 
-def test_a_process_that_was_killed_is_told_of_and_started_again(model_of: Callable[..., Path]) -> None:
+def test_a_process_that_was_killed_is_started_again_wherever_one_works(
+    model_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("llmshrink_eval", "torch"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(tmp_path)
     process, asked = CostProcess(), ModelSpec("a model", model_of("llama"))
     try:
         begun = process._started()
