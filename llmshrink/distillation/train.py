@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -36,7 +37,6 @@ def train(
     Trainer's checkpoints. The parameters at the end are those of the evaluation with the lowest KL.
     """
     from transformers import TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     from llmshrink.distillation.trainer import Distiller, DistillTrainer, Rates, Told, Windows
 
@@ -102,15 +102,27 @@ def train(
             each for each in trainer.callback_handler.callbacks if type(each).__name__ == "PrinterCallback"
         ]:
             trainer.remove_callback(callback)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = _last_whole(folder)
         if last is not None:
-            progress.note(f"resumed     at step {last.rpartition('-')[2]} of {options.steps}")
-        trainer.train(resume_from_checkpoint=last)
+            progress.note(f"resumed     at step {last.name.rpartition('-')[2]} of {options.steps}")
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return [
         {"step": line["step"], "kl": line["eval_kl"], "perplexity": line["eval_perplexity"]}
         for line in trainer.state.log_history
         if "eval_kl" in line
     ]
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The Trainer's last checkpoint that it finished: it writes its state last of all."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        whole.append(checkpoint)
+    return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 class _Lines:
