@@ -28,6 +28,9 @@ def distill(
     teacher_cache: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's outputs there, or find them there.")
     ] = None,
+    teacher_quant: Annotated[
+        Literal["nf4", "int8"] | None, typer.Option(help="Hold the teacher in so few bits (bitsandbytes).")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 400,
     batch_size: Annotated[int, typer.Option(help="Windows in a batch.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
@@ -62,9 +65,9 @@ def distill(
     with Shown(json=json) as progress:
         report = api.distill(
             teacher, student, student_from=student_from, output=output, data=data, generated_tokens=generated_tokens,
-            teacher_cache=teacher_cache, steps=steps, batch_size=batch_size, accumulate=accumulate,
-            seq_len=seq_len, alpha=alpha, temperature=temperature, divergence=divergence, beta=beta, train=train,
-            lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup, eval_steps=eval_steps,
+            teacher_cache=teacher_cache, teacher_quant=teacher_quant, steps=steps, batch_size=batch_size,
+            accumulate=accumulate, seq_len=seq_len, alpha=alpha, temperature=temperature, divergence=divergence,
+            beta=beta, train=train, lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup, eval_steps=eval_steps,
             gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype, seed=seed,
             overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip

@@ -42,12 +42,16 @@ FILE_TOKENS = 1 << 17
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache depends on. teacher, data, held_out: fingerprints. batch_size: of the teacher's forwards."""
+    """What a cache depends on. teacher, data, held_out: fingerprints. quant: how narrow the teacher was in memory.
+
+    batch_size: of the teacher's forwards.
+    """
 
     teacher: str
     data: str
     held_out: str
     temperature: float
+    quant: str | None
     likeliest: int
     batch_size: int
 

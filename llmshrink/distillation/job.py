@@ -18,6 +18,7 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.distillation.cache import LIKELIEST, CacheKey
+from llmshrink.distillation.narrow import TeacherQuant, check_narrow, load_narrow
 from llmshrink.distillation.objective import Divergence, Objective
 from llmshrink.distillation.processes import Processes
 from llmshrink.distillation.smaller import Smaller, make_student, student_folder
@@ -44,6 +45,7 @@ class Options:
     data: str | None = None
     generated_tokens: int = 0
     teacher_cache: Path | None = None
+    teacher_quant: TeacherQuant | None = None
     steps: int = 400
     batch_size: int = 8
     accumulate: int = 1
@@ -88,16 +90,22 @@ class Job:
     @cached_property
     def teacher(self) -> SplitModel:
         """The teacher in memory, read when it's first asked for: a whole cache needs none."""
-        dtype = "float32" if self.device.type == "cpu" else None
-        asked = self.options
-        model = load(
-            self.teacher_source,
-            device=str(self.device),
-            dtype=dtype,
-            trust_remote_code=asked.trust_remote_code,
-            plain_too=True,
-        )
+        trusted = self.options.trust_remote_code
+        if self.options.teacher_quant is not None:
+            model = load_narrow(self.teacher_source, self.options.teacher_quant, self.device, trusted)
+        else:
+            dtype = "float32" if self.device.type == "cpu" else None
+            model = load(
+                self.teacher_source, device=str(self.device), dtype=dtype, trust_remote_code=trusted, plain_too=True
+            )
         return SplitModel(model, self.teacher_source.name)
+
+    @property
+    def teacher_name(self) -> str:
+        """For reports and records: of a folder its own name alone, and what was made of it in memory."""
+        source, quant = self.teacher_source, self.options.teacher_quant
+        name = source.folder.name if source.kind == "folder" else source.name
+        return name if quant is None else f"{name} in {quant}"
 
     @cached_property
     def teacher_fingerprint(self) -> str:
@@ -112,6 +120,7 @@ class Job:
             data=training.fingerprint,
             held_out=self.held_out.fingerprint,
             temperature=self.objective.temperature,
+            quant=self.options.teacher_quant,
             likeliest=min(LIKELIEST, self.split.weight.shape[0]),
             batch_size=self.options.batch_size,
         )
@@ -137,6 +146,7 @@ def prepare(options: Options, progress: Progress) -> Job:
     Nothing is written, but for a student that has to be made first (`smaller.py`).
     """
     objective = _objective(options)
+    check_narrow(options.teacher_quant)
     if find_spec("accelerate") is None:
         raise LlmshrinkError("distill needs accelerate: pip install 'llmshrink[distill]'")
     if (options.student is None) == (options.student_from is None):

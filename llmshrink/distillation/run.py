@@ -62,7 +62,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         verification = verify_reload(workspace.checkpoint)
         report = DistillReport(
             output=options.output,
-            teacher=job.teacher_source.name,
+            teacher=job.teacher_name,
             student=job.student.source.name
             if options.student_from is None
             else f"{options.student_from} of the teacher",

@@ -93,9 +93,7 @@ def _record(
         "held_out": job.held_out.name,
         "sites": [asdict(row) for row in rows],
         "distill": {
-            "teacher": job.teacher_source.name
-            if job.teacher_source.kind != "folder"
-            else job.teacher_source.folder.name,
+            "teacher": job.teacher_name,
             "revision": job.teacher_source.revision,
             "objective": asdict(job.objective),
             "steps": options.steps,

@@ -34,6 +34,12 @@ def teacher(model_of: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher so far from every student that whatever moves it comes nearer."""
+    return make_model(tmp_path_factory.mktemp("models") / "stranger", seed=3)
+
+
+@pytest.fixture(scope="module")
 def sparse(teacher: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("students") / "sparse"
     llmshrink.prune(teacher, output=out, recipe="magnitude-2of4", calibration=story, **CALIBRATED)
@@ -101,19 +107,19 @@ def test_codes_are_frozen_and_scales_learn(teacher: Path, quantized: Path, story
     assert (tmp_path / "out" / "config.json").read_bytes() == (quantized / "config.json").read_bytes()
 
 
-def test_codes_learn_too_where_that_is_asked(teacher: Path, quantized: Path, story: Path, tmp_path: Path) -> None:
+def test_codes_learn_too_where_that_is_asked(stranger: Path, quantized: Path, story: Path, tmp_path: Path) -> None:
     settings = {**SHORT, "train": "weights", "lr": 0.3, "eval_steps": 6}
-    report = llmshrink.distill(teacher, quantized, output=tmp_path / "out", data=story, **settings)
+    report = llmshrink.distill(stranger, quantized, output=tmp_path / "out", data=story, **settings)
     assert report.ok
     assert {name.replace(".weight", ".weight_packed") for name in LINEARS} <= changed(quantized, tmp_path / "out")
 
 
 @pytest.mark.parametrize("train", ["scales", "weights"])
 def test_two_of_four_integers_keep_their_zeros(
-    train: Any, teacher: Path, joint: Path, story: Path, tmp_path: Path
+    train: Any, stranger: Path, joint: Path, story: Path, tmp_path: Path
 ) -> None:
     settings = {**SHORT, "train": train, "lr": 0.3, "eval_steps": 6}
-    assert llmshrink.distill(teacher, joint, output=tmp_path / "out", data=story, **settings).ok
+    assert llmshrink.distill(stranger, joint, output=tmp_path / "out", data=story, **settings).ok
     found = changed(joint, tmp_path / "out")
     kinds = {name.rpartition(".")[2] for name in found - NORMS}
     assert kinds == ({"weight_scale"} if train == "scales" else {"weight_scale", "weight_values"})
@@ -218,6 +224,31 @@ def test_a_scaled_linear_is_its_checkpoint(story: Path) -> None:
         assert (held.scale.float().abs() >= 9.9e-6).all()
         assert torch.equal(held.scale < 0, scale < 0)
         assert torch.equal(stored.whole(held).dequantize(torch.float32), module.weight.detach())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_teacher_may_be_held_in_few_bits(
+    quant: Any, teacher: Path, sparse: Path, story: Path, tmp_path: Path, model_of: Callable[..., Path]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {**SHORT, "teacher_quant": quant}
+    wide = model_of("llama", intermediate_size=128)
+    report = llmshrink.distill(wide, sparse, output=tmp_path / "out", data=story, **settings)
+    assert report.ok and report.quality.kl_mean < report.before.kl_mean
+    assert report.teacher == f"model in {quant}"
+    if quant == "nf4":  # whose blocks of 64 don't divide 96 inputs
+        with pytest.raises(LlmshrinkError, match="can't compute its shapes in nf4"):
+            llmshrink.distill(teacher, sparse, output=tmp_path / "odd", data=story, **settings)
+
+
+def test_bitsandbytes_is_asked_for_only_where_it_is_needed(
+    teacher: Path, sparse: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmshrink.distillation.narrow.find_spec", lambda name: None)
+    settings = {**SHORT, "steps": 1}
+    assert llmshrink.distill(teacher, sparse, output=tmp_path / "without", data=story, **settings).ok
+    with pytest.raises(LlmshrinkError, match="needs bitsandbytes"):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **settings, teacher_quant="nf4")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""A teacher that takes less memory: its linears in bitsandbytes' NF4 or int8, as transformers loads them.
+
+What such a teacher says isn't what the original says (at 4 bits its own KL from the original is that of a 4-bit model),
+and a student learns that too; it is for teachers that don't fit otherwise.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+
+from llmshrink.checkpoint.source import Source
+from llmshrink.errors import LlmshrinkError, SourceError
+from llmshrink.runtime.load import one_line, quantization_of
+
+TeacherQuant = Literal["nf4", "int8"]
+QUANTS: tuple[TeacherQuant, ...] = get_args(TeacherQuant)
+
+
+def check_narrow(quant: str | None) -> None:
+    """Raise LlmshrinkError where a teacher can't be loaded so."""
+    if quant is None:
+        return
+    if quant not in QUANTS:
+        raise LlmshrinkError(f"--teacher-quant {quant}: choose {' or '.join(QUANTS)}, or leave it out")
+    if find_spec("bitsandbytes") is None:
+        raise LlmshrinkError(
+            f"--teacher-quant {quant}: needs bitsandbytes, which isn't installed: pip install 'llmshrink[bnb]', or "
+            "leave it out"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a build for another machine fails in its own ways
+        raise LlmshrinkError(
+            f"--teacher-quant {quant}: bitsandbytes doesn't run here ({one_line(error)}); leave it out"
+        ) from error
+
+
+def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust_remote_code: bool) -> Any:
+    """A teacher with narrow linears; its embeddings and output layer as they are. Raises SourceError."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if quantization_of(source) is not None:
+        raise SourceError(f"{source.name}: is compressed already; leave --teacher-quant out")
+    chosen = (
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        if quant == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            quantization_config=chosen,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except Exception as error:  # of every type: a missing file, a shape, an unknown class
+        raise SourceError(f"{source.name}: can't be loaded in {quant}: {one_line(error)}") from error
+    model.requires_grad_(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.full((1, 2), 2, device=device))
+    except RuntimeError as error:
+        raise SourceError(
+            f"{source.name}: bitsandbytes can't compute its shapes in {quant} here ({one_line(error)}); choose the "
+            "other, or leave --teacher-quant out"
+        ) from error
+    return model
