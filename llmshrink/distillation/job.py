@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,6 +150,7 @@ def prepare(options: Options, progress: Progress) -> Job:
     check_narrow(options.teacher_quant)
     if find_spec("accelerate") is None:
         raise LlmshrinkError("distill needs accelerate: pip install 'llmshrink[distill]'")
+    _check_optimizer(options.optim)
     if (options.student is None) == (options.student_from is None):
         raise LlmshrinkError("name a STUDENT, or give --student-from depth=N,width=N and none")
     smaller = None if options.student_from is None else Smaller.of(options.student_from)
@@ -236,6 +238,17 @@ def _objective(options: Options) -> Objective:
         return Objective(options.alpha, options.temperature, options.divergence, options.beta)
     except ValueError as error:
         raise LlmshrinkError(f"--{error}") from error
+
+
+def _check_optimizer(name: str) -> None:
+    from transformers.training_args import OptimizerNames
+
+    known = [each.value for each in OptimizerNames]
+    if name not in known:
+        near = get_close_matches(name, known, 3) or ["adamw_torch", "adamw_bnb_8bit"]
+        raise LlmshrinkError(f"--optim {name}: transformers has no such optimizer; it has {', '.join(near)} and others")
+    if ("bnb" in name or "8bit" in name) and find_spec("bitsandbytes") is None:
+        raise LlmshrinkError(f"--optim {name}: needs bitsandbytes: pip install 'llmshrink[bnb]', or take adamw_torch")
 
 
 def _length(seq_len: int | None, limit: int | None) -> int:

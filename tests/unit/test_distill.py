@@ -262,6 +262,7 @@ def test_bitsandbytes_is_asked_for_only_where_it_is_needed(
         ({"generated_tokens": -1}, "--generated-tokens -1"),
         ({"dtype": "float16"}, "--dtype float16"),
         ({"train": "scales"}, "isn't quantized"),
+        ({"optim": "adamw_bnb_8bits"}, "--optim adamw_bnb_8bits: .* it has adamw_bnb_8bit"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(
