@@ -8,6 +8,9 @@ weight, T the target, and H the damped Hessian, the error tr((Q - T) H (Q - T)^T
 so that no step, and no sweep of steps, raises it (this is the update of e.g. QuantEase, arXiv 2309.01885, without its
 outliers). Scales stay as they are. What was pruned is never visited: it stays exactly zero in the codes.
 
+A smaller error here needn't be a smaller one of the model: with 2:4 and 4 bits on wiki7m two sweeps lower the sites'
+error by .4 % and move the KL by -4.5, -.8, +.7 and +1.3 % in four recipes. So none asks for it.
+
 The product (T - Q) H is kept and corrected: inside a block of columns by the block's own changes as they are made, and
 for all columns by one matrix product when the block is done. Rows don't depend on each other.
 """

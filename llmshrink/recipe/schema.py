@@ -185,7 +185,8 @@ class Prune(_Frozen):
     pattern: "n:m", n of every m consecutive inputs are kept (with quotes: YAML takes 2:4 for a time of day).
     ratio: instead of a pattern, the share of weights that goes, anywhere.
     ratios: with a ratio, whether every matrix has it (`uniform`), or each its own, by what pruning it does to its
-        block's output (`by-error`, which takes a pass over the original first); of all together that share goes.
+        block's output (`by-error`, which takes a pass over the original first); of all together that share goes. An
+        override's ratio is uniform unless it says otherwise.
     repair: exact least squares on what is kept.
     corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
     damp: share of the mean of the Hessian's diagonal that is added to it.
@@ -201,6 +202,14 @@ class Prune(_Frozen):
 
     _method = field_validator("method")(_known_pruner)
     _pattern = field_validator("pattern")(_known_pattern)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratios_of_a_ratio(cls, data: object) -> object:
+        """A pattern has none."""
+        if isinstance(data, dict) and data.get("ratio") is not None:
+            return {"ratios": "uniform", **data}
+        return data
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -232,7 +241,7 @@ class PrunePatch(_Frozen):
         patch = self.model_dump(exclude_none=True)
         fields = base.model_dump(exclude_none=True)
         if patch.keys() & {"pattern", "ratio"}:
-            # A ratio of one's own is not one to be found, unless it says so.
+            # A site's own ratio is what it gets, unless the override says that it is to be found.
             fields = {name: value for name, value in fields.items() if name not in ("pattern", "ratio", "ratios")}
         return Prune.model_validate(fields | patch)
 

@@ -6,6 +6,9 @@ carries it on. These shares are comparable between weights: on wiki7m the KL tha
 weight's own output is not: by that the first block would be pruned hardest, and the model be worse than with equal
 ratios.
 
+That this helps was measured for SparseGPT (KL .1615 against .1765 at 50 %, repaired and corrected); for Wanda, which
+takes its share of every row, it doesn't (.232 against .218).
+
 Each weight is pruned by SparseGPT's sweep, whatever method prunes it in the end, at the recipe's ratio and at two
 around it, and the block run on some of the calibration tokens. The ratios found lie between those two; the journal
 keeps them.

@@ -30,13 +30,15 @@ def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, t
         assert report.ok
         bits = {"w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a16": 8}.get(recipe.rpartition("-")[2])
         assert {row.bits for row in report.sites} == {bits}
-        for row in report.sites:
-            if asked.prune is not None:
-                assert row.pruned == f"{asked.prune.method} {asked.prune.pattern or '50 %'}"
-                assert row.zeros is not None and row.zeros >= 0.4999
-                assert asked.prune.pattern is None or two_of_four(tmp_path / recipe, row.name)
-            else:
-                assert (row.pruned is None or asked.structured) and row.zeros is None
+        if asked.prune is None:
+            assert all((row.pruned is None or asked.structured) and row.zeros is None for row in report.sites)
+            continue
+        how = asked.prune.pattern or ("50 % by error" if asked.prune.ratios == "by-error" else "50 %")
+        assert {row.pruned for row in report.sites} == {f"{asked.prune.method} {how}"}
+        sizes = [row.shape[0] * row.shape[1] for row in report.sites]
+        zeros = sum(size * (row.zeros or 0.0) for size, row in zip(sizes, report.sites, strict=True))
+        assert zeros / sum(sizes) == pytest.approx(0.5, abs=0.002) if not asked.quantize else zeros / sum(sizes) >= 0.5
+        assert asked.prune.pattern is None or all(two_of_four(tmp_path / recipe, row.name) for row in report.sites)
 
 
 def two_of_four(folder: Path, site: str) -> bool:
