@@ -10,9 +10,10 @@ way brings that about with probability 2^(1 - n), 6.25 % at n = 5. Since that is
 tasks don't count among those that are corrected for.
 
 A difference that isn't significant is not shown to be absent. `possible_loss` says how large a loss is compatible with
-the data: the interval's far end or, where hardly any item changed and the bootstrap has nothing to resample, the exact
-bound: if a share q of all items changed, none of n sampled ones would with probability (1 - q)^n, which falls below
-2.5 % at q = 1 - 0.025^(1/n), about 3.7 / n.
+the data: the far end of the interval (of right-or-wrong items the score interval of paired shares, of others the
+bootstrap's; see `paired`). Of right-or-wrong items it is never less than the exact bound of none having changed: if a
+share q of all items changed, none of n sampled ones would with probability (1 - q)^n, which falls below 2.5 % at
+q = 1 - 0.025^(1/n), about 3.7 / n.
 """
 
 from __future__ import annotations
