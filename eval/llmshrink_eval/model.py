@@ -58,7 +58,8 @@ can read."""
 def load_model(path: str | Path, options: LoadOptions, loader: Loader | None = None) -> Any:
     """Load a causal language model for evaluation: no gradients, no dropout.
 
-    path: a folder. loader: takes its place where given. Raises EvalError in one line if it can't be loaded.
+    path: a folder. loader: takes its place where given. Raises EvalError in one line if it can't be loaded, or not all
+    of it.
     """
     path = Path(path)
     if loader is not None:
@@ -69,6 +70,8 @@ def load_model(path: str | Path, options: LoadOptions, loader: Loader | None = N
     with quiet():
         try:
             model = _load(path, options)
+        except EvalError:
+            raise
         # What can be wrong with a foreign checkpoint is of every type: a missing file, a shape, an unknown class.
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "no message")[:200]
@@ -77,11 +80,9 @@ def load_model(path: str | Path, options: LoadOptions, loader: Loader | None = N
 
 
 def _load(path: Path, options: LoadOptions) -> Any:
-    from transformers import AutoModelForCausalLM
-
     common: dict[str, Any] = {"dtype": options.used_dtype, "trust_remote_code": options.trust_remote_code}
     if options.offload is None:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **common)
+        model = _whole(path, **common)
         model.to(options.device)
         if hasattr(model, "ct_decompress_hook"):
             with torch.no_grad():
@@ -90,9 +91,24 @@ def _load(path: Path, options: LoadOptions) -> Any:
     streamed = _streamed(path, options, common)
     if streamed is not None:
         return streamed
-    return AutoModelForCausalLM.from_pretrained(
-        path, local_files_only=True, device_map={"": "disk"}, offload_folder=str(options.offload), **common
+    return _whole(path, device_map={"": "disk"}, offload_folder=str(options.offload), **common)
+
+
+def _whole(path: Path, **settings: Any) -> Any:
+    """From transformers, which fills what it doesn't find with random numbers and says so in a warning: refused."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, local_files_only=True, output_loading_info=True, **settings
     )
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        method = _quantization(path)
+        cause = "is the checkpoint whole?" if method is None else f"it may not know the compression, {method}"
+        raise EvalError(f"{path}: transformers doesn't find {missing[0]}{others} in it; {cause}")
+    return model
 
 
 def _streamed(path: Path, options: LoadOptions, common: dict[str, Any]) -> Any | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class EvalSettings(TypedDict, total=False):
-    """The options that both share, as the command line has them; `evaluation.verbs.Settings` holds the defaults."""
+    """The options that both share, as the command line has them; `evaluation.settings.Settings` holds the defaults."""
 
     text: str | None
     protocol: Literal["gptq", "sliding"]
@@ -85,7 +85,8 @@ def _evaluate(
     command: str | None,
     progress: Progress | None,
 ) -> Results:
-    from llmshrink.evaluation.verbs import Settings, evaluate
+    from llmshrink.evaluation.settings import Settings
+    from llmshrink.evaluation.verbs import evaluate
 
     return evaluate(
         None if original is None else os.fspath(original),

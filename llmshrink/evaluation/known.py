@@ -37,7 +37,7 @@ from llmshrink.errors import LlmshrinkError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
 
 if TYPE_CHECKING:
-    from llmshrink.evaluation.verbs import Settings
+    from llmshrink.evaluation.settings import Settings
 
 PART = "whole"
 TEXT_FILES = (".txt", ".jsonl", ".parquet")

@@ -1,22 +1,25 @@
-"""Checkpoints that transformers can't read by itself, decompressed by our own reader.
+"""Checkpoints that transformers can't read by itself.
 
 transformers reads `pack-quantized` through the compressed-tensors library, and the version that lives beside vLLM
 (0.17) packs bits that don't divide 32 in another way than vLLM does: 2-, 3-, 5-, 6- and 7-bit checkpoints come
 through here. The model is built without parameters and filled module by module, so that the compressed and the dense
 form are never whole in memory together.
+
+Our own format is read by transformers as soon as llmshrink is imported. Here it has been; in the process that measures
+what a model costs it is not, until that process looks for the model's loader in this module.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmshrink.checkpoint.decompressed import Decompressed
-from llmshrink.formats import compressed_tensors
+from llmshrink.formats import compressed_tensors, sparse24
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
 
 READ_BY_TRANSFORMERS = frozenset({4, 8})
 SHARD_BYTES = 500_000_000
+
+
+def reader_of(folder: Path, *, offload: bool) -> Callable[[str, LoadOptions], Any] | None:
+    """What loads the checkpoint in `folder`; None where transformers alone does. offload: whether it is streamed."""
+    if needed(folder) or (offload and packed(folder)):
+        return load
+    return load_own_format if _quantization(folder).get("quant_method") == sparse24.METHOD else None
 
 
 def packed(folder: Path) -> bool:
@@ -76,6 +86,13 @@ def load(path: str, options: LoadOptions) -> Any:
     skeleton.model.tie_weights()
     skeleton.model.config.use_cache = True
     return skeleton.model
+
+
+def load_own_format(path: str, options: LoadOptions) -> Any:
+    """The model as transformers loads it where llmshrink is imported: its linears stay packed."""
+    from llmshrink_eval.model import load_model
+
+    return load_model(path, options)
 
 
 def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:

@@ -6,12 +6,13 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
+from llmshrink.evaluation.settings import Settings
 
 if TYPE_CHECKING:
     from llmshrink_eval.options import ModelSpec, Options
@@ -25,34 +26,6 @@ DEMO_TEXT_SEED = 40_000
 DEMO_CHARACTERS = 120_000
 REPORT = "results.json"
 REPORT_FILES = frozenset({REPORT, "table.md", "report.html", "samples"})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options that `eval` and `compare` share, with their defaults; `llmshrink eval --help` says what each does."""
-
-    text: str | None = None
-    protocol: Literal["gptq", "sliding"] = "gptq"
-    window: int | None = None
-    stride: int | None = None
-    max_tokens: int | None = None
-    tasks: str | Sequence[str] | None = None
-    tasks_dir: str | os.PathLike[str] | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
-    engine: Literal["transformers", "vllm"] = "transformers"
-    device: str | None = None
-    dtype: str | None = None
-    batch_size: int | None = None
-    offload: bool = False
-    speed: str | Sequence[int] | None = None
-    prompts: Sequence[str] | None = None
-    require: str | None = None
-    seed: int = 0
-    cache: str | os.PathLike[str] | None = None
-    fresh: bool = False
-    trust_remote_code: bool = False
 
 
 def evaluate(
@@ -142,8 +115,7 @@ def spec_of(model: str, settings: Settings) -> ModelSpec:
 
     source = resolve(model, trust_remote_code=settings.trust_remote_code)
     name = f"{source.name}@{source.revision[:12]}" if source.revision else source.name
-    streamed = settings.offload and loader.packed(source.folder)
-    own = loader.load if loader.needed(source.folder) or streamed else None
+    own = loader.reader_of(source.folder, offload=settings.offload)
     return ModelSpec(name=name, folder=source.folder, loader=own, site_errors=_site_errors(source.folder))
 
 

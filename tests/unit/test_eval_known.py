@@ -14,6 +14,7 @@ from llmshrink_eval.results import Results
 
 import llmshrink
 from llmshrink.evaluation import known, verbs
+from llmshrink.evaluation.settings import Settings
 
 TASK = """\
 task: colours
@@ -163,7 +164,7 @@ def kept(**asked: Any) -> bool:
 
 
 def looked(original: str | None, **asked: Any) -> known.Known:
-    made = known.Known(original, ["demo"], verbs.Settings(**asked))
+    made = known.Known(original, ["demo"], Settings(**asked))
     made.look()
     return made
 

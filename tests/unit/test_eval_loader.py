@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from llmshrink_eval.engines.cost_process import cost_process
+from llmshrink_eval.errors import EvalError
 from llmshrink_eval.model import LoadOptions, load_model
+from llmshrink_eval.options import ModelSpec, Running
 from safetensors.torch import load_file
+from sparse24 import write_pair
 
 import llmshrink
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.evaluation import loader
-from llmshrink.evaluation.verbs import Settings, spec_of
+from llmshrink.evaluation.settings import Settings
+from llmshrink.evaluation.verbs import spec_of
 
 IDS = torch.arange(40)[None] + 3
 
@@ -133,3 +138,15 @@ def test_errors_of_each_layer_come_from_the_compressor(packed: Callable[[int], P
         (site["name"], site["bits"], site["error"]) for site in recorded
     ]
     assert found
+
+
+def test_our_own_format_is_known_wherever_a_model_is_loaded(model_of: Callable[..., Path], tmp_path: Path) -> None:
+    pair = write_pair(model_of("llama"), tmp_path, bits=4, group_size=32, dtype=torch.bfloat16)
+    spec = spec_of(str(pair.sparse), Settings())
+    found = logits(load_model(spec.folder, LoadOptions(), spec.loader))
+    expected = logits(load_model(pair.dense, LoadOptions()))
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    # The process that measures cost has not imported llmshrink, and would have run it with random numbers.
+    assert cost_process().ask(spec, Running(), ())["peak_rss_bytes"] > 0
+    with pytest.raises(EvalError, match="it may not know the compression, llmshrink"):
+        cost_process().ask(ModelSpec("a model", pair.sparse), Running(), ())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from llmshrink_eval.passes import input_device, run_pass
 from llmshrink_eval.protocol import build_windows
 from llmshrink_eval.results import Results
 from llmshrink_eval.text import Text
+from safetensors.torch import load_file, save_file
 
 import llmshrink
 from llmshrink.demo.tokenizer import build
@@ -100,6 +103,33 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, model_of: Callable[..
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(EvalError, match=r"a compressed checkpoint \(gptq\) is decompressed whole; leave --offload out"):
         load_model(tmp_path, LoadOptions(offload=tmp_path / "off"))
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_checkpoint_that_is_not_whole_is_not_filled_with_random_numbers(
+    offloaded: bool, model_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_of("llama"), tmp_path / "part")
+    tensors = load_file(folder / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    options = LoadOptions(offload=tmp_path / "off" if offloaded else None)
+    with pytest.raises(EvalError, match=rf"doesn't find {re.escape(lost)} in it; is the checkpoint whole\?"):
+        load_model(folder, options)
+
+
+def test_a_compression_that_transformers_does_not_know_is_refused(
+    model_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_of("llama"), tmp_path / "foreign")
+    tensors = load_file(folder / "model.safetensors")
+    packed = {name: name.replace("_proj.weight", "_proj.weight_packed") for name in tensors}
+    save_file({packed[name]: tensors[name] for name in tensors}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "somebodys"}}))
+    with pytest.raises(EvalError, match=r"and \d+ more tensors in it; it may not know the compression, somebodys"):
+        load_model(folder, LoadOptions())
 
 
 def test_a_loader_of_the_callers_takes_over(model_of: Callable[..., Path]) -> None:

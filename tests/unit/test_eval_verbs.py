@@ -24,7 +24,8 @@ from llmshrink.cli import run
 from llmshrink.cli.settings import settings as declared
 from llmshrink.errors import LlmshrinkError
 from llmshrink.evaluation import verbs
-from llmshrink.evaluation.verbs import Settings, check_report_folder, options_of
+from llmshrink.evaluation.settings import Settings
+from llmshrink.evaluation.verbs import check_report_folder, options_of
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 FLAGS = (
@@ -234,6 +235,8 @@ def evaluated(*arguments: str | int | Path) -> int:
 def test_bad_input_is_refused_before_anything_is_written(
     model_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = model_of("llama")
+    capsys.readouterr()  # of who made it
     records = tmp_path / "records.jsonl"
     records.write_text('{"text": "some words"}\n{"text": 3}\n')
     half = tmp_path / "half.jsonl"
@@ -246,9 +249,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         (empty, "holds no text"),
         (tmp_path / "none.parquet", "no such file"),
     ):
-        assert (
-            evaluated("eval", model_of("llama"), "--text", text, "-o", tmp_path / "out", "--cache", tmp_path / "c") == 2
-        )
+        assert evaluated("eval", model, "--text", text, "-o", tmp_path / "out", "--cache", tmp_path / "c") == 2
         out, err = capsys.readouterr()
         assert not out and err.startswith("llmshrink: error: ") and err.count("\n") == 1 and says in err
     assert evaluated("eval", tmp_path / "none", "--text", "demo", "-o", tmp_path / "out") == 2
@@ -296,3 +297,23 @@ def test_python_and_the_command_line_find_the_same(
     assert made.models[0].perplexity == results.models[0].perplexity
     assert made == Results.read(tmp_path / "b" / "results.json")
     assert err.endswith("text, generations from the cache\n")
+
+
+@pytest.mark.filterwarnings("error:You are calling .generate:UserWarning")
+def test_streamed_it_is_timed_and_goes_on_from_a_prompt_where_that_is_asked(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    asked = {"text": str(story), "window": 32, "max_tokens": 64, "cache": tmp_path / "cache", "fresh": True}
+    more = {"speed": "2", "prompts": ["Once upon"]}
+    streamed, whole = (
+        llmshrink.eval(model_of("llama"), output=tmp_path / str(offload), offload=offload, **more, **asked).models[0]  # type: ignore[arg-type]
+        for offload in (True, False)
+    )
+    assert streamed.generations == whole.generations and len(streamed.generations) == 1
+    assert streamed.perplexity == whole.perplexity
+    for model in (streamed, whole):
+        assert model.cost is not None and [speed.batch_size for speed in model.cost.speed] == [2]
+        assert all(speed.decode_tokens_per_second > 0 for speed in model.cost.speed)
+    # Neither is done of itself: each token reads the whole model again.
+    left = llmshrink.eval(model_of("llama"), output=tmp_path / "left", offload=True, **asked).models[0]  # type: ignore[arg-type]
+    assert left.cost is not None and left.cost.speed == () and left.generations == ()

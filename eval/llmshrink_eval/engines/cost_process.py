@@ -12,6 +12,7 @@ with this one, and holds no model.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import json
 import os
@@ -23,7 +24,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from llmshrink_eval.engines.cost_worker import job
 from llmshrink_eval.engines.vllm_process import import_path
 from llmshrink_eval.errors import EvalError, EvalFailed
 from llmshrink_eval.options import ModelSpec, Running
@@ -48,7 +48,7 @@ class CostProcess:
         """A model's cost to load and run, as results.Cost has it. Raises EvalError or EvalFailed, in one line."""
         import torch
 
-        line = json.dumps(job(spec, running, list(batch_sizes), torch.get_num_threads())).encode() + b"\n"
+        line = json.dumps(_job(spec, running, list(batch_sizes), torch.get_num_threads())).encode() + b"\n"
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -102,3 +102,16 @@ class CostProcess:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")[:600]
+
+
+def _job(spec: ModelSpec, running: Running, batch_sizes: list[int], threads: int) -> dict[str, Any]:
+    """What the process is asked, as `cost_worker` has it. Raises EvalError for a loader that it can't find."""
+    loader = None
+    if spec.loader is not None:
+        loader = f"{spec.loader.__module__}:{spec.loader.__qualname__}"
+        if "<" in loader or spec.loader.__module__ == "__main__":
+            raise EvalError(f"{spec.name}: its loader ({loader}) must be a function of a module that can be imported")
+    asked = dataclasses.asdict(running)
+    asked["offload"] = None if running.offload is None else os.fspath(running.offload.absolute() / "cost")
+    folder = os.fspath(spec.folder.absolute())
+    return {"folder": folder, "loader": loader, "running": asked, "batch_sizes": batch_sizes, "threads": threads}

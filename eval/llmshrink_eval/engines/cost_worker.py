@@ -2,16 +2,16 @@
 
 `python -m llmshrink_eval.engines.cost_worker` imports what models need, and then answers until its input ends.
 
-Every line on the standard input is a JSON object: folder, loader (`module:function`, or null), running (the fields of
-options.Running), batch_sizes, threads. For each a child is forked; its answer is a line on the standard output, either
-{"cost": ...} or {"error": one line, "kind": "input" | "failed" | "died"}. This process itself only imports, and runs
-nothing: it has no other thread when it forks, and no child finds a trace of the model before it.
+Every line on the standard input is a JSON object, written by `cost_process`: folder, loader (`module:function`, or
+null), running (the fields of options.Running), batch_sizes, threads. For each a child is forked; its answer is a line
+on the standard output, either {"cost": ...} or {"error": one line, "kind": "input" | "failed" | "died"}. This process
+itself only imports, and runs nothing: it has no other thread when it forks, and no child finds a trace of the model
+before it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import importlib
 import json
 import os
@@ -99,19 +99,6 @@ def main() -> None:
             reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
             died = {"error": f"the process that ran it ended with {reason}", "kind": "died"}
             os.write(out, json.dumps(died).encode() + b"\n")
-
-
-def job(spec: ModelSpec, running: Running, batch_sizes: list[int], threads: int) -> dict[str, Any]:
-    """What `measure` takes. Raises EvalError for a loader that another process can't find."""
-    loader = None
-    if spec.loader is not None:
-        loader = f"{spec.loader.__module__}:{spec.loader.__qualname__}"
-        if "<" in loader or spec.loader.__module__ == "__main__":
-            raise EvalError(f"{spec.name}: its loader ({loader}) must be a function of a module that can be imported")
-    asked = dataclasses.asdict(running)
-    asked["offload"] = None if running.offload is None else os.fspath(running.offload.absolute() / "cost")
-    folder = os.fspath(spec.folder.absolute())
-    return {"folder": folder, "loader": loader, "running": asked, "batch_sizes": batch_sizes, "threads": threads}
 
 
 if __name__ == "__main__":

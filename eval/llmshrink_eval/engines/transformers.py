@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,9 @@ class TransformersEngine:
             if limit is not None and ids.shape[1] >= limit:
                 raise EvalError(f"--prompt: has {ids.shape[1]} tokens, the model reads {limit}; give a shorter one")
             room = SHOWN_TOKENS if limit is None else max(1, min(SHOWN_TOKENS, limit - ids.shape[1]))
-            with torch.inference_mode():
+            with torch.inference_mode(), warnings.catch_warnings():
+                # A streamed model has no device of its own; what it reads goes where accelerate computes.
+                warnings.filterwarnings("ignore", message=r"You are calling \.generate\(\) with the `input_ids`")
                 said = self.loaded.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False, pad_token_id=0
                 )
