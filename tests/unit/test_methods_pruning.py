@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -253,3 +254,43 @@ def test_equal_costs_have_equal_ratios_and_costs_of_nothing_are_no_fault() -> No
     assert same == pytest.approx({"a": 0.5, "b": 0.5}, abs=1e-9)
     free = allocate({"a": [0.0, 0.0], "b": [1.0, 2.0]}, [0.4, 0.6], {"a": 512, "b": 512}, 0.5)
     assert free == pytest.approx({"a": 0.6, "b": 0.4}, abs=1e-9)
+
+
+def test_the_order_of_the_methods_on_held_out_text(wiki7m: Path, calibration_text: Path, wikitext2_test: Path) -> None:
+    """On sites of a real model, by the error of their outputs on other text than the one they were pruned on."""
+    from safetensors.torch import load_file
+
+    weights = load_file(wiki7m / "model.safetensors")
+    taps = [f"model.layers.{block}.{name}" for block in (1, 4) for name in ("self_attn.q_proj", "self_attn.o_proj")]
+    seen, held = (inputs_of(wiki7m, text, taps) for text in (calibration_text, wikitext2_test))
+    errors: dict[tuple[str, bool], float] = {}
+    for tap in taps:
+        weight = weights[f"{tap}.weight"].float()
+        for method in names():
+            for repair in (False, True):
+                found = prune(weight, seen[tap], replace(SPEC, method=method, repair=repair, damp=0.001))
+                lost = oracle.output_error(weight, found.weight, held[tap].hessian)
+                errors[method, repair] = errors.get((method, repair), 0.0) + lost
+    assert errors["sparsegpt", False] < min(errors["wanda", False], errors["magnitude", False])
+    assert errors["alps", True] <= errors["sparsegpt", True] < errors["sparsegpt", False]
+
+
+def inputs_of(model: Path, text: Path, taps: list[str]) -> dict[str, Statistics]:
+    """Of the original model's linears, on 64 windows of 256 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmshrink.calibration.text import load_documents
+    from llmshrink.calibration.tokens import build_windows
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    windows, _ = build_windows(load_documents(str(text)), tokenizer, samples=64, seq_len=256, held_out=1, seed=0)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = {tap: Statistics(loaded.get_submodule(tap).in_features) for tap in taps}
+    for tap in taps:
+        loaded.get_submodule(tap).register_forward_pre_hook(
+            lambda _, given, tap=tap: found[tap].add(given[0].flatten(0, 1))
+        )
+    with torch.no_grad():
+        for batch in windows.input_ids.split(8):
+            loaded.model(batch, use_cache=False)
+    return found
