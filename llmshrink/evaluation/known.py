@@ -64,6 +64,9 @@ class Known:
         # Our own tasks are made by our own code.
         self._only_demo = settings.tasks_dir is None and all(map(is_demo_task, task_names(settings.tasks)))
         self._key: dict[str, Any] | None = None
+        # Whoever has imported torch already may have told it how many threads to use. Later on we'll have imported it.
+        torch = sys.modules.get("torch")
+        self._threads: int | None = torch.get_num_threads() if torch is not None else None
 
     def look(self) -> None:
         """Take note of everything that the results depend on, as it is now. What is wrong with the input is found, and
@@ -135,6 +138,7 @@ class Known:
             "tasks": tasks,
             "versions": versions_of(settings.engine),
             "machine": _machine(),
+            "threads": self._threads,
             "code": _code(),
         }
 
@@ -176,15 +180,12 @@ def _machine() -> dict[str, object]:
     except OSError:
         kind = [platform.processor()]
     gpus = Path("/proc/driver/nvidia/gpus")
-    torch = sys.modules.get("torch")
     return {
         "name": platform.node(),
         "cpu": hashlib.sha256("\n".join(kind).encode()).hexdigest(),
         "cores": [os.cpu_count(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None],
         "gpus": sorted(os.listdir(gpus)) if gpus.is_dir() else [],
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
-        # Whoever has imported torch already may have told it how many threads to use.
-        "threads": torch.get_num_threads() if torch is not None else None,
     }
 
 

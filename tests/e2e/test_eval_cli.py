@@ -171,6 +171,19 @@ def test_every_answer_is_that_of_a_loop_over_the_options(
         assert paired.difference == pytest.approx((sum(expected) - sum(before)) / ITEMS, abs=1e-12)
 
 
+SEEN = "import sys; from llmshrink.cli import run; run(sys.argv[1:]); print(*sorted(sys.modules), sep='\\n')"
+
+
+def test_a_second_run_imports_nothing_that_could_measure(models: Path, report: Path, story: Path) -> None:
+    """Nor does it need a third: in this file, this is the second."""
+    command = [sys.executable, "-P", "-c", SEEN, *map(str, asked(story))]
+    done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=environment(models))
+    assert done.returncode == 0, done.stderr
+    imported = {line for line in done.stdout.splitlines() if line.isidentifier()}
+    assert "llmshrink_eval" in imported
+    assert not imported & {"torch", "transformers", "tokenizers", "lm_eval", "datasets", "matplotlib", "numpy", "scipy"}
+
+
 def test_a_second_run_measures_nothing_and_says_so(models: Path, report: Path, story: Path) -> None:
     before = Results.read(report / "results.json")
     done = llmshrink(models, *asked(story), code=1)
@@ -179,19 +192,6 @@ def test_a_second_run_measures_nothing_and_says_so(models: Path, report: Path, s
     after = Results.read(report / "results.json")
     assert measured(after) == measured(before)
     assert [model.cost for model in after.models] == [model.cost for model in before.models]
-
-
-SEEN = "import sys; from llmshrink.cli import run; run(sys.argv[1:]); print(*sorted(sys.modules), sep='\\n')"
-
-
-def test_a_second_run_imports_nothing_that_could_measure(models: Path, report: Path, story: Path) -> None:
-    command = [sys.executable, "-P", "-c", SEEN, *map(str, asked(story))]
-    llmshrink(models, *asked(story), code=1)
-    done = subprocess.run(command, cwd=models, capture_output=True, text=True, env=environment(models))
-    assert done.returncode == 0, done.stderr
-    imported = {line for line in done.stdout.splitlines() if line.isidentifier()}
-    assert "llmshrink_eval" in imported
-    assert not imported & {"torch", "transformers", "tokenizers", "lm_eval", "datasets", "matplotlib", "numpy", "scipy"}
 
 
 def test_json_is_the_file_and_goes_alone_on_stdout(models: Path, report: Path, story: Path) -> None:
@@ -205,10 +205,17 @@ LONG = ("eval", "demo", "--baseline", "demo", "--text", "demo", "--batch-size", 
         "--speed", "none", "-o", "report")  # fmt: skip
 
 
+def heeding() -> None:
+    """What a shell starts with & is deaf to an interrupt, and so is whatever it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(folder: Path, sign: signal.Signals, there: Callable[[], bool]) -> tuple[int, str]:
     """Start the long evaluation, and send it a signal when something is there."""
     command = [LLMSHRINK, *map(str, LONG)]
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment(folder))
+    process = subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment(folder), preexec_fn=heeding
+    )
     deadline = time.monotonic() + 300
     while not there():
         assert process.poll() is None and time.monotonic() < deadline

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from eval_small import Heard, disturb
 from llmshrink_eval.results import Results
 
@@ -167,6 +169,27 @@ def looked(original: str | None, **asked: Any) -> known.Known:
     made = known.Known(original, ["demo"], Settings(**asked))
     made.look()
     return made
+
+
+def test_what_a_first_run_keeps_a_second_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line: the first has imported torch when it takes note of everything, the second hasn't."""
+    from eval_example import example
+    from llmshrink_eval.outcome import Evaluation
+
+    def begun() -> known.Known:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, "torch")
+            return known.Known(None, ["demo"], Settings(text="demo", cache=tmp_path))
+
+    monkeypatch.setattr(known, "_code", lambda: CODE)
+    first = begun()
+    assert first.find() is None and "torch" in sys.modules
+    first.look()
+    first.keep(Evaluation(example(), {}, {model.name: ("cost",) for model in example().models}, ()))
+    assert begun().find() is not None
+    # Whoever has torch in other hands asks another question.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert known.Known(None, ["demo"], Settings(text="demo", cache=tmp_path)).find() is None
 
 
 def test_what_lies_on_the_hub_is_not_kept_whole(tmp_path: Path) -> None:
