@@ -13,7 +13,8 @@ are reasoned, NOT YET MEASURED on any GPU:
 A tile has 128 rows of W: with 64 a thread has half as many weights to share what a step costs anyway. Four warps of
 them, and eight with more than 16 rows of x, where the accumulators of four would not stay in registers. Tiles of x
 shrink until two stages fit the device's shared memory (and a step its tensor memory, where there is any); packets are
-split among programs until there are programs for three quarters of the multiprocessors.
+split among programs until there are programs for three quarters of the multiprocessors. Where these tiles spill
+registers on Ampere others are taken (`tile`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ BLOCK_N = 128
 WIDEST = 64
 MOST_STAGES = 3
 MOST_SPLITS = 16
+SPILLING = {(4, 32, 32), (4, 64, 32), (4, 256, 64), (8, 64, 32), (8, 256, 64)}
+"""(bits, the kernel's group, slab) whose usual tile spills on Ampere by the compiler of Triton 3.7.1: for fp16 or bf16,
+with the packets split or not. Found by compiling them all; that 4 bits in groups of 128 are spared follows no rule."""
 
 
 def plan(packed: PackedSparse, rows: int, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -75,21 +79,36 @@ def default(packed: PackedSparse, rows: int, here: Limits) -> Plan:
         return "dequantize"
     block_m = min(widest(packed, here), max(DECODE, 1 << (rows - 1).bit_length()))
     while True:
-        stages = min(MOST_STAGES, here.shared // stage_bytes(packed, block_m, BLOCK_N))
+        block_n, warps, most = tile(packed, block_m, here)
+        stages = min(most, here.shared // stage_bytes(packed, block_m, block_n))
         if block_m == DECODE or (stages >= 2 and fits_tensor_memory(here, block_m, packed.packet, packed.slab // 2)):
             break
         block_m //= 2
-    tiles = -(-rows // block_m) * (packed.padded_out // BLOCK_N)
+    tiles = -(-rows // block_m) * (packed.padded_out // block_n)
     split = 1
     while tiles * split < here.processors * 3 // 4 and split * 2 <= min(MOST_SPLITS, packed.words.shape[0]):
         split *= 2
-    return Config(block_m, BLOCK_N, packed.packet, 4 if block_m == DECODE else 8, max(1, stages), split)
+    return Config(block_m, block_n, packed.packet, warps, max(1, stages), split)
+
+
+def tile(packed: PackedSparse, block_m: int, here: Limits) -> tuple[int, int, int]:
+    """(rows of W, warps, most stages) for `block_m` rows of x."""
+    if here.capability < 90 and (packed.bits, packed.kernel_group, packed.slab) in SPILLING:
+        if packed.bits == 8:
+            # Half as many outputs a thread; 5 to 15 % more instructions a weight.
+            return BLOCK_N, 8, MOST_STAGES
+        if block_m == 32:
+            # As many outputs a thread, but with three stages, or with eight warps, one dtype or the other spills.
+            return BLOCK_N // 2, 4, 2
+    return BLOCK_N, 4 if block_m == DECODE else 8, MOST_STAGES
 
 
 def widest(packed: PackedSparse, here: Limits) -> int:
     """The tallest tile of x whose accumulators, and what else a thread holds, stay in registers."""
-    # A thread of Ampere holds x's operands too.
-    return DECODE if here.capability < 90 and packed.bits == 8 and packed.kernel_group else WIDEST
+    # A thread of Ampere holds x's operands too; with eight scales in a packet those of 64 rows are too many.
+    if here.capability < 90 and packed.kernel_group:
+        return DECODE if packed.bits == 8 else 32 if packed.kernel_group == 32 else WIDEST
+    return WIDEST
 
 
 def candidates(packed: PackedSparse, rows: int, here: Limits) -> list[Plan]:

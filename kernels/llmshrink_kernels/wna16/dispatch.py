@@ -109,7 +109,8 @@ def default(packed: PackedWeight, rows: int, here: Limits) -> Plan:
         warps = block_n // 16
         size = stage_bytes(packed, block_m, block_n, packed.step)
         stages = min(4, here.shared // size)
-        if rows <= DECODE:
+        # With 3 bits in groups of 32 more stages than those of few rows spill registers on Ampere.
+        if rows <= DECODE or (here.capability < 90 and packed.bits == 3 and packed.group_size == 32):
             stages = min(stages, max(2, (here.shared // 2 - RESERVED) // size))
         if block_m == DECODE or (stages >= 2 and fits_tensor_memory(here, block_m, packed.step, packed.slab)):
             break
