@@ -4,13 +4,48 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
-from llmshrink.errors import PathLike
+from llmshrink.errors import PathLike, RecipeError
 
 if TYPE_CHECKING:
     from llmshrink.distillation.report import DistillReport
     from llmshrink.run.progress import Progress
+
+RECIPE = "distill-recover"
+
+
+class DistillSettings(TypedDict, total=False):
+    """What a distill step of a recipe says too; None is what the recipe says."""
+
+    steps: int | None
+    batch_size: int | None
+    generated_tokens: int | None
+    alpha: float | None
+    temperature: float | None
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] | None
+    beta: float | None
+    train: Literal["weights", "scales"] | None
+    lr: float | None
+    scale_lr: float | None
+
+
+class RunSettings(DistillSettings, total=False):
+    """And what is this run's own."""
+
+    student_from: str | None
+    accumulate: int
+    seq_len: int | None
+    optim: str
+    warmup: int
+    eval_steps: int | None
+    teacher_quant: Literal["nf4", "int8"] | None
+    gradient_checkpointing: bool
+    device: str | None
+    dtype: str | None
+    seed: int
+    overwrite: bool
+    trust_remote_code: bool
 
 
 def distill(
@@ -18,25 +53,34 @@ def distill(
     student: PathLike | None = None,
     *,
     output: PathLike,
+    recipe: PathLike = RECIPE,
     data: PathLike | None = None,
     teacher_cache: PathLike | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[RunSettings],
 ) -> DistillReport | None:
     """Train `student` towards `teacher` on `data`, and write it in its own format as `output`.
 
-    Under a launcher such as torchrun every process calls it, and the first has the report; the others get None.
+    recipe: a shipped name or a YAML file of one step, `distill`; settings change it (what they do:
+    docs/distillation.md). Under a launcher such as torchrun every process calls it, and the first has the report; the others get None.
+    Raises LlmshrinkError for bad input.
     """
     from llmshrink.distillation.job import Options
     from llmshrink.distillation.run import distill as run
+    from llmshrink.recipe.read import load_recipe
     from llmshrink.run.progress import Silent
 
+    step = load_recipe(recipe)
+    if step.distill is None or len(step.steps) > 1:
+        raise RecipeError([f"{step.name}: it doesn't distill alone: use llmshrink compress for it"])
+    given = {name: value for name, value in settings.items() if value is not None}
+    fields: dict[str, object] = {**step.distill.model_dump(), **given}
     options = Options(
         teacher=os.fspath(teacher),
         student=None if student is None else os.fspath(student),
         output=Path(output),
         data=None if data is None else os.fspath(data),
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),
-        **settings,
+        **fields,  # type: ignore[arg-type]
     )
     return run(options, progress or Silent())

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 from llmshrink.errors import LlmshrinkError, PathLike
 
 if TYPE_CHECKING:
+    from llmshrink.distillation.report import DistillReport
+    from llmshrink.run.job import Options
     from llmshrink.run.progress import Progress
     from llmshrink.run.report import QuantizeReport
 
@@ -143,26 +145,51 @@ def compress(
     method: str | None = None,
     repair: bool | None = None,
     **settings: Unpack[StoredSettings],
-) -> QuantizeReport:
-    """Carry out any recipe: quantize, prune, or both in one visit of each weight.
+) -> QuantizeReport | DistillReport | None:
+    """Carry out any recipe: quantize, prune, or both in one visit of each weight; and teach the result, if it says so.
 
-    Everything is as in `quantize` and `prune`. Raises LlmshrinkError for bad input.
+    Everything is as in `quantize` and `prune`, and the report of a recipe that ends with `distill` as in `distill`.
+    Raises LlmshrinkError for bad input.
     """
-    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method}
-    return _run("compress", model, output, recipe, flags | {"repair": repair}, **settings)
+    from llmshrink.recipe.read import load_recipe
+    from llmshrink.run.progress import Silent
+    from llmshrink.run.quantize import quantize as run
+
+    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method, "repair": repair}
+    options = _options("compress", model, output, recipe, flags, **settings)
+    progress = settings.get("progress") or Silent()
+    asked = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
+    if asked.distill is None:
+        return run(options, progress)
+    from llmshrink.distillation.compress import compress as then_teach
+
+    return then_teach(options, asked, progress)
 
 
 def _run(
-    verb: Literal["quantize", "prune", "compress"],
+    verb: Literal["quantize", "prune"],
     model: PathLike,
     output: PathLike,
     recipe: PathLike,
     flags: Mapping[str, object],
     **settings: Unpack[StoredSettings],
 ) -> QuantizeReport:
-    from llmshrink.run.job import Options
     from llmshrink.run.progress import Silent
     from llmshrink.run.quantize import quantize as run
+
+    options = _options(verb, model, output, recipe, flags, **settings)
+    return run(options, settings.get("progress") or Silent())
+
+
+def _options(
+    verb: Literal["quantize", "prune", "compress"],
+    model: PathLike,
+    output: PathLike,
+    recipe: PathLike,
+    flags: Mapping[str, object],
+    **settings: Unpack[StoredSettings],
+) -> Options:
+    from llmshrink.run.job import Options
 
     typed = {name: value for name, value in {**settings, **flags}.items() if name not in CHECKED_LATER}
     check_types(model=model, output=output, recipe=recipe, **typed)
@@ -175,7 +202,7 @@ def _run(
     changes = {name: value for name, value in flags.items() if name != "asymmetric"}
     changes["symmetric"] = None if asymmetric is None else not asymmetric
     calibration, work_dir = settings.get("calibration"), settings.get("work_dir")
-    options = Options(
+    return Options(
         model=os.fspath(model),
         output=Path(output),
         verb=verb,
@@ -198,7 +225,6 @@ def _run(
         verify=settings.get("verify", True),
         format=settings.get("format", "compressed-tensors"),
     )
-    return run(options, settings.get("progress") or Silent())
 
 
 def check_types(**given: object) -> None:

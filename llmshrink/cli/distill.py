@@ -21,32 +21,35 @@ def distill(
             metavar="depth=N,width=N", help="Cut the student from the teacher: blocks, FFN channels that stay."
         ),
     ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A recipe of one distill step: a shipped one or a YAML file.")
+    ] = "distill-recover",
     data: Annotated[str | None, typer.Option(help="A .txt, .jsonl or .parquet, a `datasets` name, or `demo`.")] = None,
     generated_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of text that the teacher writes, beside the data.")
-    ] = 0,
+        int | None, typer.Option(metavar="N", help="Tokens of text that the teacher writes, beside the data.")
+    ] = None,
     teacher_cache: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's outputs there, or find them there.")
     ] = None,
     teacher_quant: Annotated[
         Literal["nf4", "int8"] | None, typer.Option(help="Hold the teacher in so few bits (bitsandbytes).")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 400,
-    batch_size: Annotated[int, typer.Option(help="Windows in a batch.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer (400).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a batch (8).")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window (1024, or the models' limit).")] = None,
-    alpha: Annotated[float, typer.Option(help="Share of the text's own cross-entropy in the loss, 0 to 1.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="Of both models' probabilities.")] = 1.0,
+    alpha: Annotated[float | None, typer.Option(help="Share of the text's own cross-entropy in the loss (0).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of both models' probabilities (1).")] = None,
     divergence: Annotated[
-        Literal["forward_kl", "reverse_kl", "jsd"], typer.Option(help="How the two are compared.")
-    ] = "forward_kl",
-    beta: Annotated[float, typer.Option(help="Of jsd: the teacher's share of the mixture.")] = 0.5,
+        Literal["forward_kl", "reverse_kl", "jsd"] | None, typer.Option(help="How they are compared (forward_kl).")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Of jsd: the teacher's share of the mixture (0.5).")] = None,
     train: Annotated[
         Literal["weights", "scales"] | None,
         typer.Option(help="What is trained; left out: scales of a quantized student, weights of any other."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of weights (left out: 0.77 over the width).")] = None,
-    scale_lr: Annotated[float, typer.Option(help="Learning rate of scales, relative to each.")] = 1e-2,
+    scale_lr: Annotated[float | None, typer.Option(help="Learning rate of scales, relative to each (0.01).")] = None,
     optim: Annotated[str, typer.Option(help="transformers' name of the optimizer.")] = "adamw_torch",
     warmup: Annotated[int, typer.Option(help="Steps until the learning rate is whole.")] = 20,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations (an eighth of all).")] = None,
@@ -64,12 +67,12 @@ def distill(
 
     with Shown(json=json) as progress:
         report = api.distill(
-            teacher, student, student_from=student_from, output=output, data=data, generated_tokens=generated_tokens,
-            teacher_cache=teacher_cache, teacher_quant=teacher_quant, steps=steps, batch_size=batch_size,
-            accumulate=accumulate, seq_len=seq_len, alpha=alpha, temperature=temperature, divergence=divergence,
-            beta=beta, train=train, lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup, eval_steps=eval_steps,
-            gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype, seed=seed,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
+            teacher, student, student_from=student_from, output=output, recipe=recipe, data=data,
+            generated_tokens=generated_tokens, teacher_cache=teacher_cache, teacher_quant=teacher_quant, steps=steps,
+            batch_size=batch_size, accumulate=accumulate, seq_len=seq_len, alpha=alpha, temperature=temperature,
+            divergence=divergence, beta=beta, train=train, lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup,
+            eval_steps=eval_steps, gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype,
+            seed=seed, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if report is None:  # another process speaks
         return 0

@@ -11,6 +11,7 @@ from llmshrink.cli.sharing import sharing
 from llmshrink.cli.show import show
 
 if TYPE_CHECKING:
+    from llmshrink.distillation.report import DistillReport
     from llmshrink.run.report import QuantizeReport
 
 Model = Annotated[
@@ -95,12 +96,19 @@ with_settings = sharing(settings)
 
 
 def carry_out(
-    twin: Callable[..., QuantizeReport], model: str, *, json: bool, set_: list[str] | None, **given: Any
+    twin: Callable[..., QuantizeReport | DistillReport | None],
+    model: str,
+    *,
+    json: bool,
+    set_: list[str] | None,
+    **given: Any,
 ) -> int:
     """Run a verb's Python twin with progress on the screen, and print its report; returns the exit code."""
     from llmshrink.run.progress import Shown
 
     with Shown(json=json) as progress:
         report = twin(model, set=tuple(set_ or ()), progress=progress, **given)
+    if report is None:  # of several processes another one speaks
+        return 0
     show(report, as_json=json)
     return 0 if report.ok else 1

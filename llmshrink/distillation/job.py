@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -19,15 +18,15 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.distillation.cache import LIKELIEST, CacheKey
+from llmshrink.distillation.made import check_room_for, student_folder
 from llmshrink.distillation.narrow import TeacherQuant, check_narrow, load_narrow
 from llmshrink.distillation.objective import Divergence, Objective
 from llmshrink.distillation.processes import Processes
-from llmshrink.distillation.smaller import Smaller, make_student, student_folder
+from llmshrink.distillation.smaller import Smaller, make_student
 from llmshrink.distillation.student import Student, Train, open_student
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import LlmshrinkError, SourceError
 from llmshrink.run.job import check_vocabulary, here, pick_device
-from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.progress import Progress
 from llmshrink.runtime.load import config_of, load
 
@@ -37,12 +36,13 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asked for; the names are those of `llmshrink.distill`."""
+    """What a user asked for; the names are those of `llmshrink.distill`. recipe: what the result is called by."""
 
     teacher: str
     student: str | None
     output: Path
     student_from: str | None = None
+    recipe: str | None = None
     data: str | None = None
     generated_tokens: int = 0
     teacher_cache: Path | None = None
@@ -100,6 +100,13 @@ class Job:
                 self.teacher_source, device=str(self.device), dtype=dtype, trust_remote_code=trusted, plain_too=True
             )
         return SplitModel(model, self.teacher_source.name)
+
+    @property
+    def student_name(self) -> str:
+        """For reports: as the user named it, or how it was made."""
+        if self.options.student_from is not None:
+            return f"{self.options.student_from} of the teacher"
+        return self.options.recipe or self.student.source.name
 
     @property
     def teacher_name(self) -> str:
@@ -212,8 +219,7 @@ def _make_student(
     smaller.recipes(config)
     if not processes.first:
         return
-    if not partial_folder(Path(os.path.abspath(options.output))).exists():
-        check_output(options.output, overwrite=options.overwrite)
+    check_room_for(options.output, overwrite=options.overwrite)
     make_student(
         smaller, config, options.teacher, options.output, data=options.data, samples=samples, seq_len=seq_len,
         seed=options.seed, device=options.device, trust_remote_code=options.trust_remote_code, progress=progress,

@@ -7,7 +7,6 @@ student's files with other numbers in them, verified from disk, and given its na
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from llmshrink.distillation import cache
 from llmshrink.distillation.generated import generate_windows, together
 from llmshrink.distillation.job import Job, Options, prepare
 from llmshrink.distillation.judge import judge, reference
+from llmshrink.distillation.made import remove
 from llmshrink.distillation.report import DistillReport
-from llmshrink.distillation.smaller import student_folder
 from llmshrink.distillation.teacher import LiveTeacher, TeacherRows
 from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
@@ -63,9 +62,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         report = DistillReport(
             output=options.output,
             teacher=job.teacher_name,
-            student=job.student.source.name
-            if options.student_from is None
-            else f"{options.student_from} of the teacher",
+            student=job.student_name,
             before=before,
             quality=quality,
             held_out=job.held_out.name,
@@ -81,7 +78,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         if report.ok:
             workspace.publish()
             if options.student is None:
-                shutil.rmtree(student_folder(options.output))
+                remove(options.output)
     return report
 
 

@@ -6,14 +6,15 @@ is then taught with, in a folder beside the output that goes when the output is 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink.distillation.made import made, student_folder
 from llmshrink.errors import LlmshrinkError
+from llmshrink.run.job import Options
 from llmshrink.run.progress import Progress
 
 SAMPLES = 128
@@ -60,37 +61,23 @@ class Smaller:
         return found
 
 
-def student_folder(output: Path) -> Path:
-    """Where the student lies until it is taught."""
-    output = Path(os.path.abspath(output))
-    return output.with_name(output.name + ".student")
-
-
 def make_student(
     smaller: Smaller, config: Any, teacher: str, output: Path, *, data: str | None, samples: int, seq_len: int,
     seed: int, device: str | None, trust_remote_code: bool, progress: Progress,
-) -> Path:  # fmt: skip
-    """Cut the teacher and return the student's folder. samples: windows that the text has, of which SAMPLES are read.
-
-    The same student every time: what is there of an earlier run is made again.
-    """
-    from llmshrink.run.job import Options
-    from llmshrink.run.quantize import quantize
-
-    model = teacher
-    target = student_folder(output)
+) -> None:  # fmt: skip
+    """Cut the teacher, into the folder of `output`'s student. samples: windows that the text has; SAMPLES are read."""
+    model, folders = teacher, []
     runs = smaller.recipes(config)
     for number, (recipe, setting) in enumerate(runs):
-        last = number == len(runs) - 1
-        folder = target if last else target.with_name(target.name + "-1")
+        target = student_folder(output)
+        folders.append(target if number == len(runs) - 1 else target.with_name(target.name + "-1"))
         progress.note(f"student     {recipe} {setting}")
         options = Options(
-            model=model, output=folder, verb="prune", recipe=recipe, sets=(setting,), calibration=data,
+            model=model, output=folders[-1], verb="prune", recipe=recipe, sets=(setting,), calibration=data,
             samples=min(samples, SAMPLES), seq_len=seq_len, seed=seed, device=device,
-            trust_remote_code=trust_remote_code, overwrite=True,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        quantize(options, progress)
-        if number:
-            shutil.rmtree(model)
-        model = str(folder)
-    return target
+        made(options, progress)
+        model = str(folders[-1])
+    for folder in folders[:-1]:
+        shutil.rmtree(folder)

@@ -87,7 +87,7 @@ def _record(
     carried = {**old["identity"], **identity, "dtype": "torch.float32", "batch_size": options.batch_size}
     return {
         **old,
-        "recipe": f"{old['recipe']}, distilled",
+        "recipe": options.recipe or f"{old['recipe']}, distilled",
         "quality": asdict(quality),
         "identity": carried,
         "held_out": job.held_out.name,

@@ -22,7 +22,8 @@ from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import Parallel, Verdict, plugin_kernel, servable, sparse24_kernel
 from llmshrink.formats.stored import Format
 from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
-from llmshrink.recipe.schema import Override, Prune, Quantize, Recipe
+from llmshrink.recipe.schema import Override, Recipe
+from llmshrink.recipe.steps import Prune, Quantize
 
 SCHEME = {"bits", "group_size", "symmetric"}
 """What an engine's layer has one of; how its shards' codes were found may differ."""

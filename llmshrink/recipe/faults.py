@@ -7,18 +7,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from llmshrink.recipe.schema import (
+from llmshrink.recipe.schema import Override, Recipe
+from llmshrink.recipe.steps import (
     Depth,
+    Distill,
+    Divergence,
     DropBy,
     Importance,
-    Override,
     Prune,
     PrunePatch,
     Quantize,
     QuantizePatch,
-    Recipe,
     ScaleSearch,
     Step,
+    Train,
     Width,
     methods,
     pruners,
@@ -31,12 +33,19 @@ _KNOWN_KEYS: dict[str, tuple[str, ...]] = {
     "prune": tuple(Prune.model_fields),
     "depth": tuple(Depth.model_fields),
     "width": tuple(Width.model_fields),
+    "distill": tuple(Distill.model_fields),
     "overrides": tuple(Override.model_fields),
 }
 assert tuple(Quantize.model_fields) == tuple(QuantizePatch.model_fields)
 assert tuple(Prune.model_fields) == tuple(PrunePatch.model_fields)
 
-_CHOICES = {"scale_search": ScaleSearch, "importance": Importance, "by": DropBy}
+_CHOICES = {
+    "scale_search": ScaleSearch,
+    "importance": Importance,
+    "by": DropBy,
+    "divergence": Divergence,
+    "train": Train,
+}
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",

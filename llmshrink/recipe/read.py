@@ -21,7 +21,8 @@ import yaml
 
 from llmshrink.errors import RecipeError
 from llmshrink.recipe.faults import describe, joined, nearest
-from llmshrink.recipe.schema import Recipe, switch_method
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.steps import switch_method
 
 _SIZE_LIMIT = 1_000_000
 _FLAGS = {

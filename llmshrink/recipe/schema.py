@@ -1,7 +1,8 @@
 """The recipe, as a frozen model: what its YAML may say, and nothing else.
 
 A recipe says once what happens to every linear weight inside the model's blocks (`steps`: pruned, quantized, or pruned
-and quantized in one visit; or, alone, blocks or widths are taken away), which of them stay as they are (`ignore`), and
+and quantized in one visit; or, alone, blocks or widths are taken away; and at the end the original may teach what came
+of it), which of them stay as they are (`ignore`), and
 where a pattern asks for something else (`overrides`; a later one wins over an earlier one). A pattern is matched
 against the site's full module name (`model.layers.0.mlp.down_proj`), case-sensitively, with `*`, `?` and `[...]`; a
 bare name such as `down_proj` also means every module whose last part it is.
@@ -9,317 +10,26 @@ bare name such as `down_proj` also means every module whose last part it is.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-BITS = (2, 3, 4, 8)
-BUILT_IN = ("gptq", "rtn")
-"""Methods accepted without a look into the registry, whose import brings torch; a test checks they are there."""
-PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
-"""The same of the ways to prune."""
-
-ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
-Importance = Literal["activations", "magnitude"]
-DropBy = Literal["angular", "loss"]
-Ratios = Literal["uniform", "by-error"]
-Text = Annotated[str, StringConstraints(min_length=1)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from llmshrink.recipe.steps import (
+    Depth,
+    Distill,
+    Frozen,
+    Prune,
+    PrunePatch,
+    Quantize,
+    QuantizePatch,
+    Step,
+    Text,
+    Width,
+)
 
 
-def _known_bits(bits: int | None) -> int | None:
-    if bits is not None and bits not in BITS:
-        raise PydanticCustomError("bits", "isn't one of 2, 3, 4, 8")
-    return bits
-
-
-def _known_group(group_size: int | None) -> int | None:
-    if group_size is not None and group_size != -1 and group_size < 1:
-        raise PydanticCustomError("group_size", "isn't -1 (one group a row) or a positive number of inputs")
-    return group_size
-
-
-def _known_method(method: str | None) -> str | None:
-    if method is not None and method not in BUILT_IN and method not in methods():
-        raise PydanticCustomError("method", "unknown method")
-    return method
-
-
-def methods() -> tuple[str, ...]:
-    """Every method that is registered."""
-    from llmshrink.methods import names
-
-    return names()
-
-
-def pruners() -> tuple[str, ...]:
-    """Every way to prune that is registered."""
-    from llmshrink.methods.pruning import names
-
-    return names()
-
-
-def _known_pruner(method: str | None) -> str | None:
-    if method is not None and method not in PRUNERS and method not in pruners():
-        raise PydanticCustomError("pruner", "unknown way to prune")
-    return method
-
-
-def _known_pattern(pattern: str | None) -> str | None:
-    if pattern is None:
-        return None
-    keep, of, block = pattern.partition(":")
-    if not (of and keep.isdecimal() and block.isdecimal() and 0 < int(keep) < int(block)):
-        raise PydanticCustomError("pattern", 'isn\'t n:m with 0 < n < m, as "2:4"')
-    return pattern
-
-
-class Quantize(_Frozen):
-    """How a weight becomes grouped integers.
-
-    method: `gptq` (uses calibration data) or `rtn` (rounds to nearest; needs none).
-    bits: 2, 3, 4 or 8 per weight.
-    group_size: consecutive inputs that share a scale; -1 is one group a row.
-    symmetric: no zero-points.
-    scale_search: how a group's scale is chosen: `minmax`, `mse`, `hessian` (squared error weighted by the Hessian's
-        diagonal), `trial` (the sweep itself is tried with each candidate). rtn has no Hessian: minmax or mse.
-    signed: scales may be negative, which gives the extra code to the heavier tail (symmetric only).
-    act_order: the sweep goes from the loudest input to the quietest; nothing extra is stored.
-    corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
-    damp: share of the mean of the Hessian's diagonal that is added to it.
-    block_size: columns that the sweep solves before it updates the rest.
-    descent: times that every code is chosen again afterwards, with all others in place (coordinate descent).
-    """
-
-    method: Annotated[str, Field(validate_default=True)] = "gptq"
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    scale_search: ScaleSearch = "trial"
-    signed: bool = True
-    act_order: bool = True
-    corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-    block_size: PositiveInt = 128
-    descent: NonNegativeInt = 0
-
-    _bits = field_validator("bits")(_known_bits)
-    _group = field_validator("group_size")(_known_group)
-    _method = field_validator("method")(_known_method)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_method(cls, data: object) -> object:
-        """rtn has neither a Hessian nor a sweep, so its defaults differ from gptq's."""
-        if isinstance(data, dict) and data.get("method") == "rtn":
-            return {"scale_search": "mse", "act_order": False, "corrected": 0.0, **data}
-        return data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.method != "rtn":
-            return self
-        unread = [
-            f"{name}: {value}"
-            for name, value, idle in (
-                ("scale_search", self.scale_search, self.scale_search in ("minmax", "mse")),
-                ("act_order", str(self.act_order).lower(), not self.act_order),
-                ("corrected", self.corrected, self.corrected == 0.0),
-                ("descent", self.descent, self.descent == 0),
-            )
-            if not idle
-        ]
-        if unread:
-            raise PydanticCustomError(
-                "rtn",
-                "method rtn reads no statistics, so it can't follow {unread}; use scale_search mse or minmax, "
-                "act_order false, corrected 0, descent 0, or method gptq",
-                {"unread": ", ".join(unread)},
-            )
-        return self
-
-
-class QuantizePatch(_Frozen):
-    """The fields of Quantize that an override changes; the others stay as the step says."""
-
-    method: str | None = None
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
-    scale_search: ScaleSearch | None = None
-    signed: bool | None = None
-    act_order: bool | None = None
-    corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
-    damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
-    block_size: PositiveInt | None = None
-    descent: NonNegativeInt | None = None
-
-    _bits = field_validator("bits")(_known_bits)
-    _group = field_validator("group_size")(_known_group)
-    _method = field_validator("method")(_known_method)
-
-    def onto(self, base: Quantize) -> Quantize:
-        """`base` with this patch's fields; a change of method brings the new method's defaults with it."""
-        patch = self.model_dump(exclude_none=True)
-        return Quantize.model_validate(switch_method(base.model_dump(), patch.get("method")) | patch)
-
-
-class Prune(_Frozen):
-    """Which weights become zero, and what the others become.
-
-    method: `alps` (ADMM), `sparsegpt` (a sweep), `wanda` or `magnitude` (scores); all use calibration data.
-    pattern: "n:m", n of every m consecutive inputs are kept (with quotes: YAML takes 2:4 for a time of day).
-    ratio: instead of a pattern, the share of weights that goes, anywhere.
-    ratios: with a ratio, whether every matrix has it (`uniform`), or each its own, by what pruning it does to its
-        block's output (`by-error`, which takes a pass over the original first); of all together that share goes. An
-        override's ratio is uniform unless it says otherwise.
-    repair: exact least squares on what is kept.
-    corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
-    damp: share of the mean of the Hessian's diagonal that is added to it.
-    """
-
-    method: Annotated[str, Field(validate_default=True)] = "alps"
-    pattern: str | None = None
-    ratio: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
-    ratios: Ratios | None = None
-    repair: bool = True
-    corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
-
-    _method = field_validator("method")(_known_pruner)
-    _pattern = field_validator("pattern")(_known_pattern)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _ratios_of_a_ratio(cls, data: object) -> object:
-        """A pattern has none."""
-        if isinstance(data, dict) and data.get("ratio") is not None:
-            return {"ratios": "uniform", **data}
-        return data
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if (self.pattern is None) == (self.ratio is None):
-            raise PydanticCustomError(
-                "prune", 'says neither or both of pattern and ratio; give pattern: "2:4", or ratio: 0.5'
-            )
-        if self.ratio is None and self.ratios is not None:
-            raise PydanticCustomError("ratios", "has ratios and a pattern; give ratio: 0.5, or leave ratios out")
-        return self
-
-
-class PrunePatch(_Frozen):
-    """The fields of Prune that an override changes; a pattern takes the place of a ratio, and the other way round."""
-
-    method: str | None = None
-    pattern: str | None = None
-    ratio: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
-    ratios: Ratios | None = None
-    repair: bool | None = None
-    corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
-    damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
-
-    _method = field_validator("method")(_known_pruner)
-    _pattern = field_validator("pattern")(_known_pattern)
-
-    def onto(self, base: Prune) -> Prune:
-        """`base` with this patch's fields."""
-        patch = self.model_dump(exclude_none=True)
-        fields = base.model_dump(exclude_none=True)
-        if patch.keys() & {"pattern", "ratio"}:
-            # A site's own ratio is what it gets, unless the override says that it is to be found.
-            fields = {name: value for name, value in fields.items() if name not in ("pattern", "ratio", "ratios")}
-        return Prune.model_validate(fields | patch)
-
-
-def _amount(value: object) -> object:
-    """A number of things (a whole number), or a share of them (a number with a point)."""
-    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is None or number or (isinstance(value, float) and 0 < value < 1):
-        return value
-    raise PydanticCustomError(
-        "amount", "isn't a whole number of at least 1, or a share between 0 and 1 (with a point, as 0.25)"
-    )
-
-
-Amount = Annotated[int | float, BeforeValidator(_amount)]
-
-
-class Depth(_Frozen):
-    """Which blocks go, whole.
-
-    drop: how many: a number, or a share of them.
-    by: `angular`, the angle between what a block gets and what it puts out; or `loss`, how far the model is from the
-        original without it.
-    """
-
-    drop: Amount = 0.25
-    by: DropBy = "angular"
-
-
-class Width(_Frozen):
-    """How many FFN channels and KV groups stay, the same in every block.
-
-    channels: of the FFN: a number, or a share of them; left out: all.
-    kv_groups: heads of keys and values, with the query heads that read them: a number, or a share; left out: all.
-    importance: by which they are chosen: `activations` or `magnitude`.
-    repair: least squares on what stays of down_proj and o_proj.
-    corrected: share of the earlier layers' error that is corrected by it, 0 (none: one activation stream) to 1.
-    damp: share of the mean of the Hessian's diagonal that is added to it.
-    """
-
-    channels: Amount | None = None
-    kv_groups: Amount | None = None
-    importance: Importance = "activations"
-    repair: bool = True
-    corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
-
-    @model_validator(mode="after")
-    def _takes_something(self) -> Self:
-        if self.channels is None and self.kv_groups is None:
-            raise PydanticCustomError("width", "takes nothing away; give channels: 0.75, kv_groups: 0.5, or both")
-        return self
-
-
-class Step(_Frozen):
-    """One thing that is done to the model: weights are pruned, or quantized; or blocks or widths are taken away."""
-
-    quantize: Quantize | None = None
-    prune: Prune | None = None
-    depth: Depth | None = None
-    width: Width | None = None
-
-    @model_validator(mode="after")
-    def _is_one_thing(self) -> Self:
-        if len(self.kinds) != 1:
-            raise PydanticCustomError(
-                "step",
-                "is nothing or two things; give one of quantize: {...}, prune: {...}, depth: {...}, width: {...}",
-            )
-        return self
-
-    @property
-    def kinds(self) -> list[str]:
-        """What it does, by the name of its field."""
-        return [name for name in type(self).model_fields if getattr(self, name) is not None]
-
-
-class Override(_Frozen):
+class Override(Frozen):
     """What happens instead to the sites that `match` matches: other fields, or nothing at all (`ignore`)."""
 
     match: Text
@@ -337,7 +47,7 @@ class Override(_Frozen):
         return self
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """A whole recipe, resolved: every default is a value."""
 
     name: Text
@@ -350,12 +60,13 @@ class Recipe(_Frozen):
     @classmethod
     def _prune_then_quantize(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         kinds = [kind for step in steps for kind in step.kinds]
-        if kinds not in (["quantize"], ["prune"], ["prune", "quantize"], ["depth"], ["width"]):
+        work = kinds[:-1] if kinds[-1:] == ["distill"] else kinds
+        if (work or not kinds) and work not in (["quantize"], ["prune"], ["prune", "quantize"], ["depth"], ["width"]):
             smaller = {"depth", "width"}.intersection(kinds)
             raise PydanticCustomError(
                 "steps",
-                "{found}; a recipe quantizes, prunes, or prunes and then quantizes (overrides say what differs where)"
-                "{apart}",
+                "{found}; a recipe quantizes, prunes, or prunes and then quantizes (overrides say what differs where), "
+                "and may distill at the end{apart}",
                 {
                     "found": f"are {', '.join(kinds)}" if kinds else "there are none",
                     "apart": ", and one that takes blocks or widths away does only that: its result is a plain model, "
@@ -395,6 +106,11 @@ class Recipe(_Frozen):
         return next((step.prune for step in self.steps if step.prune is not None), None)
 
     @property
+    def distill(self) -> Distill | None:
+        """What the recipe's distill step says, if it has one."""
+        return self.steps[-1].distill
+
+    @property
     def depth(self) -> Depth | None:
         """What the recipe's depth step says, if it has one."""
         return self.steps[0].depth
@@ -408,13 +124,3 @@ class Recipe(_Frozen):
     def structured(self) -> bool:
         """Whether the result is a model of another shape."""
         return self.depth is not None or self.width is not None
-
-
-METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size", "descent")
-
-
-def switch_method(fields: dict[str, object], method: object) -> dict[str, object]:
-    """`fields` for another method: what only the old method reads is left out, so that the new one's defaults hold."""
-    if method is None or method == fields.get("method", "gptq"):
-        return fields
-    return {name: value for name, value in fields.items() if name not in METHOD_FIELDS}

@@ -253,7 +253,8 @@ def prepare(options: Options) -> Job:
 def check_verb(verb: str, recipe: Recipe) -> None:
     """Raise RecipeError when a verb is given a recipe that does something else, or more."""
     prunes = recipe.prune is not None or recipe.structured
-    does = [step for step, asked in (("prune", prunes), ("quantize", recipe.quantize)) if asked]
+    steps = (("prune", prunes), ("quantize", recipe.quantize), ("distill", recipe.distill))
+    does = [step for step, asked in steps if asked]
     if verb != "compress" and does != [verb]:
         proper = "compress" if len(does) > 1 else does[0]
         raise RecipeError([f"{recipe.name}: it would {' and '.join(does)}: use llmshrink {proper} for it"])

@@ -18,7 +18,8 @@ from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import SiteSpec
 from llmshrink.recipe.assign import Assigned, serving_notes
-from llmshrink.recipe.schema import Prune, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.steps import Prune
 from llmshrink.weights.sparse24 import VALUE_DTYPES
 
 FLAG = "--format llmshrink"

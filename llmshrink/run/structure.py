@@ -17,7 +17,8 @@ from llmshrink.methods import NarrowSpec
 from llmshrink.model.chain import Chain
 from llmshrink.model.cuts import CHANNELS, KV_GROUPS, Cut, attention_cut, ffn_cut
 from llmshrink.model.sites import Site, Stage, sites_of
-from llmshrink.recipe.schema import Depth, Recipe, Width
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.steps import Depth, Width
 
 ROUND_TO, LEAST = 64, 12
 """A share of the channels is rounded so that the count keeps the factor of two, up to ROUND_TO, that the original's

@@ -273,6 +273,44 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("recipe", ["sparsegpt-2of4-distill", "w2-distill", "student-half"])
+def test_a_recipe_that_ends_with_distill_runs_and_goes_on(
+    recipe: str, teacher: Path, story: Path, tmp_path: Path
+) -> None:
+    last = len(llmshrink.recipes()[recipe].steps) - 1
+    short = [f"steps.{last}.distill.{name}" for name in ("steps=4", "batch_size=4", "scale_lr=0.02")]
+    if recipe == "w2-distill":
+        short.append("steps.0.quantize.group_size=32")
+    settings: dict[str, Any] = {"recipe": recipe, "calibration": story, "samples": 8, "seq_len": 32, "set": short}
+    with pytest.raises(KeyboardInterrupt):
+        llmshrink.compress(teacher, output=tmp_path / "out", progress=StopAt("before"), **settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.student"}
+    said: list[str] = []
+
+    class Listen(Silent):
+        def note(self, line: str) -> None:
+            said.append(line)
+
+    report = llmshrink.compress(teacher, output=tmp_path / "out", progress=Listen(), **settings)
+    assert report is not None and report.ok
+    assert any("is there, from an earlier run" in line for line in said)
+    assert report.quality.kl_mean <= report.before.kl_mean  # type: ignore[union-attr]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert llmshrink.inspect(tmp_path / "out").recipe.startswith(recipe)
+
+
+def test_recipes_are_for_their_verbs(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
+    for call, says in (
+        (lambda out: llmshrink.compress(teacher, output=out, recipe="distill-recover"), "distill TEACHER STUDENT"),
+        (lambda out: llmshrink.distill(teacher, sparse, output=out, recipe="w2-distill"), "use llmshrink compress"),
+        (lambda out: llmshrink.prune(teacher, output=out, recipe="sparsegpt-2of4-distill"), "use llmshrink compress"),
+        (lambda out: llmshrink.quantize(teacher, output=out, recipe="distill-recover"), "use llmshrink distill"),
+    ):
+        with pytest.raises(LlmshrinkError, match=says):
+            call(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [

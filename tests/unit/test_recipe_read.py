@@ -13,13 +13,13 @@ from pydantic import ValidationError
 import llmshrink
 from llmshrink.errors import RecipeError
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash, shipped, shipped_names, to_yaml
-from llmshrink.recipe.schema import (
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.steps import (
     BUILT_IN,
     PRUNERS,
     Prune,
     Quantize,
     QuantizePatch,
-    Recipe,
     methods,
     pruners,
 )
@@ -63,6 +63,7 @@ def test_recipes_ship() -> None:
     names |= {f"{method}-2of4" for method in ("magnitude", "wanda", "sparsegpt", "alps")}
     names |= {"wanda-50", "sparsegpt-50", "sparsegpt-2of4-gptq-w4a16", "alps-2of4-gptq-w4a16"}
     names |= {"depth-prune", "width-prune"}
+    names |= {"distill-recover", "sparsegpt-2of4-distill", "w2-distill", "student-half"}
     assert names <= set(shipped_names()) == set(shipped()) == {file.stem for file in RECIPES}
 
 
@@ -74,13 +75,15 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
     assert written.keys() == Recipe.model_fields.keys()
     for step in written["steps"]:
         ((kind, fields),) = step.items()
-        if kind in ("quantize", "depth", "width"):
-            left_out = {"kv_groups"} if kind == "width" else set()
+        if kind != "prune":
+            left_out = {"width": {"kv_groups"}, "distill": {"train", "lr"} - fields.keys()}.get(kind, set())
             assert fields.keys() == type(getattr(recipe, kind)).model_fields.keys() - left_out
         else:
             other = {"ratio", "ratios"} if "pattern" in fields else {"pattern"}
             assert fields.keys() == Prune.model_fields.keys() - other
-    if recipe.quantize is not None:
+    if recipe.distill is not None:
+        assert "distill" in file.stem or "taught" in recipe.summary
+    elif recipe.quantize is not None:
         assert f"w{recipe.quantize.bits}a16" in file.stem and str(recipe.quantize.bits) in recipe.summary
         assert f"{recipe.quantize.method}-w" in file.stem
         assert str(recipe.quantize.group_size) in recipe.summary
