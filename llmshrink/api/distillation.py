@@ -62,7 +62,8 @@ def distill(
     """Train `student` towards `teacher` on `data`, and write it in its own format as `output`.
 
     recipe: a shipped name or a YAML file of one step, `distill`; settings change it (what they do:
-    docs/distillation.md). Under a launcher such as torchrun every process calls it, and the first has the report; the others get None.
+    docs/distillation.md). Under a launcher such as torchrun every process calls it, and the first
+    has the report; the others get None.
     Raises LlmshrinkError for bad input.
     """
     from llmshrink.distillation.job import Options
