@@ -62,6 +62,7 @@ MORE = [
     Wanted(80, 3, 32, BRAIN, 64, zero_points=True),
     Wanted(80, 3, 64, HALF, 64, inputs=576),
     Wanted(80, 2, 128, BRAIN, 64, outputs=14336),
+    Wanted(80, 2, 32, HALF, 64),
     Wanted(100, 3, 128, BRAIN, 64, inputs=576),
     Wanted(80, 3, 32, BRAIN, 64, outputs=14336),
 ]

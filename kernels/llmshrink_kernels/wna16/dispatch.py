@@ -105,8 +105,10 @@ def default(packed: PackedWeight, rows: int, here: Limits) -> Plan:
     block_m = min(widest(packed, here), max(DECODE, 1 << (rows - 1).bit_length()))
     while True:
         # A taller tile of W halves how often x is read and is worth two warp groups, once a tile of x is large.
-        block_n = 128 if block_m >= 64 and packed.padded_out % 128 == 0 else 64
-        warps = block_n // 16
+        # On Ampere four warps spill registers on 64 outputs of 2 bits in groups of 32, and don't on 128.
+        spread = here.capability < 90 and packed.bits == 2 and packed.group_size == 32
+        block_n = 128 if (block_m >= 64 or spread) and packed.padded_out % 128 == 0 else 64
+        warps = block_n // 16 if not spread else 4 if block_n == 128 else 8
         size = stage_bytes(packed, block_m, block_n, packed.step)
         stages = min(4, here.shared // size)
         # With 3 bits in groups of 32 more stages than those of few rows spill registers on Ampere.
