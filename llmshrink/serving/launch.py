@@ -50,6 +50,13 @@ def installed() -> Installed | None:
     return None
 
 
+def install_line() -> str:
+    """The line that installs vLLM beside llmshrink: its CPU build where torch sees no GPU."""
+    import torch
+
+    return INSTALL_CUDA if torch.cuda.is_available() else INSTALL_CPU
+
+
 def serve_command(checkpoint: Path, *, tp: int = 1) -> str:
     """A line for the shell that serves `checkpoint` over HTTP; further options of vLLM may follow it.
 

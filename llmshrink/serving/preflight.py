@@ -26,7 +26,7 @@ from llmshrink.formats.servable import attention, plugin_kernel, servable, spars
 from llmshrink.formats.sparse24 import Sparse24Scheme
 from llmshrink.model.families import FAMILIES, Family
 from llmshrink.serving.fused import one_scheme
-from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, installed
+from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, install_line, installed
 from llmshrink.serving.options import EngineOptions
 from llmshrink.serving.vllm.plugin import GROUP, KERNELS, NAME, kernels_place
 
@@ -101,8 +101,7 @@ def engine_here() -> tuple[Installed, str]:
 
     engine = installed()
     if engine is None:
-        install = INSTALL_CUDA if torch.cuda.is_available() else INSTALL_CPU
-        raise ServeError(f"vLLM isn't installed in this environment; install it beside llmshrink: {install}")
+        raise ServeError(f"vLLM isn't installed in this environment; install it beside llmshrink: {install_line()}")
     numbers = re.match(r"(\d+)\.(\d+)", engine.version)
     if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST:
         install = INSTALL_CPU if engine.cpu else INSTALL_CUDA

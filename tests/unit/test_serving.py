@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmshrink.serving import launch
-from llmshrink.serving.launch import Installed, serve_command
+from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, serve_command
 from llmshrink.serving.vllm import engine
 from llmshrink.serving.vllm.check import TOLERANCE, Reference, compare
 from llmshrink.serving.vllm.engine import EngineError, EngineResult, Generation, engine_logprobs
@@ -105,8 +106,10 @@ def test_the_cpu_distribution_is_served_by_its_module(monkeypatch: pytest.Monkey
 
 def test_without_vllm_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "installed", lambda: None)
-    with pytest.raises(EngineError, match="--engine transformers"):
-        engine_logprobs(Path("out"), PROMPTS)
+    for there, line in ((False, INSTALL_CPU), (True, INSTALL_CUDA)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(EngineError, match=f"{re.escape(line)}; or verify with --engine transformers"):
+            engine_logprobs(Path("out"), PROMPTS)
 
 
 def test_a_folder_without_a_config_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

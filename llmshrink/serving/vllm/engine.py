@@ -22,7 +22,7 @@ from typing import TypedDict
 
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import compressed_tensors, sparse24
-from llmshrink.serving.launch import AS_MEASURED, Installed, installed
+from llmshrink.serving.launch import AS_MEASURED, Installed, install_line, installed
 from llmshrink.serving.preflight import plugin_here
 
 TOP = 20
@@ -84,8 +84,8 @@ def engine_logprobs(
     engine = installed()
     if engine is None:
         raise EngineError(
-            "vLLM isn't installed in this environment; install it beside llmshrink (on CUDA: pip install vllm), or"
-            " verify with --engine transformers"
+            f"vLLM isn't installed in this environment; install it beside llmshrink: {install_line()}; or verify with"
+            " --engine transformers"
         )
     if engine.cpu:
         _refuse_bits_without_cpu_kernel(checkpoint)
