@@ -180,7 +180,7 @@ def _apply_flags(
     faults = []
     for name, value in given.items():
         kinds = _KINDS.get(name, ("quantize",))
-        kind = next((kind for kind in kinds if any(kind in step for step in found)), kinds[0])
+        kind = next((kind for kind in kinds if any(kind in step for step in found)), " or ".join(kinds))
         places = [number for number, step in enumerate(found) if isinstance(step.get(kind), dict)]
         if not places:
             if not any(kind in step for step in found):

@@ -315,7 +315,7 @@ def test_what_the_format_and_other_verbs_say(model_of: Callable[..., Path], stor
         llmshrink.prune(model_of("llama"), format="llmshrink", **given)
     with pytest.raises(LlmshrinkError, match="it would prune: use llmshrink prune for it"):
         llmshrink.quantize(model_of("llama"), **given)
-    with pytest.raises(LlmshrinkError, match="repair: changes a prune step, and depth-prune has none"):
+    with pytest.raises(LlmshrinkError, match="repair: changes a prune or width step, and depth-prune has none"):
         llmshrink.prune(model_of("llama"), repair=False, **{**given, "recipe": "depth-prune"})
 
 
