@@ -53,7 +53,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 class Skeleton:
-    """model: the transformers model, parameters on meta. key_of: parameter name -> checkpoint key."""
+    """model: the transformers model, parameters on meta. key_of: parameter name -> checkpoint key.
+
+    tied: parameter name -> that of the parameter whose tensor it shares.
+    """
 
     def __init__(
         self,
@@ -77,12 +80,12 @@ class Skeleton:
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
-        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         self.key_of = map_names(
             [name for name, _ in self.model.named_parameters(remove_duplicate=False)],
             list(reader.keys()),
             base_prefix=self.model.base_model_prefix,
-            tied=tied,
+            tied=self.tied,
         )
 
     def load(

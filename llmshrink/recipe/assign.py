@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from pydantic import ValidationError
@@ -44,6 +44,23 @@ class SiteShape:
     in_features: int
     fused: str | None
     parallel: Parallel | None = None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The modules outside the blocks, by name: whatever a recipe says, their weights stay as they are.
+
+    linears: `lm_head`, which a recipe has to ignore by name. others: embeddings and norms. tied: module -> the one
+    whose matrix it shares.
+    """
+
+    linears: Sequence[str] = ()
+    others: Sequence[str] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def word(self, name: str) -> str:
+        """A module's name, and what it is tied to."""
+        return f"{name} (tied to {self.tied[name]})" if name in self.tied else name
 
 
 @dataclass(frozen=True)
@@ -84,20 +101,19 @@ def assign(
     recipe: Recipe,
     sites: Sequence[SiteShape],
     *,
-    other_modules: Sequence[str],
+    outside: Outside,
     tp: int,
     strict: bool,
     format: Format = "compressed-tensors",
 ) -> list[Assigned]:
     """Decide every site, in the order given.
 
-    other_modules: names of the linears outside the blocks (`lm_head`), which can't be quantized.
     tp: over how many devices a layer will be split when served. format: in which the result will be stored.
     Raises RecipeError, a line each, for a pattern that matches nothing or only modules that can't follow it, for
     fused sites that are asked for different things, and with `strict` for each site that can't be as asked.
     """
     assert tp >= 1, tp
-    faults = _pattern_faults(recipe, [site.name for site in sites], other_modules)
+    faults = _pattern_faults(recipe, [site.name for site in sites], outside)
     if faults:
         raise RecipeError(faults)
     asked = {site.name: _asked(recipe, site.name) for site in sites}
@@ -171,30 +187,32 @@ def _asked(recipe: Recipe, name: str) -> Asked:
     return asked
 
 
-def _pattern_faults(recipe: Recipe, sites: Sequence[str], others: Sequence[str]) -> list[str]:
+def _pattern_faults(recipe: Recipe, sites: Sequence[str], outside: Outside) -> list[str]:
     faults = []
+    others = [*outside.linears, *outside.others]
     known = f"a site is named like {sites[0]}" if sites else "the model has no site"
     for number, pattern in enumerate(recipe.ignore):
         if pattern != HEAD and not any(matches(pattern, name) for name in (*sites, *others)):
             faults.append(f"{recipe.name}: ignore[{number}]: {pattern} matches no module; {known}")
     for number, override in enumerate(recipe.overrides):
         where = f"{recipe.name}: overrides[{number}]: {override.match}"
-        outside = [name for name in others if matches(override.match, name)]
+        beside = [name for name in others if matches(override.match, name)]
         inside = [name for name in sites if matches(override.match, name)]
-        if not inside and not outside:
+        if not inside and not beside:
             faults.append(f"{where} matches no module; {known}")
         elif not inside and not override.ignore:
             faults.append(
-                f"{where} matches only {outside[0]}, outside the model's blocks, where weights stay as they are"
+                f"{where} matches only {outside.word(beside[0])}, outside the model's blocks, where weights stay as "
+                "they are; leave the override out"
             )
         elif inside and all(any(matches(pattern, name) for pattern in recipe.ignore) for name in inside):
             faults.append(f"{where} matches only modules that `ignore` lists; take them out of one of the two")
-    for name in others:
+    for name in outside.linears:
         ignored = any(matches(pattern, name) for pattern in recipe.ignore)
         if not ignored and not any(_ignores(override, name) for override in recipe.overrides):
             faults.append(
-                f"{recipe.name}: ignore: doesn't list {name}, which is outside the model's blocks and stays as it is; "
-                f"add {name} to ignore"
+                f"{recipe.name}: ignore: doesn't list {outside.word(name)}, which is outside the model's blocks and "
+                f"stays as it is; add {name} to ignore"
             )
     return faults
 

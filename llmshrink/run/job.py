@@ -32,7 +32,7 @@ from llmshrink.model.chain import Chain
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.model.uncovered import refuse_family
-from llmshrink.recipe.assign import Assigned, SiteShape, assign
+from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
 from llmshrink.run.storage import as_sparse24, check_recipe, format_notes, scheme_of
@@ -211,7 +211,7 @@ def prepare(options: Options) -> Job:
     stages = chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
     _check_rest(chain, index)
     batch_size = options.batch_size or max(1, BATCH_TOKENS // seq_len)
-    others = linears_outside(chain.skeleton.model, chain.prefix)
+    outside = modules_outside(chain)
     sites = [site for block in stages for site in sites_of(block)]
     shapes = [
         SiteShape(s.name, s.out_features, s.in_features, chain.family.fused_name(s.name), chain.family.parallel(s.name))
@@ -222,7 +222,7 @@ def prepare(options: Options) -> Job:
         assigned = [Assigned(shape, None, None) for shape in shapes]
     else:
         assigned = assign(
-            recipe, shapes, other_modules=others, tp=options.serve_tp, strict=options.strict, format=options.format
+            recipe, shapes, outside=outside, tp=options.serve_tp, strict=options.strict, format=options.format
         )
     if options.format == "llmshrink":
         dtypes = {site.name: index.entry(site.key).dtype for site in sites}
@@ -245,9 +245,18 @@ def prepare(options: Options) -> Job:
             *batches_of(held_out, batch_size, held_out=True),
         ],
         batch_size=batch_size,
-        other_linears=others,
+        other_linears=list(outside.linears),
         structure=structure,
     )
+
+
+def modules_outside(chain: Chain) -> Outside:
+    """What a recipe may name beside the sites."""
+    skeleton = chain.skeleton
+    linears = linears_outside(skeleton.model, chain.prefix)
+    shares = {one.rpartition(".")[0]: other.rpartition(".")[0] for one, other in skeleton.tied.items()}
+    others = [name for name in skeleton.outside(chain.prefix) if name not in linears]
+    return Outside(linears, others, {**{other: one for one, other in shares.items()}, **shares})
 
 
 def check_verb(verb: str, recipe: Recipe) -> None:

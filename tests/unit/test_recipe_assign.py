@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import servable
 from llmshrink.formats.stored import Format
-from llmshrink.recipe.assign import Assigned, SiteShape, assign, matches, serving_notes
+from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign, matches, serving_notes
 from llmshrink.recipe.read import load_recipe
+
+HEAD_ALONE = Outside(["lm_head"])
 
 
 def llama(blocks: int = 2, hidden: int = 256, kv: int = 128, ffn: int = 768) -> list[SiteShape]:
@@ -39,13 +41,13 @@ def assigned(
     recipe: str = "gptq-w4a16",
     tp: int = 1,
     strict: bool = False,
-    others: Sequence[str] = ("lm_head",),
+    outside: Outside = HEAD_ALONE,
     format: Format = "compressed-tensors",
 ) -> dict[str, Assigned]:
     sites = llama() if sites is None else sites
     # The models here are made of single sites; the shipped override for down_proj would find nothing in some.
     sets = ["overrides=[]", *sets]
-    found = assign(load_recipe(recipe, sets=sets), sites, other_modules=others, tp=tp, strict=strict, format=format)
+    found = assign(load_recipe(recipe, sets=sets), sites, outside=outside, tp=tp, strict=strict, format=format)
     assert [decision.site for decision in found] == list(sites)
     return {decision.site.name: decision for decision in found}
 
@@ -138,13 +140,29 @@ def test_a_pattern_that_means_nothing_is_refused(sets: str, says: str) -> None:
     assert says in found and found.startswith("gptq-w4a16 with ")
 
 
+def test_tied_embeddings_are_outside_the_blocks_and_said_to_be_tied() -> None:
+    tied = {"lm_head": "model.embed_tokens", "model.embed_tokens": "lm_head"}
+    outside = Outside(["lm_head"], ["model.embed_tokens", "model.norm"], tied)
+    for match, named in (
+        ("model.embed_tokens", "model.embed_tokens (tied to lm_head)"),
+        ("lm_head", "lm_head (tied to model.embed_tokens)"),
+        ("norm", "model.norm"),
+    ):
+        override = f"overrides=[{{match: {match}, prune: {{pattern: '2:4'}}}}]"
+        (found,) = faults(None, override, recipe="alps-2of4", outside=outside)
+        assert f"matches only {named}, outside the model's blocks, where weights stay as they are" in found
+    (found,) = faults(None, "ignore=[]", recipe="alps-2of4", outside=outside)
+    assert "doesn't list lm_head (tied to model.embed_tokens), which is outside" in found
+    assert assigned(None, "ignore=[lm_head, embed_tokens]", recipe="alps-2of4", outside=outside)
+
+
 def test_an_override_of_what_is_ignored_is_refused() -> None:
     (found,) = faults(None, "ignore=[lm_head, down_proj]", "overrides=[{match: down_proj, quantize: {bits: 8}}]")
     assert "matches only modules that `ignore` lists" in found
 
 
 def test_a_model_without_an_lm_head_does_not_make_the_default_a_fault() -> None:
-    assert assigned(others=())
+    assert assigned(outside=Outside())
 
 
 def test_an_override_can_keep_the_head_as_it_is() -> None:
