@@ -343,3 +343,16 @@ def test_bits_that_another_recipe_was_made_for_name_it() -> None:
     assert made_for("rtn-w4a16", load_recipe("rtn-w4a16", flags={"bits": 3})) is None
     assert made_for("gptq-w4a16", load_recipe("gptq-w4a16", flags={"method": "rtn"})) is None
     assert made_for("mine.yaml", load_recipe("gptq-w3a16")) is None
+
+
+def test_repair_is_asked_of_every_recipe_that_has_one_and_refused_by_the_others() -> None:
+    for name, recipe in shipped().items():
+        base = recipe.prune or recipe.width
+        if base is None:
+            with pytest.raises(RecipeError, match=f"changes a prune or width step, and {name} has none"):
+                load_recipe(name, flags={"repair": False})
+            continue
+        assert base.repair
+        asked = load_recipe(name, flags={"repair": False})
+        changed = asked.prune or asked.width
+        assert changed == base.model_copy(update={"repair": False})

@@ -45,9 +45,46 @@ def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, t
 
 def two_of_four(folder: Path, site: str) -> bool:
     """Whether no four consecutive inputs of a stored matrix hold more than two weights."""
+    return n_of_m(folder, site, 2, 4)
+
+
+def n_of_m(folder: Path, site: str, keep: int, block: int) -> bool:
+    """Whether no `block` consecutive inputs of a stored matrix hold more than `keep` weights."""
     reader = Decompressed(folder, json.loads((folder / "config.json").read_text()), torch.float32)
     weight = reader.read(f"{site}.weight")
-    return bool(((weight.view(len(weight), -1, 4) != 0).sum(-1) <= 2).all())
+    return bool(((weight.view(len(weight), -1, block) != 0).sum(-1) <= keep).all())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pattern"),
+    [("magnitude-2of4", "1:4"), ("wanda-2of4", "4:8"), ("sparsegpt-2of4", "1:4"), ("alps-2of4", "4:8")],
+)
+def test_another_pattern_is_exact_in_every_stored_matrix(
+    recipe: str, pattern: str, model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    keep, block = map(int, pattern.split(":"))
+    report = llmshrink.prune(
+        model_of("llama"), output=tmp_path / "out", recipe=recipe, calibration=story,
+        set=f"steps.0.prune.pattern='{pattern}'", samples=6, seq_len=32,
+    )  # fmt: skip
+    assert report.ok
+    assert {row.pruned for row in report.sites} == {f"{recipe.removesuffix('-2of4')} {pattern}"}
+    assert all(n_of_m(tmp_path / "out", row.name, keep, block) for row in report.sites)
+    assert all(row.zeros == pytest.approx(1 - keep / block, abs=0.002) for row in report.sites)
+
+
+def test_tied_embeddings_are_named_and_not_pruned(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    for tied, named in (
+        (True, "model.embed_tokens (tied to lm_head), outside"),
+        (False, "model.embed_tokens, outside"),
+    ):
+        with pytest.raises(RecipeError) as refused:
+            llmshrink.prune(
+                model_of("llama", tie_word_embeddings=tied), output=tmp_path / "out", calibration=story,
+                set="overrides=[{match: embed_tokens, prune: {pattern: '2:4'}}]", samples=6, seq_len=32,
+            )  # fmt: skip
+        assert named in str(refused.value) and "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
