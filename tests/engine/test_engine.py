@@ -89,6 +89,8 @@ def test_wiki7m_is_served_in_mixed_groups_and_asymmetric(
         "overrides:\n"
         '  - {match: "*.self_attn.[qkv]_proj", quantize: {symmetric: false, group_size: 16}}\n'
         '  - {match: "*.self_attn.o_proj", quantize: {group_size: -1}}\n'
+        '  - {match: "model.layers.2.mlp.*", quantize: {group_size: 64}}\n'
+        '  - {match: "model.layers.3.mlp.*", quantize: {group_size: 32}}\n'
         '  - {match: "model.layers.5.*", ignore: true}\n'
     )
     out = tmp_path / "wiki7m"
