@@ -38,7 +38,7 @@ def test_the_demo_goes_there_and_back(
 
     own, standard, back = (tmp_path / name for name in ("own", "standard", "back"))
     done = llmshrink(verb, "demo", "-o", own, "--recipe", recipe, *options, "--format", "llmshrink", *SMALL)
-    assert "verified" in done.stdout and "its plugin reads this format" in done.stdout
+    assert "verified" in done.stdout and "llmshrink serve" in done.stdout
     assert llmshrink("verify", own).stdout.startswith("verified")
     described = json.loads(llmshrink("inspect", own, "--json").stdout)
     assert described["linear_bits_per_weight"] == pytest.approx(bits, abs=0.01)

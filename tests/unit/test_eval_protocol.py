@@ -157,7 +157,7 @@ def test_max_tokens_takes_the_beginning(story: Path) -> None:
         ({"window": 8, "max_tokens": 5000}, "--max-tokens 5,000: a text has 30 tokens"),
         ({"protocol": "sliding", "window": 8, "max_tokens": 31}, "--max-tokens 31: a text has 28 tokens"),
         ({"window": 40}, "--window 40: a text gives 30 tokens, less than one window"),
-        ({"window": 20, "max_tokens": 10}, "--window 20: a text gives 10 tokens"),
+        ({"window": 20, "max_tokens": 10}, "--max-tokens 10: less than one window of 20 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(arguments: dict[str, Any], says: str) -> None:
