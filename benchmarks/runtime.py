@@ -1,4 +1,4 @@
-"""QuantLinear on this CPU beside a dense linear of the same shape: microseconds a call.
+"""QuantLinear and, with 4 and 8 bits, SparseLinear on this CPU beside a dense linear: microseconds a call.
 
     python -m benchmarks.runtime [--shape 4096x4096 ...] [--rows 1 16 256 1024] [--group-size 128] [--bits 4]
 
@@ -20,7 +20,10 @@ import torch
 from llmshrink_kernels.wna16 import naive, prepack
 from torch import Tensor
 
+from llmshrink.methods.pruning.pattern import largest_of_blocks
 from llmshrink.runtime.linear import QuantLinear
+from llmshrink.runtime.sparse import SparseLinear
+from llmshrink.weights import GroupedInt, Sparse24
 
 SHAPES = ("256x256", "768x256", "256x768", "4096x4096")
 ROUNDS = 7
@@ -44,7 +47,20 @@ def contenders(shape: tuple[int, int], rows: int, *, bits: int, group_size: int)
         name = str(dtype).removeprefix("torch.")
         calls[f"packed {name}"] = partial(layer, x)
         calls[f"dense {name}"] = partial(torch.nn.functional.linear, x, weight)
+    if bits in (4, 8):
+        mask = largest_of_blocks(codes.abs().float(), 2, 4)
+        halved = Sparse24.of(GroupedInt(codes * mask, scale, None, bits, group_size))
+        calls |= _sparse(halved, torch.randn(rows, shape[1]).bfloat16())
     return calls
+
+
+def _sparse(weight: Sparse24, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The 2:4 layer in bfloat16."""
+    exact = weight.dequantize(torch.float64)
+    layer = SparseLinear.of(weight, None, dtype=torch.bfloat16)
+    allowed = naive.allowed_error(x, exact, torch.bfloat16) + 2**-21 * (x.double().abs() @ exact.abs().T)
+    assert ((layer(x).double() - x.double() @ exact.T).abs() <= allowed).all(), (weight.shape, len(x))
+    return {"2:4 bfloat16": partial(layer, x)}
 
 
 def medians(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
