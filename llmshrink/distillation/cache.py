@@ -157,6 +157,8 @@ def make(
     manifest: dict[str, Any] = {"key": vars(key), "windows_a_file": a_file, "files": count, "sha256": {}}
     if (folder / MANIFEST).is_file():
         manifest = _read_manifest(folder)
+    else:  # before any file: a folder that was left after the first would be nobody's
+        disk.write_json(folder / MANIFEST, manifest)
     for number in range(count):
         if _file(number) not in manifest["sha256"]:
             part = slice(number * a_file, (number + 1) * a_file)

@@ -18,6 +18,8 @@ from llmshrink.distillation.teacher import TeacherRows
 from llmshrink.run.progress import Progress, duration, peak_memory
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from llmshrink.distillation.job import Job
     from llmshrink.distillation.trainer import Says
 
@@ -36,49 +38,14 @@ def train(
     training: what is learned from; says: the teacher there; exact: the teacher on the held-out windows. folder: of the
     Trainer's checkpoints. The parameters at the end are those of the evaluation with the lowest KL.
     """
-    from transformers import TrainingArguments
-
     from llmshrink.distillation.trainer import Distiller, DistillTrainer, Rates, Told, Windows
 
     options = job.options
     width = job.split.weight.shape[1]
     rate = options.lr if options.lr is not None else PLAIN_LR / width
-    every = options.eval_steps or max(1, -(-options.steps // EVALUATIONS))
-    module = Distiller(job.split, says, job.objective, job.dtype)
     # The Trainer moves its module to its own device and counts its parameters; the teacher is none of them.
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=options.steps,
-        per_device_train_batch_size=job.processes.share(options.batch_size),
-        gradient_accumulation_steps=options.accumulate,
-        learning_rate=rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(options.warmup, options.steps // 2),
-        weight_decay=0.0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        optim=options.optim,
-        bf16=job.dtype == torch.bfloat16,
-        use_cpu=job.device.type == "cpu",
-        seed=options.seed,
-        data_seed=options.seed,
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="kl",
-        greater_is_better=False,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=job.device.type == "cuda",
-        ddp_find_unused_parameters=False,
-    )
+    module = Distiller(job.split, says, job.objective, job.dtype)
+    arguments = _arguments(job, folder, rate)
     if options.gradient_checkpointing:
         job.student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -111,6 +78,47 @@ def train(
         for line in trainer.state.log_history
         if "eval_kl" in line
     ]
+
+
+def _arguments(job: Job, folder: Path, rate: float) -> TrainingArguments:
+    """What the Trainer is told: no weight decay, the best of the evaluations kept, nothing reported elsewhere."""
+    from transformers import TrainingArguments
+
+    options = job.options
+    every = options.eval_steps or max(1, -(-options.steps // EVALUATIONS))
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=job.processes.share(options.batch_size),
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(options.warmup, options.steps // 2),
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        optim=options.optim,
+        bf16=job.dtype == torch.bfloat16,
+        use_cpu=job.device.type == "cpu",
+        seed=options.seed,
+        data_seed=options.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="kl",
+        greater_is_better=False,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=job.device.type == "cuda",
+        ddp_find_unused_parameters=False,
+    )
 
 
 def _last_whole(folder: Path) -> Path | None:

@@ -20,7 +20,7 @@ from llmshrink.errors import LlmshrinkError
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Windows of tokens as training examples. labels: the tokens, IGNORED where a position is padding or a prompt."""
+    """Windows of tokens as training examples. labels: the tokens, IGNORED where a position is padding."""
 
     def __init__(self, windows: TokenWindows) -> None:
         self._windows = windows

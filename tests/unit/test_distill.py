@@ -186,6 +186,15 @@ def test_a_cached_teacher_teaches_the_same(teacher: Path, sparse: Path, story: P
         llmshrink.distill(teacher, sparse, output=tmp_path / "hot", data=story, **made, temperature=2.0)
     with pytest.raises(LlmshrinkError, match="another teacher"):
         llmshrink.distill(sparse, sparse, output=tmp_path / "other", data=story, **made)
+    # Stopped after the first file, before it was entered: it goes on.
+    unfinished = tmp_path / "unfinished" / "outputs"
+    unfinished.mkdir(parents=True)
+    manifest = json.loads((tmp_path / "cache" / "outputs" / "manifest.json").read_text())
+    (unfinished / "manifest.json").write_text(json.dumps({**manifest, "sha256": {}}))
+    (unfinished / "windows-00000.safetensors").write_bytes(b"half")
+    resumed = {**SHORT, "teacher_cache": tmp_path / "unfinished"}
+    llmshrink.distill(teacher, sparse, output=tmp_path / "resumed", data=story, **resumed)
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "first")
     victim = next((tmp_path / "cache" / "outputs").glob("windows-*"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"x")
     with pytest.raises(LlmshrinkError, match="isn't what was written"):
