@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.preflight import check_room
@@ -22,11 +23,11 @@ from llmshrink.distillation.teacher import LiveTeacher, TeacherRows
 from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import write
-from llmshrink.errors import LlmshrinkError
 from llmshrink.run.finish import serve_line, weight_bytes
+from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import TRAINING, Workspace, partial_folder
 from llmshrink.run.progress import Progress, Silent, peak_memory
-from llmshrink.run.verify import verify_reload
+from llmshrink.run.verify import read_record, verify_reload
 
 
 def distill(options: Options, progress: Progress) -> DistillReport | None:
@@ -44,7 +45,9 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         check_room(options.output, max(0, weight_bytes(job.student.source.folder) - workspace.finished_bytes()))
         parts = workspace.begin(job.identity())
         if parts is None:
-            raise LlmshrinkError(f"{options.output}: this very run was finished before; remove it to run it again")
+            if options.student is None:
+                remove(options.output)
+            return _report(job, options.output, read_record(options.output), started)
         training = _windows(job, workspace.folder / TRAINING, progress)
         says, exact = _teachers(job, training, progress)
         job.processes.wait(job.device)
@@ -58,28 +61,33 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         job.student.settle()
         quality = judge(job.split, exact, job.batches)
         record = write(job, training, workspace, before, quality, reference(job.split, job.batches), curve)
-        verification = verify_reload(workspace.checkpoint)
-        report = DistillReport(
-            output=options.output,
-            teacher=job.teacher_name,
-            student=job.student_name,
-            before=before,
-            quality=quality,
-            held_out=job.held_out.name,
-            steps=options.steps,
-            tokens=options.steps * options.batch_size * options.accumulate * training.input_ids.shape[1],
-            curve=tuple(curve),
-            seconds=time.perf_counter() - started,
-            peak_memory=peak_memory(),
-            notes=tuple(record["notes"]),
-            serve=serve_line(options.output, record),
-            verification=verification,
-        )
+        report = _report(job, workspace.checkpoint, record, started)
         if report.ok:
             workspace.publish()
             if options.student is None:
                 remove(options.output)
     return report
+
+
+def _report(job: Job, folder: Path, record: dict[str, Any], started: float) -> DistillReport:
+    """The summary of a finished checkpoint: this process's, or one that was published just before it died."""
+    options, made = job.options, record["distill"]
+    return DistillReport(
+        output=options.output,
+        teacher=job.teacher_name,
+        student=job.student_name,
+        before=Quality(**made["before"]),
+        quality=Quality(**record["quality"]),
+        held_out=job.held_out.name,
+        steps=options.steps,
+        tokens=options.steps * options.batch_size * options.accumulate * made["windows"][1],
+        curve=tuple(made["curve"]),
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        notes=tuple(record["notes"]),
+        serve=serve_line(options.output, record),
+        verification=verify_reload(folder),
+    )
 
 
 def _train_along(job: Job) -> None:

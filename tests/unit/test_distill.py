@@ -173,6 +173,25 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: Path, sparse: Path, st
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_run_that_died_between_its_last_two_steps_is_only_tidied(
+    teacher: Path, sparse: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmshrink.run.journal import Workspace
+
+    def die(self: Workspace) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workspace, "_tidy", die)
+    with pytest.raises(KeyboardInterrupt):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT)
+    monkeypatch.undo()
+    before = contents(tmp_path / "out")
+    report = llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT)
+    assert report is not None and report.ok and report.quality.kl_mean < report.before.kl_mean
+    assert contents(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 def test_a_cached_teacher_teaches_the_same(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
     live = llmshrink.distill(teacher, sparse, output=tmp_path / "live", data=story, **SHORT)
     made = {**SHORT, "teacher_cache": tmp_path / "cache"}
