@@ -13,6 +13,7 @@ from typing import Any
 
 from llmshrink.run.heldout import Quality
 from llmshrink.run.progress import duration
+from llmshrink.run.progress import size as size
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,6 @@ def changes(rows: Sequence[SiteRow]) -> str:
     if quantized:
         found.append(f"{quantized} quantized")
     return ", ".join(found) or "none changed"
-
-
-def size(count: int) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} B"
 
 
 def fallen_notes(rows: Sequence[SiteRow]) -> list[str]:
