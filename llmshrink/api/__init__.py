@@ -6,7 +6,9 @@ from llmshrink.api.bench import bench_kernels
 from llmshrink.api.checkpoints import inspect, recipes, verify
 from llmshrink.api.conversion import convert
 from llmshrink.api.distillation import distill
+from llmshrink.api.environment import doctor
 from llmshrink.api.evaluate import compare, eval
+from llmshrink.api.publishing import push
 from llmshrink.api.runs import compress, parse_size, prune, quantize
 from llmshrink.api.runtime import generate, load
 from llmshrink.api.serving import serve
@@ -17,12 +19,14 @@ __all__ = [
     "compress",
     "convert",
     "distill",
+    "doctor",
     "eval",
     "generate",
     "inspect",
     "load",
     "parse_size",
     "prune",
+    "push",
     "quantize",
     "recipes",
     "serve",

@@ -13,10 +13,12 @@ from llmshrink.cli import (
     compress,
     convert,
     distill,
+    doctor,
     eval,
     generate,
     inspect,
     prune,
+    push,
     quantize,
     recipes,
     serve,
@@ -61,7 +63,9 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("push")(push.push)
 app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
+app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")
 
