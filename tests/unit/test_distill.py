@@ -16,9 +16,9 @@ import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.distillation.chunked import chunked_loss
 from llmshrink.distillation.objective import Objective, TopK
-from llmshrink.methods.learned import ScaledLinear
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import stored
+from llmshrink.methods.learned import ScaledLinear
 from llmshrink.run.progress import Silent
 from llmshrink.weights import GroupedInt
 
