@@ -29,7 +29,6 @@ app = typer.Typer(
     name="llmshrink",
     help="Make a Hugging Face language model smaller, prove what that cost, and leave a checkpoint that vLLM serves.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     # Rich would draw boxes around the help, and take 0.15 s to do it.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
