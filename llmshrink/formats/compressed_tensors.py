@@ -65,12 +65,20 @@ def names(name: str, *, symmetric: bool) -> list[str]:
     return [f"{name}.{suffix}" for suffix in SUFFIXES if not (symmetric and suffix == "weight_zero_point")]
 
 
-def nbytes(scheme: GroupedIntScheme, shape: tuple[int, int], itemsize: int) -> int:
-    """Bytes of a linear's tensors. shape: (out_features, in_features); itemsize: of a scale."""
+def layout(
+    name: str, scheme: GroupedIntScheme, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Key -> (dtype, shape) of what `tensors` gives. shape: (out_features, in_features); dtype: of a scale."""
     out_features, in_features = shape
     groups = 1 if scheme.group_size == -1 else in_features // scheme.group_size
-    zeros = 0 if scheme.symmetric else words_for(out_features, scheme.bits) * groups * 4
-    return out_features * (words_for(in_features, scheme.bits) * 4 + groups * itemsize) + zeros + 16
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{name}.weight_packed": (torch.int32, (out_features, words_for(in_features, scheme.bits))),
+        f"{name}.weight_scale": (dtype, (out_features, groups)),
+        f"{name}.weight_shape": (torch.int64, (2,)),
+    }
+    if not scheme.symmetric:
+        found[f"{name}.weight_zero_point"] = (torch.int32, (words_for(out_features, scheme.bits), groups))
+    return found
 
 
 def read(name: str, get: Callable[[str], Tensor], scheme: GroupedIntScheme) -> GroupedInt:

@@ -70,12 +70,22 @@ def names(name: str, scheme: Sparse24Scheme) -> list[str]:
     return [f"{name}.{suffix}" for suffix in SUFFIXES if not (scheme.bits == 16 and suffix == "weight_scale")]
 
 
-def nbytes(scheme: Sparse24Scheme, shape: tuple[int, int], itemsize: int) -> int:
-    """Bytes of a linear's tensors. itemsize: of a scale."""
+def layout(
+    name: str, scheme: Sparse24Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Key -> (dtype, shape) of what `tensors` gives. dtype: of the values of 16 bits, or of a scale."""
     out_features, in_features = shape
     group_size = scheme.group_size
-    groups = 0 if group_size is None else 1 if group_size == -1 else in_features // group_size
-    return out_features * (in_features // 2 * scheme.bits // 8 + -(-in_features // 8) + groups * itemsize) + 16
+    values = {4: (torch.uint8, in_features // 4), 8: (torch.int8, in_features // 2), 16: (dtype, in_features // 2)}
+    kind, width = values[scheme.bits]
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{name}.weight_values": (kind, (out_features, width)),
+        f"{name}.weight_positions": (torch.uint8, (out_features, -(-in_features // 8))),
+        f"{name}.weight_shape": (torch.int64, (2,)),
+    }
+    if group_size is not None:
+        found[f"{name}.weight_scale"] = (dtype, (out_features, 1 if group_size == -1 else in_features // group_size))
+    return found
 
 
 def read(name: str, get: Callable[[str], Tensor], scheme: Sparse24Scheme) -> Sparse24:

@@ -6,9 +6,11 @@ that is stored as plain `name.weight`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from llmshrink.formats import compressed_tensors, sparse24
@@ -20,6 +22,8 @@ Format = Literal["compressed-tensors", "llmshrink"]
 FORMATS: tuple[Format, ...] = ("compressed-tensors", "llmshrink")
 Scheme = GroupedIntScheme | Sparse24Scheme
 Weight = Dense | GroupedInt | Sparse24
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Key -> dtype and shape of a checkpoint's tensors."""
 
 
 def as_stored(weight: Dense | GroupedInt, scheme: Scheme | None) -> Weight:
@@ -48,11 +52,21 @@ def names(name: str, scheme: Scheme | None) -> list[str]:
     return [f"{name}.weight"] if scheme is None else compressed_tensors.names(name, symmetric=scheme.symmetric)
 
 
-def nbytes(scheme: Scheme | None, shape: tuple[int, int], itemsize: int) -> int:
-    """Bytes of a linear's tensors. shape: (out_features, in_features); itemsize: of a dense weight or a scale."""
+def layout(name: str, scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype) -> Layout:
+    """Key -> (dtype, shape) of what `tensors` gives. shape: (out_features, in_features).
+
+    dtype: of a dense weight, of 2:4's values of 16 bits, or of a scale.
+    """
     if isinstance(scheme, Sparse24Scheme):
-        return sparse24.nbytes(scheme, shape, itemsize)
-    return shape[0] * shape[1] * itemsize if scheme is None else compressed_tensors.nbytes(scheme, shape, itemsize)
+        return sparse24.layout(name, scheme, shape, dtype)
+    return (
+        {f"{name}.weight": (dtype, shape)} if scheme is None else compressed_tensors.layout(name, scheme, shape, dtype)
+    )
+
+
+def nbytes(layout: Layout) -> int:
+    """Bytes of all tensors of a layout."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
 
 def read(name: str, get: Callable[[str], Tensor], scheme: Scheme | None) -> Weight:

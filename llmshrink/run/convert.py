@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
@@ -152,7 +153,10 @@ class _Plan:
         """Bytes of the result's weights, with a megabyte for all that is beside them."""
         old = self.old_keys()
         total = 1_000_000 + sum(self.index.entry(key).nbytes for key in self.index if key not in old)
-        return total + sum(stored.nbytes(self.after[name], shape, 2) for name, shape in self.shapes.items())
+        return total + sum(
+            stored.nbytes(stored.layout(name, self.after[name], shape, torch.bfloat16))
+            for name, shape in self.shapes.items()
+        )
 
 
 def _sparse(name: str, weight: Dense | GroupedInt) -> Sparse24Scheme:

@@ -143,21 +143,28 @@ def shard_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> 
     return len(text).to_bytes(8, "little") + text
 
 
+def shard_order(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """Tensors as a file lays them out: widest dtype first, then by name, so that each starts at a multiple of its item
+    size."""
+    return sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+
+
+def shard_size(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes of the safetensors file that `write_shard` writes, its header included."""
+    header = shard_header({name: entries[name] for name in shard_order(entries)})
+    return len(header) + sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in entries.values())
+
+
 def write_shard(
     path: Path,
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     bytes_of: Callable[[str], Iterable[memoryview | bytes]],
 ) -> tuple[str, int]:
-    """Write a safetensors file whose bytes come one tensor at a time; returns its sha256 and its size in bytes.
-
-    Tensors are laid out widest dtype first, then by name, so that each starts at a multiple of its item size.
-    """
-    names = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
-    header = shard_header({name: entries[name] for name in names})
-    size = len(header) + sum(torch.Size(entries[n][1]).numel() * entries[n][0].itemsize for n in names)
+    """Write a safetensors file whose bytes come one tensor at a time; returns its sha256 and its size in bytes."""
+    names, size = shard_order(entries), shard_size(entries)
 
     def pieces() -> Iterable[memoryview | bytes]:
-        yield header
+        yield shard_header({name: entries[name] for name in names})
         for name in names:
             yield from bytes_of(name)
 

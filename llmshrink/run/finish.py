@@ -161,7 +161,14 @@ def _write_index(job: Job, work: Work, workspace: Workspace) -> None:
 
 
 def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ()) -> None:
-    """Copy everything beside the weights: tokenizer, chat template, processor, licence; never a pickle.
+    """Copy everything that `side_files` names."""
+    for path, name in side_files(source, besides=besides):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        disk.write_file(target / name, pieces(path), path.stat().st_size)
+
+
+def side_files(source: Path, *, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str]]:
+    """Everything beside the weights, and its name in an output: tokenizer, chat template, licence; never a pickle.
 
     The source's README.md becomes SOURCE_README.md; subfolders are copied without the weights in them. besides:
     folders that aren't part of the model though they lie in it; outputs of other runs aren't either.
@@ -176,9 +183,7 @@ def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ())
             continue
         if str(relative) in REPLACED and str(relative) != "README.md":
             continue
-        name = "SOURCE_README.md" if str(relative) == "README.md" else str(relative)
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        disk.write_file(target / name, pieces(path), path.stat().st_size)
+        yield path, "SOURCE_README.md" if str(relative) == "README.md" else str(relative)
 
 
 def pieces(path: Path) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,9 @@ from llmshrink.formats.servable import attention
 from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import SiteSpec
 from llmshrink.model.chain import Chain
+from llmshrink.model.outline import Blank, outlined_stages
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
-from llmshrink.model.skeleton import Skeleton
+from llmshrink.model.skeleton import Skeleton, TensorReader
 from llmshrink.model.uncovered import refuse_family
 from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
@@ -182,34 +183,83 @@ def here(device: torch.device) -> dict[str, Any]:
 
 def prepare(options: Options) -> Job:
     """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
-    recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
-    check_verb(options.verb, recipe)
-    if options.format == "llmshrink":
-        check_recipe(recipe)
+    recipe = _recipe(options)
     source = resolve(options.model, trust_remote_code=options.trust_remote_code)
     check_source(source, trust_remote_code=options.trust_remote_code)
     index = CheckpointIndex.open(source.folder)
     index.verify_blobs()
+
+    def survey(chain: Chain, calibration: TokenWindows) -> list[list[Stage]]:
+        found = chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
+        _check_rest(chain, index)
+        return found
+
+    return _decided(options, recipe, source, index, index, survey)
+
+
+def outline(options: Options, source: Source, index: CheckpointIndex, *, text_here: bool) -> Job:
+    """The same decisions from the headers of the weights alone, none of which is read: what a plan goes by.
+
+    source: a folder with config.json and the tokenizer; index: of its weights, wherever they are. text_here: whether
+    the calibration text is on this machine; one that isn't is stood in for by windows of the right number.
+    """
+
+    def survey(chain: Chain, calibration: TokenWindows) -> list[list[Stage]]:
+        return outlined_stages(chain, PROBE_TOKENS)
+
+    check_source(source, trust_remote_code=options.trust_remote_code)
+    return _decided(options, _recipe(options), source, index, Blank(index), survey, text_here=text_here)
+
+
+def _recipe(options: Options) -> Recipe:
+    recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
+    check_verb(options.verb, recipe)
+    if options.format == "llmshrink":
+        check_recipe(recipe)
+    return recipe
+
+
+def _windows(
+    options: Options, source: Source, shape: tuple[int, int], *, text_here: bool
+) -> tuple[TokenWindows, TokenWindows]:
+    """The calibration and held-out windows; blank ones where the text isn't here."""
+    samples, seq_len = shape
+    held_out = max(1, HELD_OUT_TOKENS // seq_len)
+    tokenizer = load_tokenizer(source, options.trust_remote_code)
+    documents = load_documents(options.calibration, source_kind=source.kind)
+    if text_here:
+        return build_windows(
+            documents, tokenizer, samples=samples, seq_len=seq_len, held_out=held_out, seed=options.seed
+        )
+    ids = torch.zeros(samples + held_out, seq_len, dtype=torch.int64)
+    every = [
+        TokenWindows(part, torch.ones_like(part, dtype=torch.bool), documents.name, "")
+        for part in (ids[:samples], ids[samples:])
+    ]
+    return every[0], every[1]
+
+
+def _decided(
+    options: Options,
+    recipe: Recipe,
+    source: Source,
+    index: CheckpointIndex,
+    reader: TensorReader,
+    survey: Callable[[Chain, TokenWindows], list[list[Stage]]],
+    *,
+    text_here: bool = True,
+) -> Job:
     config = load_config(source, options.trust_remote_code)
     samples, seq_len = window_shape(options.samples, options.seq_len, limit=model_limit(config))
     check_work_dir(options.work_dir)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, stored_dtype(index))
     refuse_family(config, trust_remote_code=options.trust_remote_code)
-    chain = Chain(Skeleton(config, index, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code))
+    chain = Chain(Skeleton(config, reader, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code))
     check_dtypes(source, index, chain.skeleton.key_of.values())
-    tokenizer = load_tokenizer(source, options.trust_remote_code)
-    calibration, held_out = build_windows(
-        load_documents(options.calibration, source_kind=source.kind),
-        tokenizer,
-        samples=samples,
-        seq_len=seq_len,
-        held_out=max(1, HELD_OUT_TOKENS // seq_len),
-        seed=options.seed,
-    )
+    calibration, held_out = _windows(options, source, (samples, seq_len), text_here=text_here)
     check_vocabulary(calibration, config.get_text_config().vocab_size, source)
-    stages = chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
-    _check_rest(chain, index)
+    stages = survey(chain, calibration)
     batch_size = options.batch_size or max(1, BATCH_TOKENS // seq_len)
     outside = modules_outside(chain)
     sites = [site for block in stages for site in sites_of(block)]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
-from llmshrink.formats import stored
 from llmshrink.run import disk, heldout
 from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
@@ -24,10 +23,9 @@ from llmshrink.run.progress import Progress
 from llmshrink.run.ratios import RatioWork
 from llmshrink.run.report import QuantizeReport
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
+from llmshrink.run.sizes import OUTSIDE, outside_keys, sizes_of
 from llmshrink.run.transform import Walk
 from llmshrink.run.work import SiteWork, Work
-
-OUTSIDE = "outside"
 
 
 def quantize(options: Options, progress: Progress) -> QuantizeReport:
@@ -37,7 +35,8 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         with lean_imports():
             job = prepare(options)
         already = workspace.finished_bytes()
-        check_room(options.output, max(0, expected_bytes(job) - already))
+        sizes = sizes_of(job)
+        check_room(options.output, max(0, sizes.output + sizes.beside - already))
         parts = workspace.begin(job.identity())
         if parts is None:
             return reread(options.output, seconds=time.perf_counter() - started)
@@ -107,11 +106,8 @@ class _Run:
 
     def _copy_outside(self, work: Work) -> None:
         """Everything that isn't in a block, byte for byte, as the first part."""
-        index, chain = self.job.index, self.job.chain
-        inside = {key for name, key in chain.skeleton.key_of.items() if name.startswith(chain.prefix + ".")}
-        inside |= work.inside
-        keys = [key for key in index if key not in inside]
-        layout = {key: (index.entry(key).dtype, index.entry(key).shape) for key in keys}
+        index = self.job.index
+        layout = {key: (index.entry(key).dtype, index.entry(key).shape) for key in outside_keys(self.job, work.inside)}
         part = write_part(
             self.workspace.checkpoint, OUTSIDE, OUTSIDE, layout, index.read_bytes,
             limit=self.job.options.max_shard_size, rows=[],
@@ -213,19 +209,3 @@ def spill_folder(job: Job, folder: Path) -> Path:
         return folder / ACTIVATIONS
     # A folder of its own: other runs may spill into the same work-dir at the same time.
     return job.options.work_dir / f"llmshrink-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
-
-
-def expected_bytes(job: Job) -> int:
-    """Bytes of the output, to within its headers and side files (for which a megabyte is added)."""
-    total = 1_000_000 - (job.structure.saved_bytes(job.index) if job.structure is not None else 0)
-    by_key = {site.key: site for site in job.sites}
-    schemes = job.schemes
-    for key in job.index:
-        entry = job.index.entry(key)
-        site = by_key.get(key)
-        if site is None:
-            total += entry.nbytes
-        else:
-            shape = (site.out_features, site.in_features)
-            total += stored.nbytes(schemes[site.name], shape, entry.dtype.itemsize)
-    return total

@@ -33,14 +33,20 @@ def write_part(
 ) -> Part:
     """Write a part's tensors under `folder` and describe it. limit: bytes a shard (a larger tensor gets its own)."""
     shards: dict[str, dict[str, Any]] = {}
-    for number, names in enumerate(_split(layout, limit)):
-        file = f"model-{stem}{f'-{number + 1:05}' if number else ''}.safetensors"
+    for number, names in enumerate(split(layout, limit)):
+        file = file_name(stem, number)
         sha256, size = disk.write_shard(folder / file, {n: layout[n] for n in names}, bytes_of)
         shards[file] = {"sha256": sha256, "bytes": size}
     return Part(name, shards, rows)
 
 
-def _split(layout: Layout, limit: int) -> list[list[str]]:
+def file_name(stem: str, number: int) -> str:
+    """Of the `number`-th file of a part."""
+    return f"model-{stem}{f'-{number + 1:05}' if number else ''}.safetensors"
+
+
+def split(layout: Layout, limit: int) -> list[list[str]]:
+    """The names of a part's tensors, by file. limit: bytes a file (a larger tensor gets its own)."""
     groups: list[list[str]] = []
     used = 0
     for name, (dtype, shape) in layout.items():

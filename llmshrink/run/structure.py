@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import RecipeError, UnsupportedModelError
 from llmshrink.methods import NarrowSpec
 from llmshrink.model.chain import Chain
@@ -90,18 +89,6 @@ class Structure:
     def _counts(self) -> list[tuple[str, Count]]:
         counts = [(each.what, each.count) for each in self.fewer]
         return [*counts, *([(HEADS, self.heads)] if self.heads.before != self.heads.after else [])]
-
-    def saved_bytes(self, index: CheckpointIndex) -> int:
-        """Bytes of weights that the result doesn't have, biases and norms aside."""
-        if self.depth is not None:
-            of_blocks = sum(index.entry(site.key).nbytes for site in self.sites)
-            return of_blocks * (self.blocks.before - self.blocks.after) // self.blocks.before
-        return sum(
-            index.entry(site.key).nbytes * (each.count.before - each.count.after) // each.count.before
-            for each in self.fewer
-            for cut in each.cuts
-            for site in (cut.consumer, *(site for site, _ in cut.producers))
-        )
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the narrower model, from the original's."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from llmshrink.errors import CheckpointError
 from llmshrink.formats import compressed_tensors, stored
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
-from llmshrink.formats.sparse24 import Sparse24Scheme, names, nbytes, quantization_config, read, schemes, tensors
+from llmshrink.formats.sparse24 import Sparse24Scheme, layout, names, quantization_config, read, schemes, tensors
+from llmshrink.run.shards import layout_of
 from llmshrink.weights import Dense, GroupedInt, Sparse24
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats-sparse24.md"
@@ -95,7 +96,8 @@ def test_every_weight_reads_back_as_it_was(bits: int, rows: int, fours: int, gro
     found = tensors("a.b", sparse)
     assert sorted(found) == sorted(names("a.b", scheme))
     assert all(tensor.is_contiguous() for tensor in found.values())
-    assert sum(tensor.nbytes for tensor in found.values()) == nbytes(scheme, sparse.shape, 2)
+    kind = torch.bfloat16 if sparse.scale is None else sparse.scale.dtype
+    assert layout_of(found) == layout("a.b", scheme, sparse.shape, kind)
     back = read("a.b", found.__getitem__, scheme)
     assert same(back.whole(), weight)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -120,7 +122,7 @@ def test_what_is_not_2_of_4_is_named_by_row_and_inputs() -> None:
 def test_three_bits_a_weight_and_the_scales() -> None:
     shape = (4096, 4096)
     per_weight = {
-        scheme: 8 * nbytes(scheme, shape, 2) / (4096 * 4096)
+        scheme: 8 * stored.nbytes(layout("a", scheme, shape, torch.bfloat16)) / (4096 * 4096)
         for scheme in (Sparse24Scheme(4, 128), Sparse24Scheme(4, -1), Sparse24Scheme(8, 128), Sparse24Scheme(16, None))
     }
     assert [round(bits, 3) for bits in per_weight.values()] == [3.125, 3.004, 5.125, 9.0]
@@ -246,11 +248,12 @@ def test_one_place_knows_both_formats() -> None:
     for scheme in (sparse["a.b"], grouped["a.b"]):
         found = stored.tensors("a.b", stored.as_stored(weight, scheme))
         assert set(found) == set(stored.names("a.b", scheme))
-        assert sum(tensor.nbytes for tensor in found.values()) == stored.nbytes(scheme, (8, 64), 2)
+        assert layout_of(found) == stored.layout("a.b", scheme, (8, 64), weight.scale.dtype)
+        assert sum(tensor.nbytes for tensor in found.values()) == stored.nbytes(layout_of(found))
         assert same(stored.whole(stored.read("a.b", found.__getitem__, scheme)), weight)
     dense = pruned(8, 64, 16, None)
     assert set(stored.tensors("a.b", dense)) == set(stored.names("a.b", None)) == {"a.b.weight"}
-    assert stored.nbytes(None, (8, 64), 2) == 8 * 64 * 2
+    assert stored.layout("a.b", None, (8, 64), torch.bfloat16) == {"a.b.weight": (torch.bfloat16, (8, 64))}
 
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(3, 20, False), (4, -1, True), (5, 60, False)])
@@ -260,4 +263,4 @@ def test_bytes_of_grouped_integers_are_counted_exactly(bits: int, group_size: in
     zeros = None if symmetric else torch.zeros(21, 60 // size, dtype=torch.int8)
     weight = GroupedInt(torch.zeros(21, 60, dtype=torch.int8), torch.ones(21, 60 // size).half(), zeros, bits, size)
     found = compressed_tensors.tensors("a", weight)
-    assert sum(tensor.nbytes for tensor in found.values()) == compressed_tensors.nbytes(scheme, (21, 60), 2)
+    assert layout_of(found) == compressed_tensors.layout("a", scheme, (21, 60), torch.float16)

@@ -94,8 +94,10 @@ def test_the_room_that_is_asked_for_is_the_room_that_is_taken(
     out = tmp_path / "out"
     llmshrink.compress(model_of("llama"), output=out, calibration=story, format="llmshrink", **JOINT)
     llmshrink.convert(out, output=tmp_path / "back", format="compressed-tensors")
-    for needed, folder in zip(asked, (out, tmp_path / "back"), strict=True):
-        assert needed - 1_000_000 == sum(tensor.nbytes for tensor in weights(folder).values())
+    for_run, for_conversion = asked
+    taken = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert taken <= for_run <= 1.1 * taken
+    assert for_conversion - 1_000_000 == sum(tensor.nbytes for tensor in weights(tmp_path / "back").values())
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
