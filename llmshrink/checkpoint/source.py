@@ -104,14 +104,11 @@ def _from_hub(name: str, revision: str | None, *, trust_remote_code: bool) -> So
 def _pin(name: str, revision: str | None) -> str | None:
     """The commit that `revision` means now, or None when the Hub can't be reached; refuses a model of pickles."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=20)
     except Exception as error:
-        # Its bases are the HTTP client's own error, whichever client that is, and OSError.
-        unreachable = isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, HfHubHTTPError)
-        if not unreachable:
+        if not unreachable(error):
             raise
         return None
     files = [file.rfilename for file in info.siblings or []]
@@ -126,6 +123,14 @@ def _pin(name: str, revision: str | None) -> str | None:
             )
         raise SourceError(f"{name}: the repository has no safetensors; name one that holds a model")
     return info.sha
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether the Hub's client got no answer at all, for whatever reason."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its bases are the HTTP client's own error, whichever client that is, and OSError.
+    return isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, HfHubHTTPError)
 
 
 def _explain(name: str, revision: str | None, error: Exception) -> str:

@@ -17,6 +17,7 @@ from llmshrink.run.finish import copy_side_files, pieces, weight_bytes
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.report import SiteRow, rows_of
+from llmshrink.run.seal import shard_sums
 from llmshrink.run.shards import write_part
 from llmshrink.run.verify import REFERENCE, read_record
 
@@ -62,6 +63,7 @@ def write(
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
     record = _record(job, training, before, quality, curve)
+    record["shards"] = shard_sums(workspace.parts)
     disk.write_json(folder / RECORD, record)
     disk.write_text(folder / "README.md", card(record, source, weight_bytes(folder)))
     return record

@@ -29,6 +29,7 @@ from llmshrink.run.card import card
 from llmshrink.run.finish import WEIGHT_SUFFIXES, pieces, serve_line, weight_bytes
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.report import VerifyReport, rows_of, size, summary_of
+from llmshrink.run.seal import SEAL, shard_sums, write_seal
 from llmshrink.run.shards import layout_of, open_shards, write_part
 from llmshrink.run.storage import BITS, GROUP_STEP, format_of
 from llmshrink.run.verify import REFERENCE, read_record, verify_reload
@@ -37,7 +38,7 @@ from llmshrink.weights.sparse24 import VALUE_DTYPES
 
 WHOLE = 1 << 62
 """A limit on shards that none reaches: files stay as they are cut."""
-REWRITTEN = ("config.json", "README.md", RECORD, INDEX_FILE)
+REWRITTEN = ("config.json", "README.md", RECORD, INDEX_FILE, str(SEAL))
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
             _write(plan, workspace, source, record, config)
         report = _report(plan, source, folder, output, started)
         if report.ok and parts is not None:
+            write_seal(folder, report.verification)
             disk.fsync_folder(folder)
             workspace.publish()
     return report
@@ -211,7 +213,7 @@ def _write(plan: _Plan, workspace: Workspace, source: Path, record: dict[str, An
         target.parent.mkdir(parents=True, exist_ok=True)
         disk.write_file(target, pieces(path), path.stat().st_size)
     disk.write_json(folder / "config.json", _config(plan, record, config))
-    new = _record(plan, record, sizes)
+    new = {**_record(plan, record, sizes), "shards": shard_sums(workspace.parts)}
     disk.write_json(folder / RECORD, new)
     disk.write_text(folder / "README.md", card(new, source, weight_bytes(folder)))
 

@@ -21,6 +21,7 @@ from llmshrink.run.job import Job
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.progress import Progress, peak_memory
 from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of, summary_of
+from llmshrink.run.seal import SEAL, shard_sums, write_seal
 from llmshrink.run.shards import open_shards
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import REFERENCE, verify_reload
@@ -42,7 +43,7 @@ WEIGHT_SUFFIXES = (
     ".tflite",
     ".pkl",
 )
-REPLACED = ("config.json", "README.md", RECORD, TIMING, "recipe.yaml", INDEX_FILE)
+REPLACED = ("config.json", "README.md", RECORD, TIMING, "recipe.yaml", INDEX_FILE, str(SEAL))
 
 
 def finish(
@@ -70,7 +71,7 @@ def finish(
     disk.write_text(folder / "recipe.yaml", to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
-    record = _record(job, work, quality, rows)
+    record = _record(job, work, workspace, quality, rows)
     disk.write_json(folder / RECORD, record)
     disk.write_text(folder / "README.md", card(record, job.source.folder, weight_bytes(folder)))
     verification = verify_reload(folder) if job.options.verify else None
@@ -97,6 +98,8 @@ def finish(
     if not report.ok:
         progress.note(f"not published: {folder} doesn't read back as it was computed; check the disk and run again")
         return report
+    if verification is not None:
+        write_seal(folder, verification)
     disk.fsync_folder(folder)
     workspace.publish()
     return report
@@ -193,7 +196,9 @@ def pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _record(job: Job, work: Work, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
+def _record(
+    job: Job, work: Work, workspace: Workspace, quality: Quality, rows: list[SiteRow]
+) -> dict[str, Any]:
     identity = job.identity()
     notes = fallen_notes(rows) + job.notes
     widest = max((site.in_features for site in job.sites), default=0)
@@ -222,6 +227,7 @@ def _record(job: Job, work: Work, quality: Quality, rows: list[SiteRow]) -> dict
         "format_notes": job.format_notes,
         "other_linears": job.other_linears,
         "structure": work.structure,
+        "shards": shard_sums(workspace.parts),
         "sites": [asdict(row) for row in rows],
     }
 

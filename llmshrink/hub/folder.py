@@ -1,0 +1,113 @@
+"""What of a folder goes to the Hub, and whether it is what was made and verified.
+
+What goes are the files that the run left and its seal knows; anything that was put beside them stays here. The
+weights must be what the run wrote, to the byte. Other files that were changed since the checkpoint was verified (a
+template corrected, say) may go, once it has been verified anew and the user says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.errors import CheckpointError
+from llmshrink.hub.client import HubError
+from llmshrink.hub.guard import leaks, paths_here
+from llmshrink.hub.upload import Item
+from llmshrink.run import disk
+from llmshrink.run.journal import RECORD
+from llmshrink.run.seal import FREE, SEAL, files_of, read_seal, write_seal
+from llmshrink.run.verify import REFERENCE, verify_reload
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """items: what goes. apart: files that stay here. notes: what a user should know. ask: what needs a --yes."""
+
+    items: tuple[Item, ...]
+    apart: tuple[str, ...]
+    notes: tuple[str, ...]
+    ask: tuple[str, ...]
+
+
+def contents(folder: Path, record: Mapping[str, Any]) -> Contents:
+    """What would go of `folder`, whose llmshrink.json is `record`; it is verified anew where it changed.
+
+    Raises CheckpointError when the weights aren't what the run wrote or don't read back.
+    """
+    sums = {path: disk.sha256_of(folder / path) for path in files_of(folder)}
+    notes, ask = [], []
+    _check_weights(folder, record, sums)
+    seal = read_seal(folder)
+    other = [] if seal is None else _changed(seal["files"], sums)
+    if seal is None or other or "shards" not in record:
+        report = verify_reload(folder)
+        if not report.ok:
+            raise CheckpointError(f"{folder}: doesn't verify: {'; '.join(report.lines())}; make it again")
+        known = None if seal is None else {*seal["files"], *other}
+        write_seal(folder, report)
+        sums[SEAL.as_posix()] = disk.sha256_of(folder / SEAL)
+        notes.append("verified anew: " + " ".join(report.lines()[0].split()).removeprefix("verified: "))
+        if other:
+            ask.append(f"{_some(other)} changed since it was made (verified anew, and reads back as computed)")
+    else:
+        known = set(seal["files"])
+    goes = sums.keys() if known is None else {*known, *FREE, RECORD, *record.get("shards", {})} & sums.keys()
+    items = [Item(path, folder / path, (folder / path).stat().st_size, sums[path]) for path in sorted(goes)]
+    apart = sorted(sums.keys() - set(goes))
+    if apart:
+        notes.append(f"{_some(apart)} stays here: it isn't part of what was made")
+    if REFERENCE.as_posix() in goes:
+        notes.append(f"{REFERENCE} holds {record['quality']['tokens']} tokens of {record['held_out']}, open to be read")
+    return Contents(tuple(items), tuple(apart), tuple(notes), tuple(ask))
+
+
+def with_card(found: Contents, text: str) -> Contents:
+    """The same, with `text` as the card."""
+    data = text.encode()
+    card = Item(CARD, data, len(data), hashlib.sha256(data).hexdigest())
+    return replace(
+        found, items=tuple(sorted([card, *(i for i in found.items if i.path != CARD)], key=lambda i: i.path))
+    )
+
+
+def check_leaks(folder: Path, found: Contents, token: str | None) -> None:
+    """Raise HubError naming each file and line with a token, a key or a path of this machine."""
+    here = paths_here(folder)
+    texts = [item for item in found.items if not item.path.endswith(".safetensors")]
+    faults = [fault for item in texts for fault in leaks(item.path, item.data(), here, token)]
+    if faults:
+        more = f" (and {len(faults) - 3} more lines)" if len(faults) > 3 else ""
+        raise HubError(f"{folder}: nothing was sent: {'; '.join(faults[:3])}{more}; take that out and push again")
+
+
+def _check_weights(folder: Path, record: Mapping[str, Any], sums: Mapping[str, str]) -> None:
+    shards = record.get("shards")
+    weights = {path for path in sums if path.endswith(".safetensors") and "/" not in path}
+    if shards is None:
+        return
+    wrong = _changed(shards, sums)
+    if wrong:
+        raise CheckpointError(
+            f"{folder / wrong[0]}: isn't what its run wrote (sha256 {sums.get(wrong[0], 'missing')[:12]}, the record "
+            f"says {shards[wrong[0]][:12]}); copy the folder again, or make it again"
+        )
+    if weights - shards.keys():
+        raise CheckpointError(
+            f"{folder / min(weights - shards.keys())}: isn't in {INDEX_FILE}, and engines read every safetensors of a "
+            "folder; take it away"
+        )
+
+
+def _changed(promised: Mapping[str, str], sums: Mapping[str, str]) -> list[str]:
+    return [path for path, sha in promised.items() if sums.get(path) != sha]
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
