@@ -1,26 +1,20 @@
 """The command line: parse, call the Python twin, print. Each verb is a file; this one is the frame around them.
 
-Exit codes: 0 done; 1 ran and fell short; 2 bad input, one line for each fault alone on stderr; 130 interrupted.
-Nothing heavy is imported before a verb runs, so that `--help` answers at once.
+Exit codes: 0 done; 1 ran and fell short; 2 bad input, one line for each fault alone on stderr; 130 interrupted and 143
+terminated, with the line that goes on. Nothing heavy is imported before a verb runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shlex
 import shutil
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Self
 
-PROGRAM = "llmshrink"
-INTERRUPTED = 130
+from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, reader_left, say_stopped, usage_error
 
 
 def main() -> None:
@@ -31,12 +25,20 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Carry out one command line (without the program's name); returns the exit code. Never raises for bad input."""
     _hush_libraries()
-    with _CtrlC() as ctrl_c:
+    with Signals() as signals:
         try:
-            return _carry_out(arguments)
+            result = _carry_out(arguments)
+            # The parser makes 130 of a KeyboardInterrupt; no verb of ours returns it.
+            if result != INTERRUPTED:
+                return result
+            signals.ignore()
+            return say_stopped(arguments, signals.exit_code or INTERRUPTED)
         except (Exception, KeyboardInterrupt) as error:
-            # A library that was being imported may have swallowed the Ctrl-C, and failed of what it left half-done.
-            code = _interrupted(arguments) if ctrl_c.pressed else _explain(error, arguments)
+            signals.ignore()
+            # A library that was being imported may have swallowed the interrupt, and failed of what it left half-done.
+            code = (
+                _explain(error, arguments) if signals.exit_code is None else say_stopped(arguments, signals.exit_code)
+            )
             if code is None:
                 raise
             return code
@@ -48,8 +50,7 @@ def _carry_out(arguments: Sequence[str]) -> int:
     # obj: what a verb finds as the root's `obj`, the command line as it was given.
     result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False, obj=tuple(arguments))
     sys.stdout.flush()
-    # The parser makes 130 of a Ctrl-C; no verb of ours returns it.
-    return _interrupted(arguments) if result == INTERRUPTED else result if isinstance(result, int) else 0
+    return result if isinstance(result, int) else 0
 
 
 def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
@@ -67,39 +68,12 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
         _refuse(str(error))
         return 1
     if isinstance(error, typer.Abort | KeyboardInterrupt):
-        return _interrupted(arguments)
-    if isinstance(error, BrokenPipeError):
-        # The reader (`| head`) left; without this, Python would complain again while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return say_stopped(arguments, INTERRUPTED)
+    if isinstance(error, BrokenPipeError) and reader_left():
         return 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _refuse(_no_space(error))
-    return _refuse(_usage_line(error)) if isinstance(error, _usage_error()) else None
-
-
-class _CtrlC:
-    """While open, remembers that Ctrl-C was pressed, which raises KeyboardInterrupt as ever."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    def __enter__(self) -> Self:
-        # A handler can be set in the main thread only; one that isn't Python's own is the caller's business.
-        self._ours = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        )
-        if self._ours:
-            signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        self.pressed = True
-        signal.default_int_handler(number, frame)
+    return _refuse(_usage_line(error)) if isinstance(error, usage_error()) else None
 
 
 def _refuse(*lines: str) -> int:
@@ -114,42 +88,6 @@ def _no_space(error: OSError) -> str:
     place = next((each for each in path.parents if each.exists()), None) if path else None
     free = f" ({shutil.disk_usage(place).free:,} bytes free)" if place else ""
     return f"{path or 'the disk'}: no space left{free}; free some and run the same command again"
-
-
-def _interrupted(arguments: Sequence[str]) -> int:
-    verb = arguments[0] if arguments else ""
-    kept = {"eval": "what was measured", "compare": "what was measured"}.get(verb)
-    if verb in ("quantize", "prune", "compress") and _has_begun(arguments):
-        kept = "every finished block"
-    again = f"; {kept} is kept: go on from there with the same command:\n  {shlex.join([PROGRAM, *arguments])}"
-    print(f"{PROGRAM}: interrupted{again if kept else ''}", file=sys.stderr)
-    return INTERRUPTED
-
-
-def _has_begun(arguments: Sequence[str]) -> bool:
-    """Whether the run that a command line names left something to go on from.
-
-    Its folder is named here once more: `run.journal`, which names it, imports torch, and that may be what was
-    interrupted.
-    """
-    from llmshrink.cli.app import command
-
-    try:
-        context = command().commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
-    except Exception as error:
-        if not isinstance(error, _usage_error()):
-            raise
-        return False
-    return os.path.isdir(os.path.abspath(context.params["output"]) + ".partial")
-
-
-def _usage_error() -> type[BaseException]:
-    """The parent of every error that the parser raises; Typer names only its child BadParameter in public."""
-    import typer
-
-    parent = typer.BadParameter.__base__
-    assert parent is not None
-    return parent
 
 
 def _usage_line(error: BaseException) -> str:

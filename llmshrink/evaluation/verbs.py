@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
 from llmshrink.evaluation.settings import Settings
+from llmshrink.run.lock import LOCK, locked
 
 if TYPE_CHECKING:
     from llmshrink_eval.options import ModelSpec, Options
@@ -25,7 +26,7 @@ DEMO_TEXT_SEED = 40_000
 """Far from the seeds of training, calibration and the tests, so that what is scored was never seen."""
 DEMO_CHARACTERS = 120_000
 REPORT = "results.json"
-REPORT_FILES = frozenset({REPORT, "table.md", "report.html", "samples"})
+REPORT_FILES = frozenset({REPORT, "table.md", "report.html", "samples", LOCK})
 
 
 def evaluate(
@@ -38,9 +39,22 @@ def evaluate(
     progress: Progress | None,
 ) -> Results:
     """Measure and write the report. Raises LlmshrinkError or EvalError for bad input, EvalFailed for a NaN."""
+    check_report_folder(output)
+    with locked(output):
+        return _evaluate(original, models, output, settings, command=command, progress=progress)
+
+
+def _evaluate(
+    original: str | None,
+    models: Sequence[str],
+    output: Path,
+    settings: Settings,
+    *,
+    command: str | None,
+    progress: Progress | None,
+) -> Results:
     from llmshrink.evaluation.known import Known
 
-    check_report_folder(output)
     known = Known(original, models, settings)
     found = known.find()
     if found is not None:

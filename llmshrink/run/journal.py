@@ -12,7 +12,6 @@ crash in between leaves a journal beside a complete `OUT`, and the next start on
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,9 +22,9 @@ from typing import Any
 
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
+from llmshrink.run.lock import LOCK, Lock
 
 JOURNAL = "journal.jsonl"
-LOCK = "lock"
 CHECKPOINT = "checkpoint"
 OLD = "old"
 ACTIVATIONS = "activations"
@@ -70,7 +69,7 @@ class Workspace:
         self.checkpoint = self.folder / CHECKPOINT
         self.overwrite = overwrite
         self.parts: list[Part] = []
-        self._lock: int | None = None
+        self._lock = Lock(self.folder)
         self._made: list[Path] = []
 
     def __enter__(self) -> Workspace:
@@ -83,46 +82,18 @@ class Workspace:
                 f"{self.folder} is in the way and wasn't written by llmshrink; choose another folder with -o"
             )
         self._made = [path for path in self.folder.parents if not path.exists()]
-        try:
-            self._lock = self._locked()
-        except OSError as error:
-            raise OutputError(f"can't write to {self.folder}: {error.strerror}; choose another -o") from error
-        if self._lock is None:
-            raise OutputError(
-                f"another run is writing to {self.output}; wait for it to end or choose another folder with -o"
-            )
+        self._lock.take(self.output)
         return self
 
-    def _locked(self) -> int | None:
-        """The open lock, or None when another process holds it."""
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
-                continue  # another run removed the empty folder in between
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # A run that gave up may have removed the folder in between: then this is a lock on nothing.
-                if os.path.samestat(os.fstat(lock), os.stat(self.folder / LOCK)):
-                    return lock
-            except BlockingIOError:
-                os.close(lock)
-                return None
-            except FileNotFoundError:
-                pass
-            os.close(lock)
-
     def __exit__(self, *exc: object) -> None:
-        if self._lock is None:
+        if not self._lock.held:
             return
         if self.folder.is_dir() and not self.journal.exists():
             shutil.rmtree(self.folder)  # nothing was begun, so nothing is left
             for path in self._made:
                 with suppress(OSError):
                     path.rmdir()
-        os.close(self._lock)
-        self._lock = None
+        self._lock.release()
 
     @property
     def journal(self) -> Path:

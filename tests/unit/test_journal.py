@@ -79,7 +79,7 @@ def test_another_run_s_state_is_refused_with_what_differs(tmp_path: Path) -> Non
 def test_two_runs_into_one_output_refuse_each_other(tmp_path: Path) -> None:
     with (
         Workspace(tmp_path / "out", overwrite=False),
-        pytest.raises(OutputError, match="another run is writing"),
+        pytest.raises(OutputError, match=rf"another run \(process {os.getpid()}\) is writing"),
         Workspace(tmp_path / "out", overwrite=True),
     ):
         raise AssertionError("the second run got in")

@@ -1,0 +1,146 @@
+"""How a command ends before its time: Ctrl-C, SIGTERM (a scheduler's), a reader that leaves; and what is said then.
+
+Nothing heavy is imported here: an import may be what was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import IO, Any, Self
+
+PROGRAM = "llmshrink"
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+BESIDE = (".partial", ".student", ".student.partial")
+"""What a run that has begun has beside its output, its name with these endings; what gives them imports torch."""
+KEPT = {
+    "quantize": "every finished block",
+    "prune": "every finished block",
+    "compress": "every finished block",
+    "convert": "every finished file",
+    "distill": "what was finished",
+    "eval": "what was measured",
+    "compare": "what was measured",
+    "push": "what was uploaded",
+}
+"""Verb -> what the same command goes on from."""
+ANEW = ("plan", "verify")
+"""Verbs that take their time and write nothing."""
+
+
+class Signals:
+    """While open, SIGINT and SIGTERM raise KeyboardInterrupt; `exit_code` remembers which it was, None: neither.
+
+    A library that is being imported may swallow the exception, and fail of what it left half-done.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # A handler can be set in the main thread only; one that isn't Python's own is the caller's business.
+        if threading.current_thread() is threading.main_thread():
+            for number, own in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(number) is own:
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def ignore(self) -> None:
+        """From here on neither does anything: what is said last is said whole."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a fork of ours: it dies of the signal, as its parent expects
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.exit_code = 128 + number
+        raise KeyboardInterrupt
+
+
+def say_stopped(arguments: Sequence[str], code: int) -> int:
+    """Say on stderr that a command line was stopped, and how it goes on; returns the exit code, which is `code`."""
+    verb = arguments[0] if arguments else ""
+    line = f"{PROGRAM}: {'terminated' if code == TERMINATED else 'interrupted'}"
+    kept = _kept(verb, arguments)
+    if kept is not None:
+        line += f"; {kept} is kept: go on from there with the same command:"
+    elif verb in ANEW:
+        line += "; nothing was written: start it again with the same command:"
+    if line.endswith(":"):
+        line += f"\n  {shlex.join([PROGRAM, *arguments])}"
+    print(line, file=sys.stderr)
+    return code
+
+
+def _kept(verb: str, arguments: Sequence[str]) -> str | None:
+    """What the same command would go on from, in words; None when there is nothing."""
+    kept = KEPT.get(verb)
+    if kept is None or verb in ("eval", "compare", "push"):
+        return kept
+    given = _given(arguments)
+    output = os.path.abspath(str(given["output"])) if given.get("output") else None
+    if output and any(os.path.isdir(output + ending) for ending in BESIDE):
+        return kept
+    model = str(given.get("model") or given.get("teacher") or "")
+    named_on_the_hub = model not in ("", "demo") and not os.path.exists(model)
+    return "what was downloaded" if named_on_the_hub else None
+
+
+def _given(arguments: Sequence[str]) -> dict[str, object]:
+    """A verb's arguments and options by name; nothing for a line that can't be read."""
+    import typer
+
+    from llmshrink.cli.app import command
+
+    try:
+        context = command().commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+    except Exception as error:
+        if not isinstance(error, typer.Exit | usage_error()):
+            raise
+        return {}
+    return dict(context.params)
+
+
+def usage_error() -> type[BaseException]:
+    """The parent of every error that the parser raises; Typer names only its child BadParameter in public."""
+    import typer
+
+    parent = typer.BadParameter.__base__
+    assert parent is not None
+    return parent
+
+
+def reader_left() -> bool:
+    """Whether what reads this process's output (`| head`) is gone; if so, nothing is written there any more.
+
+    A broken pipe to another process, as an engine that died, is no such thing.
+    """
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _broken(stream)]
+    for stream in gone:
+        # Without this, Python would complain again while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(gone)
+
+
+def _broken(stream: IO[str]) -> bool:
+    """Whether a stream is a pipe without a reader."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):  # not a real file
+        return False
