@@ -8,6 +8,7 @@ from llmshrink.api.conversion import convert
 from llmshrink.api.distillation import distill
 from llmshrink.api.environment import doctor
 from llmshrink.api.evaluate import compare, eval
+from llmshrink.api.planning import plan
 from llmshrink.api.publishing import push
 from llmshrink.api.runs import compress, parse_size, prune, quantize
 from llmshrink.api.runtime import generate, load
@@ -25,6 +26,7 @@ __all__ = [
     "inspect",
     "load",
     "parse_size",
+    "plan",
     "prune",
     "push",
     "quantize",

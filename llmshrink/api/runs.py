@@ -156,7 +156,7 @@ def compress(
     from llmshrink.run.quantize import quantize as run
 
     flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method, "repair": repair}
-    options = _options("compress", model, output, recipe, flags, **settings)
+    options = options_of("compress", model, output, recipe, flags, **settings)
     progress = settings.get("progress") or Silent()
     asked = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
     if asked.distill is None:
@@ -177,11 +177,11 @@ def _run(
     from llmshrink.run.progress import Silent
     from llmshrink.run.quantize import quantize as run
 
-    options = _options(verb, model, output, recipe, flags, **settings)
+    options = options_of(verb, model, output, recipe, flags, **settings)
     return run(options, settings.get("progress") or Silent())
 
 
-def _options(
+def options_of(
     verb: Literal["quantize", "prune", "compress"],
     model: PathLike,
     output: PathLike,
@@ -189,6 +189,7 @@ def _options(
     flags: Mapping[str, object],
     **settings: Unpack[StoredSettings],
 ) -> Options:
+    """What a run is asked for, checked one by one. Raises LlmshrinkError."""
     from llmshrink.run.job import Options
 
     typed = {name: value for name, value in {**settings, **flags}.items() if name not in CHECKED_LATER}

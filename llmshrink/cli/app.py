@@ -17,6 +17,7 @@ from llmshrink.cli import (
     eval,
     generate,
     inspect,
+    plan,
     prune,
     push,
     quantize,
@@ -55,6 +56,7 @@ def _root(
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("compress")(compress.compress)
+app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("distill")(distill.distill)
 app.command("eval")(eval.eval)

@@ -196,9 +196,7 @@ def pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _record(
-    job: Job, work: Work, workspace: Workspace, quality: Quality, rows: list[SiteRow]
-) -> dict[str, Any]:
+def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
     identity = job.identity()
     notes = fallen_notes(rows) + job.notes
     widest = max((site.in_features for site in job.sites), default=0)

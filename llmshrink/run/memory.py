@@ -50,12 +50,13 @@ def give_back() -> None:
     without asking.
     """
     trim = _malloc_trim()
-    if trim is not None and _resident() > _Mark.resident + SLACK:
+    if trim is not None and resident() > _Mark.resident + SLACK:
         trim(0)
-        _Mark.resident = _resident()
+        _Mark.resident = resident()
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
     fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
     return int(fields[1]) * mmap.PAGESIZE
 

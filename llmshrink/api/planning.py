@@ -1,0 +1,39 @@
+"""`llmshrink.plan`: what a run would need and yield."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Unpack
+
+from llmshrink.api.runs import StoredSettings, options_of
+from llmshrink.errors import PathLike
+
+if TYPE_CHECKING:
+    from llmshrink.planning.report import Plan
+
+NOWHERE = "llmshrink-output"
+"""Stands for an output that isn't named: in the folder at hand, whose disk is then the one that is looked at."""
+
+
+def plan(
+    model: PathLike,
+    *,
+    recipe: PathLike = "gptq-w4a16",
+    output: PathLike | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    asymmetric: bool | None = None,
+    method: str | None = None,
+    repair: bool | None = None,
+    measured: bool = True,
+    **settings: Unpack[StoredSettings],
+) -> Plan:
+    """What `quantize`, `prune` or `compress` with these settings needs and yields, before anything is done or written.
+
+    measured: time one block, for `seconds`. Everything else is as in `compress`. Raises LlmshrinkError for bad input,
+    as the run would.
+    """
+    from llmshrink.planning.plan import plan as made
+
+    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method, "repair": repair}
+    options = options_of("compress", model, NOWHERE if output is None else output, recipe, flags, **settings)
+    return made(options, measured=measured)

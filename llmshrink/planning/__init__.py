@@ -1,0 +1,1 @@
+"""What a run needs and yields, said before it starts."""
