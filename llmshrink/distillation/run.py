@@ -23,11 +23,11 @@ from llmshrink.distillation.teacher import LiveTeacher, TeacherRows
 from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import write
+from llmshrink.run.card import complete
 from llmshrink.run.finish import serve_line, weight_bytes
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import TRAINING, Workspace, partial_folder
 from llmshrink.run.progress import Progress, Silent, peak_memory
-from llmshrink.run.seal import write_seal
 from llmshrink.run.verify import read_record, verify_reload
 
 
@@ -64,8 +64,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         record = write(job, training, workspace, before, quality, reference(job.split, job.batches), curve)
         report = _report(job, workspace.checkpoint, record, started)
         if report.ok:
-            assert report.verification is not None
-            write_seal(workspace.checkpoint, report.verification)
+            complete(workspace.checkpoint, report.verification)
             workspace.publish()
             if options.student is None:
                 remove(options.output)

@@ -12,8 +12,8 @@ from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import INDEX_FILE
 from llmshrink.errors import SourceError
 from llmshrink.run import disk
-from llmshrink.run.card import card
-from llmshrink.run.finish import copy_side_files, pieces, weight_bytes
+from llmshrink.run.card import write_card
+from llmshrink.run.finish import copy_side_files, pieces
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.report import SiteRow, rows_of
@@ -65,7 +65,7 @@ def write(
     record = _record(job, training, before, quality, curve)
     record["shards"] = shard_sums(workspace.parts)
     disk.write_json(folder / RECORD, record)
-    disk.write_text(folder / "README.md", card(record, source, weight_bytes(folder)))
+    write_card(folder)
     return record
 
 

@@ -1,92 +1,342 @@
-"""The model card: what this checkpoint is, what it cost, and how to use it, in the Hub's front matter and words."""
+"""The model card: what this checkpoint is, what it cost, and how to use it, in the Hub's metadata and in words.
+
+It is made from the folder alone (the record, the recipe, the seal, the original's licence), so that the same folder has
+the same card to the byte, and no path of a machine is in it. What only others know is handed in: what was evaluated,
+and under which name it is published.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmshrink.run.report import SiteRow, changes, rows_of, size, summary_of
+from llmshrink.run import disk
+from llmshrink.run.inspect import InspectReport, inspect
+from llmshrink.run.licence import licence_of
+from llmshrink.run.report import SiteRow, VerifyReport, changes, size
+from llmshrink.run.seal import read_seal, write_seal
 from llmshrink.run.storage import format_of
+from llmshrink.run.verify import read_record
+
+CARD = "README.md"
+HERE = "<this folder>"
+INTERVAL = 1.96
+"""Standard errors to either side of a mean, for 95 %."""
+LAYOUTS: dict[str, str] = {
+    "compressed-tensors": "compressed-tensors `pack-quantized`",
+    "llmshrink": "llmshrink `sparse24`: 2:4 without its zeros",
+    "bitsandbytes": "bitsandbytes' own, as transformers saves it",
+}
 
 
-def card(record: dict[str, Any], source: Path, bytes_after: int) -> str:
-    """README.md for an output.
+@dataclass(frozen=True)
+class Figure:
+    """One number for the Hub's `model-index`. data: what it was measured on; kind: the metric; title: in words."""
 
-    record: llmshrink.json; source: the original's folder, whose licence carries over; bytes_after: of the weights.
+    data: str
+    kind: str
+    title: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `llmshrink eval` found of a checkpoint: Markdown, and the figures in it."""
+
+    lines: tuple[str, ...]
+    figures: tuple[Figure, ...]
+
+
+def complete(folder: Path, verified: VerifyReport | None, more: str | None = None) -> None:
+    """The last two files of an output: the seal, when it read back as it was computed, and the card.
+
+    more: Markdown that goes on where the card ends; None: what README.md has there already.
     """
-    quality, calibration = record["quality"], record["calibration"]
-    rows = rows_of(record["sites"])
-    quantized = [row for row in rows if row.bits is not None]
-    schemes = sorted({f"{row.bits}-bit, groups of {row.group_size}" for row in quantized})
-    how = f" ({'; '.join(schemes)})" if schemes else ""
-    shape = summary_of(record)
-    own = format_of(record) == "llmshrink"
-    layout = "llmshrink `sparse24`: 2:4 without its zeros" if own else "compressed-tensors `pack-quantized`"
-    layout = layout if own or quantized else "plain safetensors, in the original's dtype"
-    revision = f" (revision {record['revision']})" if record["revision"] else ""
-    lines = [
-        "---",
-        *_front_matter(record, source),
-        f"tags: [{', '.join(_tags(rows, own=own, smaller=shape is not None))}]",
-        "---",
+    more = beyond(folder) or "" if more is None else more
+    if verified is not None:
+        write_seal(folder, verified)
+    write_card(folder, more)
+
+
+def write_card(folder: Path, more: str = "") -> None:
+    """README.md; more: Markdown of whoever knows more, which goes on where the card ends."""
+    disk.write_text(folder / CARD, card(folder) + more)
+
+
+def beyond(folder: Path) -> str | None:
+    """What README.md has after the card; None where it doesn't begin with that, as somebody edited it."""
+    text, own = (folder / CARD).read_text() if (folder / CARD).is_file() else "", card(folder)
+    return text.removeprefix(own) if text.startswith(own) else None
+
+
+def card(folder: Path, *, name: str | None = None, evaluation: Evaluation | None = None) -> str:
+    """The text. name: the repository that it is published as; None: not yet."""
+    record, made = read_record(folder), inspect(folder)
+    title = name.rpartition("/")[2] if name else f"{record['model']}, {record['recipe']}"
+    parts = (
+        ["---", *_metadata(folder, record, made, title, evaluation), "---", "", f"# {title}", ""],
+        _what(folder, record, made),
+        _quality(record, made, evaluation),
+        _recipe(folder, record, made),
+        _use(record, name or HERE),
+        _layers(made),
+        _origin(folder, record),
+        _limits(record, evaluation),
+    )
+    return "\n".join(line for part in parts for line in part)
+
+
+def _metadata(
+    folder: Path, record: dict[str, Any], made: InspectReport, title: str, evaluation: Evaluation | None
+) -> list[str]:
+    """The Hub's front matter, through its own classes, which refuse what it wouldn't read."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    figures = [*(evaluation.figures if evaluation else ()), *_figures(record)]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^\w.-]+", "-", figure.data).strip("-") or "text",
+            dataset_name=figure.data,
+            metric_type=figure.kind,
+            metric_name=figure.title,
+            metric_value=figure.value,
+        )
+        for figure in figures
+    ]
+    stated: dict[str, Any] = dict(licence_of(folder).front_matter())
+    if record["revision"]:
+        stated = {"base_model": record["model"], "base_model_relation": _relation(made.sites), **stated}
+    data = ModelCardData(
+        **stated,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=_tags(record, made),
+        model_name=title,
+        eval_results=results,
+    )
+    return data.to_yaml().splitlines()
+
+
+def _figures(record: dict[str, Any]) -> list[Figure]:
+    """The run's own, on text that it held out."""
+    quality, data = record["quality"], f"{record['held_out']}, held out"
+    return [
+        Figure(data, "perplexity", "Perplexity", _rounded(quality["ppl_after"])),
+        Figure(data, "kl_divergence", "KL from the original, nats/token", _rounded(quality["kl_mean"])),
+    ]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _relation(rows: Iterable[SiteRow]) -> str:
+    """The Hub knows finetune, adapter, merge and quantized; a pruned or taught model is nearest to a finetune."""
+    return "quantized" if any(row.bits is not None for row in rows) else "finetune"
+
+
+def _tags(record: dict[str, Any], made: InspectReport) -> list[str]:
+    format = format_of(record)
+    quantized = any(row.bits is not None for row in made.sites)
+    pruned = made.structure is not None or any(row.pruned is not None for row in made.sites)
+    found = ["llmshrink", *([format] if quantized and format != "llmshrink" else [])]
+    found += ["quantized"] if quantized else []
+    return [*found, *(["pruned"] if pruned else []), *(["distilled"] if "distill" in record else [])]
+
+
+def _what(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str]:
+    quantized = [row for row in made.sites if row.bits is not None]
+    schemes = "; ".join(sorted({_scheme(row) for row in quantized}))
+    format = format_of(record)
+    plain = format == "compressed-tensors" and not quantized
+    layout = "plain safetensors, in the original's dtype" if plain else LAYOUTS[format]
+    base = f"[{record['model']}](https://huggingface.co/{record['model']})" if record["revision"] else record["model"]
+    revision = f" at revision `{record['revision']}`" if record["revision"] else ""
+    others = "embeddings and the head are as they were" if "distill" in record else "all else is as it was"
+    licence = licence_of(folder)
+    by = f" (says the original's {licence.said_by.removeprefix('SOURCE_')})" if licence.said_by else ""
+    return [
+        f"{base}{revision}, made smaller by llmshrink {record['identity']['versions']['llmshrink']} "
+        f"with the recipe `{record['recipe']}`.",
         "",
-        f"# {record['model']}, {record['recipe']}",
-        "",
-        f"Made by llmshrink {record['identity']['versions']['llmshrink']} "
-        f"from {record['model']}{revision} with the recipe in `recipe.yaml`.",
-        "",
-        "| | original | this checkpoint |",
-        "|---|---|---|",
-        f"| weights on disk | {size(record['bytes_before'])} | {size(bytes_after)} |",
-        f"| perplexity, {quality['tokens']} held-out tokens of the calibration text | "
-        f"{quality['ppl_before']:.3f} | {quality['ppl_after']:.3f} |",
-        "",
-        f"KL divergence from the original on those tokens: {quality['kl_mean']:.5f} "
-        f"(standard error {quality['kl_stderr']:.5f}) nats/token; "
-        f"the most likely next token is the same at {quality['top1_agreement']:.1%} of positions.",
-        "",
-        *([f"- Shape: {shape}; its config.json says so, and it loads like any other model."] if shape else []),
-        f"- Weights: of {len(rows)} linear layers in the blocks {changes(rows)}{how}; "
-        f"embeddings{' ' if 'distill' in record else ', norms '}and the head are as they were.",
+        *([f"- Shape: {made.structure}; its config.json says so."] if made.structure else []),
+        f"- Weights: of {len(made.sites)} linear layers in the blocks {changes(made.sites)}"
+        + (f" ({schemes})" if schemes else "")
+        + f"; {others}.",
         *_distilled(record),
-        f"- Calibration: {calibration['tokens']} tokens of {calibration['name']}.",
-        f"- Format: {layout}; per-layer errors are in `llmshrink.json`.",
-        *[f"- {note}" for note in record["notes"]],
-        "",
-        "```",
-        *(["pip install llmshrink  # beside vLLM, which finds its plugin"] if own else []),
-        "vllm serve <this folder>",
-        "```",
+        f"- Format: {layout}.",
+        f"- Licence: {licence}{by}." if licence.id else "- Licence: the original names none that llmshrink finds.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def _distilled(record: dict[str, Any]) -> list[str]:
-    """What a distillation did, as a line of the list."""
+    """What a distillation did, as a line of the list; the whole of it goes on where the card ends."""
     if "distill" not in record:
         return []
     made = record["distill"]
     return [
-        f"- Distilled from {made['teacher']}: {made['steps']} steps on {made['data']}; KL on held-out text "
+        f"- Distilled from {made['teacher']}: {made['steps']:,} steps on {made['data']}; KL on held-out text "
         f"{made['before']['kl_mean']:.5f} before, {record['quality']['kl_mean']:.5f} after."
     ]
 
 
-def _front_matter(record: dict[str, Any], source: Path) -> list[str]:
-    lines = [f"base_model: {record['model']}"] if record["revision"] else []
-    readme = source / "README.md"
-    if readme.is_file():
-        head = re.match(r"---\n(.*?)\n---\n", readme.read_text(errors="replace"), re.DOTALL)
-        kept = ("license:", "license_name:", "license_link:")
-        lines += [line for line in (head.group(1).splitlines() if head else []) if line.startswith(kept)]
-    return [*lines, "library_name: transformers"]
+def _scheme(row: SiteRow) -> str:
+    names = {"bnb-nf4": "NF4", "bnb-nf4-double": "NF4, their absmax in 8 bits", "bnb-int8": "LLM.int8"}
+    method = names.get(row.method or "")
+    return f"{row.bits}-bit, groups of {row.group_size}" + (f", {method}" if method else "")
 
 
-def _tags(rows: Sequence[SiteRow], *, own: bool, smaller: bool) -> list[str]:
-    quantized = any(row.bits is not None for row in rows)
-    found = ["llmshrink", *(["compressed-tensors"] if quantized and not own else [])]
-    found += ["quantized"] if quantized else []
-    return [*found, *(["pruned"] if smaller or any(row.pruned is not None for row in rows) else [])]
+def _quality(record: dict[str, Any], made: InspectReport, evaluation: Evaluation | None) -> list[str]:
+    quality = record["quality"]
+    return [
+        "## What it costs",
+        "",
+        *(
+            ["Measured by `llmshrink eval`:", "", *evaluation.lines, "", "And by the run itself:", ""]
+            if evaluation
+            else []
+        ),
+        "| | original | this checkpoint |",
+        "|---|---:|---:|",
+        f"| weights on disk | {size(record['bytes_before'])} | {size(made.bytes)} |",
+        f"| bits per weight, all | | {made.bits_per_weight:.2f} |",
+        f"| bits per weight, linear layers of the blocks | | {made.linear_bits_per_weight:.2f} |",
+        f"| perplexity | {quality['ppl_before']:.3f} | {quality['ppl_after']:.3f} |",
+        f"| KL from the original, nats/token | | {quality['kl_mean']:.5f} ± {INTERVAL * quality['kl_stderr']:.5f} |",
+        f"| same likeliest next token | | {quality['top1_agreement']:.1%} |",
+        "",
+        f"Perplexity and KL are of {quality['tokens']:,} tokens of {record['held_out']} that the run held out "
+        "(± is a 95 % interval): a first look, on text like that which it was calibrated on.",
+        "",
+    ]
+
+
+def _recipe(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str]:
+    calibration, file = record["calibration"], folder / "recipe.yaml"
+    text = file.read_text().rstrip() if file.is_file() else None
+    return [
+        "## Recipe",
+        "",
+        *_steps(text),
+        f"It was calibrated on {calibration['tokens']:,} tokens of {calibration['name']}.",
+        "",
+        *(["```yaml", *text.splitlines(), "```", ""] if text else []),
+    ]
+
+
+def _steps(text: str | None) -> list[str]:
+    """Each step as a sentence."""
+    import yaml
+
+    recipe = yaml.safe_load(text) if text else {}
+    found = [f"{recipe['summary']}.", ""] if recipe.get("summary") else []
+    for number, step in enumerate(recipe.get("steps", []), 1):
+        for verb, fields in step.items():
+            told = [_told(key, value) for key, value in fields.items() if value is not None]
+            found.append(f"{number}. {verb}: {', '.join(told)}.")
+    overrides = [override.get("match") for override in recipe.get("overrides", [])]
+    if overrides:
+        found.append(
+            f"{len(recipe['steps']) + 1}. otherwise for {', '.join(f'`{match}`' for match in overrides)}, see below."
+        )
+    return [*found, *([""] if found else [])]
+
+
+def _told(key: str, value: object) -> str:
+    """A field of a recipe in words."""
+    words = key.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"not {words}"
+    return str(value) if key == "method" else f"{words} {value}"
+
+
+def _use(record: dict[str, Any], name: str) -> list[str]:
+    """How to load and serve it, in each way that takes its format."""
+    format = format_of(record)
+    own = "import llmshrink  # reads the 2:4 format\n" if format == "llmshrink" else ""
+    needs = {"llmshrink": " llmshrink", "bitsandbytes": " accelerate bitsandbytes"}.get(format, " compressed-tensors")
+    found = ["## How to use it", "", f"With transformers (`pip install transformers{needs}`):", "", "```python"]
+    found += f"{own}from transformers import AutoModelForCausalLM, AutoTokenizer\n".splitlines()
+    found += ["", f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
+    found += [f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")', "```", ""]
+    if format != "bitsandbytes":
+        refused = [note for note in record["notes"] if re.match(r"vllm-\w+ won't", note)]
+        beside = "pip install llmshrink  # beside vLLM, which finds its plugin" if format == "llmshrink" else None
+        found += [f"With vLLM{' (not everywhere: see the limits below)' if refused else ''}:", ""]
+        found += ["```", *([beside] if beside else []), f"vllm serve {name}", "```", ""]
+    found += [
+        "With llmshrink:",
+        "",
+        "```python",
+        "import llmshrink",
+        "",
+        f'model = llmshrink.load("{name}")',
+        "```",
+        "",
+    ]
+    return found
+
+
+def _layers(made: InspectReport) -> list[str]:
+    """Every compressible layer, folded."""
+    lines = ["| layer | shape | bits | group | pruned | bytes | error |", "|---|---|---:|---:|---|---:|---:|"]
+    for row in made.sites:
+        error = "" if row.error is None else f"{row.error:.3g}"
+        pruned = "" if row.pruned is None else row.pruned + ("" if row.zeros is None else f" ({row.zeros:.0%} zeros)")
+        bits, group = (
+            (row.bits, row.group_size) if row.bits is not None else ("as it was" if not row.pruned else "", "")
+        )
+        lines.append(
+            f"| {row.name} | {row.shape[0]} x {row.shape[1]} | {bits} | {group} | {pruned} | {row.bytes:,} | {error} |"
+        )
+    return [
+        "<details>",
+        f"<summary>All {len(made.sites)} linear layers: how each is stored, and the error of its output</summary>",
+        "",
+        *lines,
+        "",
+        "The error is ||(W - Q) X||² / ||W X||² on the calibration text.",
+        "",
+        "</details>",
+        "",
+    ]
+
+
+def _origin(folder: Path, record: dict[str, Any]) -> list[str]:
+    """What it was made and verified with."""
+    identity, seal = record["identity"], read_seal(folder)
+    lines = ["## Made and verified with", "", f"- Made on {_machine(identity)}."]
+    if seal is None:
+        return [*lines, "- Not verified: the run was told not to reload what it wrote.", ""]
+    return [
+        *lines,
+        f"- Verified on {_machine(seal['with'])}: {seal['by']}, against {seal['against']}, on {seal['positions']:,} "
+        f"next-token log-probabilities (mean difference of at most {seal['tolerance']:g} nats).",
+        f"- `verify/` holds those tokens and log-probabilities: `llmshrink verify {HERE}` does it again anywhere.",
+        "",
+    ]
+
+
+def _machine(identity: dict[str, Any]) -> str:
+    device, threads = identity["device"], identity["threads"]
+    where = (
+        f"CPU ({identity['instructions']}, {threads} thread{'s' if threads > 1 else ''})" if device == "cpu" else device
+    )
+    return f"{where} with {', '.join(f'{name} {version}' for name, version in identity['versions'].items())}"
+
+
+def _limits(record: dict[str, Any], evaluation: Evaluation | None) -> list[str]:
+    notes: Sequence[str] = record["notes"]
+    found = [f"- {note[:1].upper()}{note[1:].rstrip('.')}." for note in notes]
+    found.append(
+        f"- It was held to the original on text like {record['held_out']}: on text unlike that it may lose more."
+    )
+    if evaluation is None or not any("task" in figure.title.lower() for figure in evaluation.figures):
+        found.append("- No tasks were run on it: what it lost there isn't known.")
+    found.append("- Whatever the original says wrongly, unfairly or unsafely, this says too.")
+    return ["## Known limits", "", *found, ""]

@@ -25,11 +25,11 @@ from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Scheme
 from llmshrink.run import disk
-from llmshrink.run.card import card
+from llmshrink.run.card import beyond, complete
 from llmshrink.run.finish import WEIGHT_SUFFIXES, pieces, serve_line, weight_bytes
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.report import VerifyReport, rows_of, size, summary_of
-from llmshrink.run.seal import SEAL, shard_sums, write_seal
+from llmshrink.run.seal import SEAL, shard_sums
 from llmshrink.run.shards import layout_of, open_shards, write_part
 from llmshrink.run.storage import BITS, GROUP_STEP, format_of
 from llmshrink.run.verify import REFERENCE, read_record, verify_reload
@@ -112,7 +112,7 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
             _write(plan, workspace, source, record, config)
         report = _report(plan, source, folder, output, started)
         if report.ok and parts is not None:
-            write_seal(folder, report.verification)
+            complete(folder, report.verification, beyond(source) or "")
             disk.fsync_folder(folder)
             workspace.publish()
     return report
@@ -215,7 +215,6 @@ def _write(plan: _Plan, workspace: Workspace, source: Path, record: dict[str, An
     disk.write_json(folder / "config.json", _config(plan, record, config))
     new = {**_record(plan, record, sizes), "shards": shard_sums(workspace.parts)}
     disk.write_json(folder / RECORD, new)
-    disk.write_text(folder / "README.md", card(new, source, weight_bytes(folder)))
 
 
 def _write_file(plan: _Plan, workspace: Workspace, file: Path) -> None:

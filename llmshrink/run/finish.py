@@ -15,13 +15,13 @@ from torch import Tensor
 from llmshrink.checkpoint.index import INDEX_FILE
 from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk
-from llmshrink.run.card import card
+from llmshrink.run.card import complete
 from llmshrink.run.heldout import Quality
 from llmshrink.run.job import Job
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.progress import Progress, peak_memory
 from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of, summary_of
-from llmshrink.run.seal import SEAL, shard_sums, write_seal
+from llmshrink.run.seal import SEAL, shard_sums
 from llmshrink.run.shards import open_shards
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import REFERENCE, verify_reload
@@ -73,7 +73,6 @@ def finish(
     disk.write_tensors(folder / REFERENCE, reference)
     record = _record(job, work, workspace, quality, rows)
     disk.write_json(folder / RECORD, record)
-    disk.write_text(folder / "README.md", card(record, job.source.folder, weight_bytes(folder)))
     verification = verify_reload(folder) if job.options.verify else None
     report = QuantizeReport(
         output=job.options.output,
@@ -98,8 +97,7 @@ def finish(
     if not report.ok:
         progress.note(f"not published: {folder} doesn't read back as it was computed; check the disk and run again")
         return report
-    if verification is not None:
-        write_seal(folder, verification)
+    complete(folder, verification)
     disk.fsync_folder(folder)
     workspace.publish()
     return report

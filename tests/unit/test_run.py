@@ -448,12 +448,12 @@ def test_activations_that_fill_the_disk_are_said_with_bytes(tmp_path: Path) -> N
 
 def test_the_card_says_what_was_and_what_is(finished: Path) -> None:
     text = (finished / "README.md").read_text()
-    after = sum(path.stat().st_size for path in finished.glob("*.safetensors"))
+    after = llmshrink.inspect(finished).bytes
     before = json.loads((finished / "llmshrink.json").read_text())["bytes_before"]
     assert f"| weights on disk | {size(before)} | {size(after)} |" in text
     assert after < before
-    assert "tags: [llmshrink, compressed-tensors, quantized]\n" in text
-    assert "- Weights: of 14 linear layers in the blocks 14 quantized (4-bit, groups of 32); embeddings" in text
+    assert "tags:\n- llmshrink\n- compressed-tensors\n- quantized\nmodel-index:\n" in text
+    assert "- Weights: of 14 linear layers in the blocks 14 quantized (4-bit, groups of 32); all else" in text
 
 
 def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def test_a_pruned_model_is_a_plain_one_that_transformers_loads(pruned: Path) -> 
 
 def test_the_card_of_a_pruned_model_does_not_call_it_quantized(pruned: Path) -> None:
     text = (pruned / "README.md").read_text()
-    assert "tags: [llmshrink, pruned]\n" in text
-    assert "in the blocks 14 pruned (alps 2:4); embeddings" in text
+    assert "tags:\n- llmshrink\n- pruned\nmodel-index:\n" in text
+    assert "in the blocks 14 pruned (alps 2:4); all else" in text
     assert "- Format: plain safetensors" in text
     assert "quantized" not in text and "pack-quantized" not in text
 

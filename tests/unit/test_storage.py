@@ -78,7 +78,7 @@ def test_inspect_counts_what_is_stored(
 
 def test_the_card_names_the_format_and_how_it_is_served(made: dict[tuple[str, str], Path]) -> None:
     text = (made["joint", "llmshrink"] / "README.md").read_text()
-    assert "tags: [llmshrink, quantized, pruned]\n" in text
+    assert "tags:\n- llmshrink\n- quantized\n- pruned\nmodel-index:\n" in text
     assert "- Format: llmshrink `sparse24`: 2:4 without its zeros" in text
     assert "pip install llmshrink" in text and "compressed-tensors" not in text
     standard = (made["joint", "compressed-tensors"] / "README.md").read_text()
