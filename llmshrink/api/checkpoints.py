@@ -26,17 +26,19 @@ def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transfo
 
     engine: "transformers" reads the packed weights back into transformers' modules, a block at a time, and compares
     with what the run that made the checkpoint computed; "vllm" runs the real engine in its own process and compares
-    it with transformers on the same checkpoint.
+    it with transformers on the same checkpoint. One of bitsandbytes is then also loaded by plain transformers with that
+    library, as anyone would, and held to the run.
     """
-    from llmshrink.run.verify import verify_reload, verify_vllm
+    from llmshrink.run.verify import verify as against_run
+    from llmshrink.run.verify import verify_vllm
 
     if engine not in ("transformers", "vllm"):
         raise SourceError(f"engine={engine!r}: not an engine that can verify; pass 'transformers' or 'vllm'")
-    return verify_vllm(_folder(path)) if engine == "vllm" else verify_reload(_folder(path))
+    return verify_vllm(_folder(path)) if engine == "vllm" else against_run(_folder(path))
 
 
 def recipes() -> dict[str, Recipe]:
-    """The shipped recipes by name."""
+    """The shipped recipes by name; one that can't be read here is left out."""
     from llmshrink.recipe.read import shipped
 
     return shipped()

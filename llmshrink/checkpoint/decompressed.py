@@ -18,7 +18,7 @@ class Decompressed:
     def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
         self._index = CheckpointIndex.open(folder)
         self._dtype = dtype
-        self._schemes = stored.schemes(config.get("quantization_config"))
+        self._schemes = stored.schemes(config.get("quantization_config"), self._index)
         packed = {key for name, scheme in self._schemes.items() for key in stored.names(name, scheme)}
         self._keys = [key for key in self._index if key not in packed]
         self._keys += [f"{name}.weight" for name in self._schemes]

@@ -17,14 +17,17 @@ def recipes(context: typer.Context, json: JsonFlag = False) -> None:
     if context.invoked_subcommand is not None:
         return
     from llmshrink import api
+    from llmshrink.recipe.read import unreadable
 
-    found = api.recipes()
+    found = {name: recipe.summary for name, recipe in api.recipes().items()}
+    found |= {name: f"can't be read here: {why}" for name, why in unreadable().items()}
+    found = dict(sorted(found.items()))
     if json:
-        show_json([{"name": name, "summary": recipe.summary} for name, recipe in found.items()])
+        show_json([{"name": name, "summary": summary} for name, summary in found.items()])
         return
     width = max(map(len, found))
-    for name, recipe in found.items():
-        print(f"{name:{width}}  {recipe.summary}")
+    for name, summary in found.items():
+        print(f"{name:{width}}  {summary}")
 
 
 @app.command("show")

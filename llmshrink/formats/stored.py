@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from llmshrink.formats import compressed_tensors, sparse24
+from llmshrink.errors import CheckpointError
+from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
+from llmshrink.formats.bitsandbytes import BitsAndBytesScheme
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.sparse24 import Sparse24Scheme
-from llmshrink.weights import Dense, GroupedInt, Sparse24
+from llmshrink.weights import Dense, GroupedInt, NormalFloat4, RowInt8, Solvable, Sparse24
 
-Format = Literal["compressed-tensors", "llmshrink"]
+Format = Literal["compressed-tensors", "llmshrink", "bitsandbytes"]
 FORMATS: tuple[Format, ...] = ("compressed-tensors", "llmshrink")
-Scheme = GroupedIntScheme | Sparse24Scheme
-Weight = Dense | GroupedInt | Sparse24
+"""Those that a user may ask for by name; `bitsandbytes` is what its own methods make, and nothing else."""
+Scheme = GroupedIntScheme | Sparse24Scheme | BitsAndBytesScheme
+Weight = Solvable | Sparse24
+S = TypeVar("S", bound=Scheme)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Key -> dtype and shape of a checkpoint's tensors."""
 
 
-def as_stored(weight: Dense | GroupedInt, scheme: Scheme | None) -> Weight:
+def as_stored(weight: Solvable, scheme: Scheme | None) -> Weight:
     """The form in which `scheme` stores a weight. Raises ValueError, naming the place, where it has to be 2:4."""
-    return Sparse24.of(weight) if isinstance(scheme, Sparse24Scheme) else weight
+    if isinstance(scheme, Sparse24Scheme):
+        assert isinstance(weight, Dense | GroupedInt), weight
+        return Sparse24.of(weight)
+    return weight
 
 
-def whole(weight: Weight) -> Dense | GroupedInt:
+def whole(weight: Weight) -> Solvable:
     """The inverse: the weight with its zeros."""
     return weight.whole() if isinstance(weight, Sparse24) else weight
 
@@ -42,6 +49,8 @@ def tensors(name: str, weight: Weight) -> dict[str, Tensor]:
         return sparse24.tensors(name, weight)
     if isinstance(weight, GroupedInt):
         return compressed_tensors.tensors(name, weight)
+    if isinstance(weight, NormalFloat4 | RowInt8):
+        return bitsandbytes.tensors(name, weight)
     return {f"{name}.weight": weight.weight}
 
 
@@ -49,6 +58,8 @@ def names(name: str, scheme: Scheme | None) -> list[str]:
     """The keys that `tensors` writes for the linear `name`."""
     if isinstance(scheme, Sparse24Scheme):
         return sparse24.names(name, scheme)
+    if isinstance(scheme, BitsAndBytesScheme):
+        return bitsandbytes.names(name, scheme)
     return [f"{name}.weight"] if scheme is None else compressed_tensors.names(name, symmetric=scheme.symmetric)
 
 
@@ -59,6 +70,8 @@ def layout(name: str, scheme: Scheme | None, shape: tuple[int, int], dtype: torc
     """
     if isinstance(scheme, Sparse24Scheme):
         return sparse24.layout(name, scheme, shape, dtype)
+    if isinstance(scheme, BitsAndBytesScheme):
+        return bitsandbytes.layout(name, scheme, shape, dtype)
     return (
         {f"{name}.weight": (dtype, shape)} if scheme is None else compressed_tensors.layout(name, scheme, shape, dtype)
     )
@@ -73,6 +86,8 @@ def read(name: str, get: Callable[[str], Tensor], scheme: Scheme | None) -> Weig
     """The linear `name`, from its checkpoint tensors. get: key -> tensor. Raises CheckpointError for a damaged one."""
     if isinstance(scheme, Sparse24Scheme):
         return sparse24.read(name, get, scheme)
+    if isinstance(scheme, BitsAndBytesScheme):
+        return bitsandbytes.read(name, get, scheme)
     return Dense(get(f"{name}.weight")) if scheme is None else compressed_tensors.read(name, get, scheme)
 
 
@@ -86,21 +101,35 @@ def quantization_config(
     if not any(sites.values()):
         return None
     if format == "llmshrink":
-        sparse = {name: scheme for name, scheme in sites.items() if not isinstance(scheme, GroupedIntScheme)}
-        assert len(sparse) == len(sites), "one checkpoint has one format"
-        return sparse24.quantization_config(sparse, ignore)
-    grouped = {name: scheme for name, scheme in sites.items() if not isinstance(scheme, Sparse24Scheme)}
-    assert len(grouped) == len(sites), "one checkpoint has one format"
-    return compressed_tensors.quantization_config(grouped, ignore)
+        return sparse24.quantization_config(_of(Sparse24Scheme, sites), ignore)
+    if format == "bitsandbytes":
+        return bitsandbytes.quantization_config(_of(BitsAndBytesScheme, sites), ignore)
+    return compressed_tensors.quantization_config(_of(GroupedIntScheme, sites), ignore)
 
 
-def schemes(config: Mapping[str, object] | None) -> Mapping[str, Scheme]:
+def _of(kind: type[S], sites: Mapping[str, Scheme | None]) -> dict[str, S | None]:
+    found: dict[str, S | None] = {
+        name: scheme for name, scheme in sites.items() if scheme is None or isinstance(scheme, kind)
+    }
+    assert len(found) == len(sites), "one checkpoint has one format"
+    return found
+
+
+def schemes(config: Mapping[str, object] | None, keys: Iterable[str] | None = None) -> Mapping[str, Scheme]:
     """Module path -> scheme, from the `quantization_config` of a checkpoint that llmshrink wrote; none, none.
 
+    keys: of the checkpoint, by which alone bitsandbytes' linears are known; left out where those can't be used.
     Raises CheckpointError for a format that can't be read here.
     """
     if not config:
         return {}
     if config.get("quant_method") == sparse24.METHOD:
         return sparse24.schemes(config)
+    if config.get("quant_method") == bitsandbytes.METHOD:
+        if keys is None:
+            raise CheckpointError(
+                "quantized by bitsandbytes, whose codes aren't grouped integers: this takes other checkpoints; "
+                "quantize the original by another recipe"
+            )
+        return bitsandbytes.schemes(config, keys)
     return compressed_tensors.schemes(config)

@@ -1,5 +1,6 @@
 """Pure mathematics and its registry. Importing the package makes every method known: one line for each."""
 
+from llmshrink.methods import bnb as bnb
 from llmshrink.methods import gptq as gptq
 from llmshrink.methods import rtn as rtn
 from llmshrink.methods.contract import QuantizeSpec, ScaleSearch, SiteStatistics, Solved, SolveError, Solver

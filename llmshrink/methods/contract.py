@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import LlmshrinkError
-from llmshrink.weights import Dense, GroupedInt
+from llmshrink.weights import Dense, GroupedInt, Solvable
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 
@@ -76,7 +76,7 @@ class Solved:
     asked, one line each, for the report.
     """
 
-    weight: Dense | GroupedInt
+    weight: Solvable
     error: float
     row_error: Tensor
     row_energy: Tensor

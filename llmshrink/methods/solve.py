@@ -28,8 +28,11 @@ class SiteSpec:
 
     @property
     def rows_together(self) -> bool:
-        """Whether a row's result depends on the other rows: a share of the whole matrix is taken, not of each row."""
-        return self.prune is not None and not self.prune.pattern.block
+        """Whether a row's result depends on the other rows: a share of the whole matrix is taken, not of each row, or
+        the method's blocks don't end where rows do."""
+        if self.prune is not None and not self.prune.pattern.block:
+            return True
+        return self.quantize is not None and solver(self.quantize.method).rows_together
 
     @property
     def reads(self) -> frozenset[str]:

@@ -23,7 +23,7 @@ from llmshrink.formats.servable import Parallel, Verdict, plugin_kernel, servabl
 from llmshrink.formats.stored import Format
 from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
 from llmshrink.recipe.schema import Override, Recipe
-from llmshrink.recipe.steps import Prune, Quantize
+from llmshrink.recipe.steps import BITSANDBYTES, Prune, Quantize
 
 SCHEME = {"bits", "group_size", "symmetric"}
 """What an engine's layer has one of; how its shards' codes were found may differ."""
@@ -257,7 +257,8 @@ def _decide(layer: Sequence[SiteShape], asked: dict[str, Asked], tp: int, format
     """One layer: as asked, or with the largest smaller group that suits most engines, or not at all."""
     wanted = asked[layer[0].name].quantize
     quantize, note = (None, None) if wanted is None else _quantized(layer, wanted, tp, format)
-    verdict, plugin = (None, False) if quantize is None else _engines(layer, quantize, tp)
+    grouped = quantize is not None and quantize.method not in BITSANDBYTES
+    verdict, plugin = _engines(layer, quantize, tp) if quantize is not None and grouped else (None, False)
     decided = []
     for site in layer:
         prune, fault = _pruned(site, asked[site.name].prune)
@@ -312,6 +313,9 @@ def _quantized(
     why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else _reason(refusals[wanted])
     if not served[chosen]:
         return None, f"stays as it is: {why_not}, and no smaller group is served either"
+    if asked.method in BITSANDBYTES:
+        # Its blocks don't end where rows do, and no kernel of an engine's is asked about them.
+        return QuantizeSpec(**asked.model_dump() | {"group_size": wanted}), None
     spec = QuantizeSpec(**asked.model_dump() | {"group_size": chosen})
     return spec, f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
 

@@ -65,8 +65,24 @@ def load_recipe(
 
 
 def shipped() -> dict[str, Recipe]:
-    """The recipes that come with llmshrink, by name, sorted."""
-    return {name: load_recipe(name) for name in shipped_names()}
+    """The recipes that come with llmshrink, by name, sorted; those that can't be read are in `unreadable`."""
+    return _all_shipped()[0]
+
+
+def unreadable() -> dict[str, str]:
+    """Shipped recipes that can't be read here, by name, sorted, and why: one of them stops no other."""
+    return _all_shipped()[1]
+
+
+def _all_shipped() -> tuple[dict[str, Recipe], dict[str, str]]:
+    found: dict[str, Recipe] = {}
+    faults: dict[str, str] = {}
+    for name in shipped_names():
+        try:
+            found[name] = load_recipe(name)
+        except RecipeError as error:
+            faults[name] = "; ".join(str(error).splitlines())
+    return found, faults
 
 
 def made_for(name_or_path: str, recipe: Recipe) -> str | None:

@@ -18,7 +18,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 BITS = (2, 3, 4, 8)
-BUILT_IN = ("gptq", "rtn")
+BITSANDBYTES = ("bnb-int8", "bnb-nf4", "bnb-nf4-double")
+"""Methods that are bitsandbytes' own; what they make is stored as that library stores it."""
+BUILT_IN = (*BITSANDBYTES, "gptq", "rtn")
 """Methods accepted without a look into the registry, whose import brings torch; a test checks they are there."""
 PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
 """The same of the ways to prune."""
@@ -88,7 +90,8 @@ def _known_pattern(pattern: str | None) -> str | None:
 class Quantize(Frozen):
     """How a weight becomes grouped integers.
 
-    method: `gptq` (uses calibration data) or `rtn` (rounds to nearest; needs none).
+    method: `gptq` (uses calibration data) or `rtn` (rounds to nearest; needs none); or bitsandbytes' own, without data:
+        `bnb-nf4`, `bnb-nf4-double` (its absmax in 8 bits too), `bnb-int8`, to whose fields there is no choice.
     bits: 2, 3, 4 or 8 per weight.
     group_size: consecutive inputs that share a scale; -1 is one group a row.
     symmetric: no zero-points.
@@ -124,10 +127,26 @@ class Quantize(Frozen):
         """rtn has neither a Hessian nor a sweep, so its defaults differ from gptq's."""
         if isinstance(data, dict) and data.get("method") == "rtn":
             return {"scale_search": "mse", "act_order": False, "corrected": 0.0, **data}
+        if isinstance(data, dict) and data.get("method") in BITSANDBYTES:
+            return {**_of_bitsandbytes(data["method"]), **data}
         return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.method in BITSANDBYTES:
+            fixed = _of_bitsandbytes(self.method)
+            other = [f"{name}: {_said(getattr(self, name))}" for name in fixed if getattr(self, name) != fixed[name]]
+            if other:
+                raise PydanticCustomError(
+                    "bitsandbytes",
+                    "method {method} is {fixed}, so it can't follow {other}; leave these out, or take method gptq",
+                    {
+                        "method": self.method,
+                        "fixed": ", ".join(f"{name} {_said(value)}" for name, value in list(fixed.items())[:2]),
+                        "other": ", ".join(other),
+                    },
+                )
+            return self
         if self.method != "rtn":
             return self
         unread = [
@@ -148,6 +167,17 @@ class Quantize(Frozen):
                 {"unread": ", ".join(unread)},
             )
         return self
+
+
+def _of_bitsandbytes(method: str) -> dict[str, object]:
+    """The fields that one of its methods fixes."""
+    bits, group_size = (8, -1) if method == "bnb-int8" else (4, 64)
+    grid = {"bits": bits, "group_size": group_size, "symmetric": True, "signed": False, "scale_search": "minmax"}
+    return {**grid, "act_order": False, "corrected": 0.0, "descent": 0}
+
+
+def _said(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class QuantizePatch(Frozen):
@@ -345,7 +375,11 @@ METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size",
 
 
 def switch_method(fields: dict[str, object], method: object) -> dict[str, object]:
+GRID_FIELDS = ("bits", "group_size", "symmetric", "signed")
     """`fields` for another method: what only the old method reads is left out, so that the new one's defaults hold."""
     if method is None or method == fields.get("method", "gptq"):
         return fields
-    return {name: value for name, value in fields.items() if name not in METHOD_FIELDS}
+    # bitsandbytes has one grid a method, which is nothing that the next method should keep, nor the other way round.
+    own_grid = method in BITSANDBYTES or fields.get("method") in BITSANDBYTES
+    idle = (*METHOD_FIELDS, *GRID_FIELDS) if own_grid else METHOD_FIELDS
+    return {name: value for name, value in fields.items() if name not in idle}

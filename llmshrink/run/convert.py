@@ -95,6 +95,10 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
             f"{source}: is a plain model of another shape ({shape}), which every engine reads: there is nothing to "
             "convert; prune or quantize it like any other model"
         )
+    if format_of(record) == "bitsandbytes":
+        raise SourceError(
+            f"{source}: is bitsandbytes', whose codes neither format holds; quantize the original by another recipe"
+        )
     if format_of(record) == format:
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")
     if output.resolve() == source.resolve():
@@ -139,6 +143,7 @@ class _Plan:
         after = {}
         for name, scheme in before.items():
             weight = stored.whole(stored.read(name, index.read, scheme))
+            assert isinstance(weight, Dense | GroupedInt), "a checkpoint of bitsandbytes isn't converted"
             after[name] = _sparse(name, weight) if format == "llmshrink" else _standard(scheme)
         return cls(index, format, before, after, {name: row.shape for name, row in rows.items()})
 

@@ -135,6 +135,8 @@ def serve_line(output: Path, record: Mapping[str, Any]) -> str:
     """
     engine, tp = installed(), record["serve_tp"]
     refusing = {kind for kind in ENGINES for note in record["notes"] if note.startswith(f"{kind} won't")}
+    if format_of(record) == "bitsandbytes":
+        return "with transformers and bitsandbytes; no vLLM serves this checkpoint by itself, see the notes"
     if len(refusing) == len(ENGINES):
         return "no vLLM serves this checkpoint as it is, see the notes"
     if engine is None:
@@ -198,7 +200,7 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
     identity = job.identity()
     notes = fallen_notes(rows) + job.notes
     widest = max((site.in_features for site in job.sites), default=0)
-    if job.calibration.tokens < widest and any(row.pruned or row.method not in (None, "rtn") for row in rows):
+    if job.structure is None and job.calibration.tokens < widest and any(job.reads.values()):
         notes.append(
             f"{job.calibration.tokens} calibration tokens for inputs of up to {widest}: their Hessian is singular, and "
             "only damping makes it solvable; give more --samples"

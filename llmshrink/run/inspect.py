@@ -68,8 +68,8 @@ def inspect(folder: Path) -> InspectReport:
     rows = tuple(rows_of(record["sites"]))
     with CheckpointIndex.open(folder) as index:
         config = json.loads((folder / "config.json").read_text())
-        schemes = stored.schemes(config.get("quantization_config"))
-        packed = {key for name in schemes for key in index if key.rpartition(".")[0] == name and "weight" in key}
+        schemes = stored.schemes(config.get("quantization_config"), index)
+        packed = {key for name, scheme in schemes.items() for key in stored.names(name, scheme)}
         others = sum(math.prod(index.entry(key).shape) for key in index if key not in packed)
         total = index.nbytes()
     linear = sum(math.prod(row.shape) for row in rows)

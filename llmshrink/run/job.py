@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,16 @@ from llmshrink.model.uncovered import refuse_family
 from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
-from llmshrink.run.storage import as_sparse24, check_recipe, format_notes, scheme_of
+from llmshrink.run.storage import (
+    as_sparse24,
+    check_bitsandbytes,
+    check_methods,
+    check_recipe,
+    format_for,
+    format_notes,
+    require_tools,
+    scheme_of,
+)
 from llmshrink.run.structure import Structure, structure_of
 
 HELD_OUT_TOKENS = 1024
@@ -112,8 +122,10 @@ class Job:
     @property
     def schemes(self) -> dict[str, Scheme | None]:
         """Site name -> how it will be stored; None: as a plain weight."""
-        format = self.options.format
-        return {site.name: scheme_of(self.assigned[site.name].spec, site.in_features, format) for site in self.sites}
+        specs = {site: self.assigned[site.name].spec for site in self.sites}
+        return {
+            site.name: scheme_of(spec, site.in_features, self.format, self.scale_dtype) for site, spec in specs.items()
+        }
 
     @property
     def format_notes(self) -> dict[Format, list[str]]:
@@ -137,7 +149,7 @@ class Job:
             notes.append(
                 f"{self.options.recipe} was measured at other bits; --recipe {other} is the one made for these"
             )
-        return [*notes, *self.format_notes[self.options.format]]
+        return [*notes, *self.format_notes[self.format]]
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -152,7 +164,7 @@ class Job:
             "revision": self.source.revision,
             "checkpoint": self.index.fingerprint(),
             "config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
-            "format": self.options.format,
+            "format": self.format,
             "recipe": recipe_hash(self.recipe),
             "sites": _hash({name: None if a.spec is None else asdict(a.spec) for name, a in self.assigned.items()}),
             "calibration": self.calibration.fingerprint,
@@ -167,6 +179,7 @@ class Job:
 
 def here(device: torch.device) -> dict[str, Any]:
     """What of the machine and its software decides the last bits of a sum."""
+            **({"bitsandbytes": version("bitsandbytes")} if self.format == "bitsandbytes" else {}),
     import transformers
 
     return {
@@ -189,6 +202,7 @@ def prepare(options: Options) -> Job:
     index = CheckpointIndex.open(source.folder)
     index.verify_blobs()
 
+    require_tools(recipe)
     def survey(chain: Chain, calibration: TokenWindows) -> list[list[Stage]]:
         found = chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
         _check_rest(chain, index)
@@ -219,6 +233,7 @@ def _recipe(options: Options) -> Recipe:
     return recipe
 
 
+    check_bitsandbytes(recipe, options.format)
 def _windows(
     options: Options, source: Source, shape: tuple[int, int], *, text_here: bool
 ) -> tuple[TokenWindows, TokenWindows]:
@@ -276,6 +291,7 @@ def _decided(
         )
     if options.format == "llmshrink":
         dtypes = {site.name: index.entry(site.key).dtype for site in sites}
+    check_methods(recipe, assigned, index.entry(sites[0].key).dtype)
         assigned = as_sparse24(recipe.name, assigned, dtypes, strict=options.strict)
     if structure is None and not any(decision.spec for decision in assigned):
         why = next((f"{a.site.name} {a.note}" for a in assigned if a.note), "the recipe ignores every site")

@@ -2,6 +2,7 @@
 
 `compressed-tensors` takes whatever a recipe does. `llmshrink` (formats.sparse24) stores 2:4 alone, in what its kernel
 multiplies: 16 bits, or symmetric integers of 4 or 8 bits. A site that can't be 2:4 stays as it is there.
+`bitsandbytes` is what that library's own methods make, of every site or of none, since its config has one scheme.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 
 from llmshrink.errors import RecipeError
+from llmshrink.formats.bitsandbytes import DTYPES, BitsAndBytesScheme
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import SiteSpec
+from llmshrink.methods.bnb import require
 from llmshrink.recipe.assign import Assigned, serving_notes
 from llmshrink.recipe.schema import Recipe
-from llmshrink.recipe.steps import Prune
+from llmshrink.recipe.steps import BITSANDBYTES, Prune
 from llmshrink.weights.sparse24 import VALUE_DTYPES
 
 FLAG = "--format llmshrink"
@@ -34,9 +37,26 @@ OWN_FORMAT = (
 )
 
 
-def scheme_of(spec: SiteSpec | None, in_features: int, format: Format) -> Scheme | None:
-    """How a site is stored; None: as a plain weight."""
+BNB_SERVING = (
+    "vLLM won't serve this checkpoint by itself: it has had no bitsandbytes of its own since 0.28, only by the package "
+    "vllm-bnb-plugin, which wasn't tried; transformers with bitsandbytes loads it"
+)
+CPU_OUTPUTS = 32
+BNB_ACTIVATIONS = (
+    "bitsandbytes rounds the activations of 8-bit layers to 8 bits too, save for outliers: what that costs isn't in "
+    "the KL above, which is the weights'; llmshrink eval measures both"
+)
+
+
+def scheme_of(spec: SiteSpec | None, in_features: int, format: Format, dtype: torch.dtype) -> Scheme | None:
+    """How a site is stored; None: as a plain weight. dtype: of the weights that there were."""
     quantize = None if spec is None else spec.quantize
+    if format == "bitsandbytes":
+        if quantize is None:
+            return None
+        if quantize.method == "bnb-int8":
+            return BitsAndBytesScheme("int8", dtype=dtype)
+        return BitsAndBytesScheme("nf4", quantize.method == "bnb-nf4-double", dtype)
     group_size = None if quantize is None else -1 if quantize.group_size == in_features else quantize.group_size
     if format == "llmshrink":
         return None if spec is None else Sparse24Scheme(16 if quantize is None else quantize.bits, group_size)
@@ -49,6 +69,50 @@ def format_of(record: Mapping[str, Any]) -> Format:
     """The format that a record (llmshrink.json) says its weights are in; older ones knew of one alone."""
     found: Format = record["identity"].get("format", "compressed-tensors")
     return found
+
+
+def format_for(recipe: Recipe, asked: Format) -> Format:
+    """The format that a recipe's result is stored in: as asked for, but bitsandbytes' own where its methods make it."""
+    return "bitsandbytes" if recipe.quantize is not None and recipe.quantize.method in BITSANDBYTES else asked
+
+
+def require_tools(recipe: Recipe) -> None:
+    """Raise LlmshrinkError where the recipe's method needs a package that isn't here."""
+    if recipe.quantize is not None and recipe.quantize.method in BITSANDBYTES:
+        require(f"method {recipe.quantize.method}", "take --recipe rtn-w4a16, which needs no data either")
+
+
+def check_bitsandbytes(recipe: Recipe, format: Format) -> None:
+    """Raise RecipeError for what bitsandbytes' checkpoints can't hold. format: as asked for."""
+    method = None if recipe.quantize is None else recipe.quantize.method
+    if method not in BITSANDBYTES:
+        return
+    faults = []
+    if format == "llmshrink":
+        faults.append(f"{method} stores bitsandbytes' own tensors, and {FLAG} stores {PATTERN} alone; {INSTEAD[3:]}")
+    if recipe.prune is not None:
+        faults.append(f"{method} knows nothing of pruned weights: quantize them by gptq or rtn")
+    if recipe.distill is not None:
+        faults.append(f"{method} leaves nothing that distillation could train: quantize by gptq or rtn before it")
+    if faults:
+        raise RecipeError([f"{recipe.name}: {fault}" for fault in faults])
+
+
+def check_methods(recipe: Recipe, assigned: Sequence[Assigned], dtype: torch.dtype) -> None:
+    """Raise RecipeError where bitsandbytes' methods can't make the whole checkpoint. dtype: of the weights."""
+    used = {one.spec.quantize.method: one for one in assigned if one.spec is not None and one.spec.quantize is not None}
+    own = [method for method in used if method in BITSANDBYTES]
+    if own and len(used) > 1:
+        one, other = (f"{used[name].site.name} by {name}" for name in (own[0], next(n for n in used if n != own[0])))
+        raise RecipeError(
+            [f"{recipe.name}: {one} and {other}: a checkpoint of bitsandbytes has one method; take it out of overrides"]
+        )
+    if own and recipe.quantize is not None and recipe.quantize.method not in BITSANDBYTES:
+        raise RecipeError([f"{recipe.name}: overrides ask for {own[0]}: say so in the quantize step itself"])
+    if own and dtype not in DTYPES.values():
+        raise RecipeError(
+            [f"{recipe.name}: weights in {dtype}, and bitsandbytes takes {', '.join(DTYPES)}; bring the model to one"]
+        )
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -145,4 +209,12 @@ def format_notes(assigned: Sequence[Assigned]) -> dict[Format, list[str]]:
     standard = serving_notes(assigned)
     if any(spec.prune for spec in specs):
         standard.append(ZEROS_STORED)
-    return {"compressed-tensors": standard, "llmshrink": [OWN_FORMAT]}
+    bnb = [BNB_SERVING]
+    bnb += [BNB_ACTIVATIONS] if any(spec.quantize and spec.quantize.method == "bnb-int8" for spec in specs) else []
+    odd = [one.site.name for one in assigned if one.spec is not None and one.site.out_features % CPU_OUTPUTS]
+    if odd and any(spec.quantize and spec.quantize.bits == 4 for spec in specs):
+        bnb.append(
+            f"bitsandbytes' 4-bit kernel for CPUs with bfloat16 instructions takes multiples of {CPU_OUTPUTS} outputs, "
+            f"and {len(odd)} sites have others ({odd[0]}): there it doesn't run this checkpoint"
+        )
+    return {"compressed-tensors": standard, "llmshrink": [OWN_FORMAT], "bitsandbytes": bnb}

@@ -26,7 +26,7 @@ from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward, pausing_at
 from llmshrink.model.sites import Site, Stage
 from llmshrink.run.memory import give_back
-from llmshrink.weights import Dense, GroupedInt
+from llmshrink.weights import Solvable
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class SolvedSite:
 
     site: Site
     spec: SiteSpec
-    weight: Dense | GroupedInt
+    weight: Solvable
     error: float
     damping: float
     events: tuple[str, ...]
@@ -108,7 +108,7 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     return SolvedBlock(solved, stored)
 
 
-def replay_block(walk: Walk, number: int, weights: Mapping[str, Dense | GroupedInt]) -> None:
+def replay_block(walk: Walk, number: int, weights: Mapping[str, Solvable]) -> None:
     """Carry both streams through a block that an earlier run solved. weights: by the site's path inside the block."""
     chain = walk.chain
     chain.skeleton.load(chain.name(number))
@@ -126,7 +126,7 @@ def shared_twin(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 
 
-def install(block: nn.Module, local: str, weight: Dense | GroupedInt) -> None:
+def install(block: nn.Module, local: str, weight: Solvable) -> None:
     """Put the dequantized weight, as an engine computes with it, in place of a linear's own."""
     linear = block.get_submodule(local)
     old = linear._parameters["weight"]

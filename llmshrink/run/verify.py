@@ -22,12 +22,15 @@ from llmshrink.checkpoint.header import read_header
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import unknown_type
 from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
+from llmshrink.formats import bitsandbytes
 from llmshrink.model.chain import Chain
 from llmshrink.model.skeleton import Skeleton
-from llmshrink.run import heldout
+from llmshrink.run import by_transformers, heldout
 from llmshrink.run.journal import RECORD
 from llmshrink.run.report import VerifyReport, rows_of
+from llmshrink.run.storage import format_of
 
+OWN_READER = "the checkpoint reloaded from disk by llmshrink's own reader"
 REFERENCE = Path("verify") / "held_out.safetensors"
 ENGINE_PROMPTS = 8
 ENGINE_PROMPT_TOKENS = 32
@@ -135,20 +138,44 @@ def _chain(folder: Path, record: dict[str, Any], device: torch.device) -> Chain:
         ) from error
 
 
+def verify(folder: Path) -> VerifyReport:
+    """Compare the checkpoint on disk with what its run kept; where it is bitsandbytes', plain transformers must then
+    come near that too. Raises SourceError when nothing was kept, LlmshrinkError when bitsandbytes isn't there.
+    """
+    own = verify_reload(folder)
+    record = read_record(folder)
+    if not own.ok or format_of(record) != "bitsandbytes":
+        return own
+    reference = read_reference(folder)
+    scheme = bitsandbytes.scheme_of(json.loads((folder / "config.json").read_text())["quantization_config"])
+    found = by_transformers.token_logprobs(folder, scheme, held_out_batches(reference, 1), _device(record))
+    return compare(
+        folder, reference, found, tolerance=by_transformers.TOLERANCE[scheme.kind], engine=by_transformers.library()
+    )
+
+
+def _device(record: dict[str, Any]) -> torch.device:
+    """Of the kind that the run was on, where there is one."""
+    from llmshrink.run.job import pick_device
+
+    return pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
+
+
 def verify_reload(folder: Path) -> VerifyReport:
     """Compare the checkpoint on disk with what its run kept. Raises SourceError when nothing was kept."""
-    from llmshrink.run.job import here, pick_device
+    from llmshrink.run.job import here
 
     record, reference = read_record(folder), read_reference(folder)
-    # On the kind of device that the run was on, where there is one.
-    device = pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
+    device = _device(record)
     batches = held_out_batches(reference, record["identity"]["batch_size"])
     again = recompute(folder, record, batches, device)
     same = all(record["identity"].get(key) == value for key, value in here(device).items())
     return compare(folder, reference, again["token_logprobs"], tolerance=SAME_MACHINE if same else ELSEWHERE)
 
 
-def compare(folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolerance: float) -> VerifyReport:
+def compare(
+    folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolerance: float, engine: str = OWN_READER
+) -> VerifyReport:
     """Hold next-token log-probabilities (float32 [positions]) to the reference's."""
     expected = reference["token_logprobs"]
     if found.shape != expected.shape:
@@ -160,7 +187,7 @@ def compare(folder: Path, reference: dict[str, Tensor], found: Tensor, *, tolera
     mean, worst = float(difference.mean()), int(difference.argmax())
     return VerifyReport(
         ok=mean <= tolerance,
-        engine="the checkpoint reloaded from disk by llmshrink's own reader",
+        engine=engine,
         against="what its run computed",
         measure="mean difference",
         value=mean,

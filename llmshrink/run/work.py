@@ -23,7 +23,7 @@ from llmshrink.run.journal import Part
 from llmshrink.run.report import SiteRow
 from llmshrink.run.shards import open_shards
 from llmshrink.run.transform import SolvedBlock, SolvedSite, Walk, replay_block, transform_block
-from llmshrink.weights import Dense, GroupedInt
+from llmshrink.weights import Dense, Solvable
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class SiteWork:
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As it is, with a quantization_config: nothing that a class doesn't know gets lost."""
         job = self._job
-        described = stored.quantization_config(self._schemes, job.other_linears, job.options.format)
+        described = stored.quantization_config(self._schemes, job.other_linears, job.format)
         return config if described is None else {**config, "quantization_config": described}
 
     def _row(self, site: Site, solved: SolvedSite | None, tensors: Mapping[str, Tensor]) -> SiteRow:
@@ -117,7 +117,7 @@ class SiteWork:
             bits=quantize.bits if quantize else None,
             group_size=quantize.group_size if quantize else None,
             method=quantize.method if quantize else None,
-            bytes=bytes_of(site.key, tensors),
+            bytes=bytes_of(site.key, tensors, self._schemes[site.name]),
             error=solved.error if solved else None,
             damping=solved.damping if solved else None,
             note=self._job.assigned[site.name].note,
@@ -127,10 +127,9 @@ class SiteWork:
         )
 
 
-def bytes_of(key: str, tensors: Mapping[str, Tensor]) -> int:
+def bytes_of(key: str, tensors: Mapping[str, Tensor], scheme: Scheme | None = None) -> int:
     """Bytes of a site's weight, in however many tensors it is stored. key: of the original weight."""
-    prefix = key.removesuffix(".weight") + ".weight"
-    return sum(t.numel() * t.dtype.itemsize for name, t in tensors.items() if name.startswith(prefix))
+    return sum(tensors[name].nbytes for name in stored.names(key.removesuffix(".weight"), scheme))
 
 
 def block_tensors(block: SolvedBlock, schemes: Mapping[str, Scheme | None]) -> dict[str, Tensor]:
@@ -151,12 +150,7 @@ def block_tensors(block: SolvedBlock, schemes: Mapping[str, Scheme | None]) -> d
     return tensors
 
 
-def zeros_of(weight: Dense | GroupedInt) -> float:
+def zeros_of(weight: Solvable) -> float:
     """The share of a weight that is exactly zero as it is stored."""
-    zero = (
-        0
-        if isinstance(weight, Dense) or weight.zero_point is None
-        else weight.zero_point.repeat_interleave(weight.group_size, 1)
-    )
-    stored = weight.weight if isinstance(weight, Dense) else weight.codes
-    return float((stored == zero).double().mean())
+    # No scale is so small that its product with a code could be lost.
+    return float((weight.dequantize() == 0).double().mean())

@@ -24,15 +24,16 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_config
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
-from llmshrink.formats import compressed_tensors, sparse24, stored
+from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24, stored
 from llmshrink.formats.stored import Scheme
+from llmshrink.methods.bnb import require
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run.job import DTYPES, pick_device
 from llmshrink.run.memory import give_back
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.scheme import schemes
 from llmshrink.runtime.sparse import SparseLinear
-from llmshrink.weights import Dense, GroupedInt, Sparse24
+from llmshrink.weights import GroupedInt, Sparse24
 
 logger = logging.getLogger("llmshrink")
 
@@ -75,6 +76,8 @@ def load(
         if not plain_too:
             logger.warning("%s isn't compressed: loaded as it is", source.name)
         loaded = _load_dense(source, place, chosen, trust_remote_code)
+    elif quantization.get("quant_method") == bitsandbytes.METHOD:
+        loaded = _load_bitsandbytes(source, quantization, place, chosen, trust_remote_code)
     else:
         with CheckpointIndex.open(source.folder) as index:
             loaded = _load_packed(source, config, quantization, index, place, chosen, trust_remote_code)
@@ -142,6 +145,31 @@ def _load_dense(source: Source, device: torch.device, dtype: torch.dtype, trust_
         return model.to(device)
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
         raise SourceError(f"{source.name}: transformers can't load it: {one_line(error)}") from error
+
+
+def _load_bitsandbytes(
+    source: Source, quantization: dict[str, Any], device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> Any:
+    """The model as transformers loads it, its linears that library's modules. CheckpointError for other options."""
+    from transformers import AutoModelForCausalLM
+
+    bitsandbytes.scheme_of(quantization)
+    require(source.name, "load the original")
+    # A line for each product of 8 bits, which it casts to float16 for.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except Exception as error:  # of every type: a missing file, a shape, an unknown class
+        raise SourceError(f"{source.name}: transformers can't load it: {one_line(error)}") from error
+    # After a forward on the CPU its NF4 weights are in another order, which a reload would take for the stored one.
+    model.save_pretrained = _unsaved(source.folder)
+    return model
 
 
 def _load_packed(
@@ -212,7 +240,7 @@ def _read(name: str, index: CheckpointIndex, scheme: Scheme) -> GroupedInt | Spa
     if f"{name}.weight_g_idx" in index:
         raise CheckpointError(f"{name}.weight_g_idx: columns in a permuted order can't be run here; serve it with vLLM")
     weight = stored.read(name, index.read, scheme)
-    assert not isinstance(weight, Dense), name
+    assert isinstance(weight, GroupedInt | Sparse24), name
     return weight
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError
-from llmshrink.formats import compressed_tensors, sparse24
+from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.servable import attention, plugin_kernel, servable, sparse24_kernel
 from llmshrink.formats.sparse24 import Sparse24Scheme
@@ -30,6 +30,10 @@ from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, insta
 from llmshrink.serving.options import EngineOptions
 from llmshrink.serving.vllm.plugin import GROUP, KERNELS, NAME, kernels_place
 
+BNB_PLUGIN = "vllm_bnb_plugin"
+NO_BNB = (
+    "vLLM has had no bitsandbytes of its own since 0.28, and vllm-bnb-plugin, which brings it, isn't here"
+)
 OLDEST = (0, 32)
 """The vLLM whose kernels and plugin interface are known."""
 OLDEST_CAPABILITY = (8, 0)
@@ -148,6 +152,8 @@ def check_layers(
         )
     method, form = quantization.get("quant_method"), quantization.get("format")
     own = method == sparse24.METHOD
+    if method == bitsandbytes.METHOD and importlib.util.find_spec(BNB_PLUGIN) is None:
+        raise ServeError(f"{checkpoint}: {NO_BNB}; run it with llmshrink generate, or compress the original again")
     if not own and (method, form) != ("compressed-tensors", compressed_tensors.FORMAT):
         return [f"quantized by {method}{f', format {form}' if form else ''}: whether vLLM serves that wasn't checked"]
     if own and plugin.why is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import servable
-from llmshrink.formats.stored import Format
+from llmshrink.formats.stored import FORMATS, Format
 from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign, matches, serving_notes
 from llmshrink.recipe.read import load_recipe
 
@@ -312,7 +312,7 @@ def test_the_own_format_takes_the_groups_of_its_own_kernel() -> None:
     # For 90 outputs engines' int4 kernels take groups of 64 at most; the 2:4 kernel takes all multiples of 32.
     sites = [SiteShape("a.o_proj", 90, 192, None), SiteShape("b.o_proj", 96, 200, None)]
     sizes = {}
-    for format in get_args(Format):
+    for format in FORMATS:
         found = assigned(sites, "steps.1.quantize.group_size=96", recipe="alps-2of4-gptq-w4a16", format=format)
         specs = [found[site.name].spec.quantize for site in sites]  # type: ignore[union-attr]
         sizes[format] = [spec and spec.group_size for spec in specs]

@@ -11,10 +11,13 @@ import yaml
 from pydantic import ValidationError
 
 import llmshrink
+from llmshrink.cli import run
 from llmshrink.errors import RecipeError
-from llmshrink.recipe.read import load_recipe, made_for, recipe_hash, shipped, shipped_names, to_yaml
+from llmshrink.recipe import read
+from llmshrink.recipe.read import load_recipe, made_for, recipe_hash, shipped, shipped_names, to_yaml, unreadable
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.steps import (
+    BITSANDBYTES,
     BUILT_IN,
     PRUNERS,
     Prune,
@@ -83,6 +86,8 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
             assert fields.keys() == Prune.model_fields.keys() - other
     if recipe.distill is not None:
         assert "distill" in file.stem or "taught" in recipe.summary
+    elif recipe.quantize is not None and recipe.quantize.method in BITSANDBYTES:
+        assert file.stem == recipe.quantize.method and f"{recipe.quantize.bits}-bit" in recipe.summary
     elif recipe.quantize is not None:
         assert f"w{recipe.quantize.bits}a16" in file.stem and str(recipe.quantize.bits) in recipe.summary
         assert f"{recipe.quantize.method}-w" in file.stem
@@ -334,6 +339,20 @@ def test_a_method_that_is_registered_is_one_that_a_recipe_may_name(monkeypatch: 
 
     monkeypatch.setattr(registry, "_METHODS", {**registry._METHODS, "toy": solver("rtn")})
     assert load_recipe("gptq-w4a16", flags={"method": "toy"}).quantize.method == "toy"
+
+
+def test_a_shipped_recipe_that_cannot_be_read_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in RECIPES:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "newer.yaml").write_text("name: newer\nsteps:\n  - quantize: {method: of-an-extra}\n")
+    monkeypatch.setattr(read, "_folder", lambda: tmp_path)
+    assert set(shipped()) == {file.stem for file in RECIPES}
+    assert list(unreadable()) == ["newer"] and "of-an-extra: unknown method" in unreadable()["newer"]
+    assert made_for("gptq-w4a16", load_recipe("gptq-w4a16", flags={"bits": 3})) == "gptq-w3a16"
+    assert run(["recipes"]) == 0
+    assert "newer" in (said := capsys.readouterr().out) and "can't be read here" in said
 
 
 def test_bits_that_another_recipe_was_made_for_name_it() -> None:

@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from llmshrink.errors import LlmshrinkError
-from llmshrink.formats import compressed_tensors, sparse24
+from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
 from llmshrink.serving.launch import AS_MEASURED, Installed, install_line, installed
-from llmshrink.serving.preflight import plugin_here
+from llmshrink.serving.preflight import BNB_PLUGIN, NO_BNB, plugin_here
 
 TOP = 20
 """How many of the likeliest next tokens the engine is asked for: as many as it gives by default."""
@@ -87,6 +88,7 @@ def engine_logprobs(
             f"vLLM isn't installed in this environment; install it beside llmshrink: {install_line()}; or verify with"
             " --engine transformers"
         )
+    _refuse_bitsandbytes(checkpoint)
     if engine.cpu:
         _refuse_bits_without_cpu_kernel(checkpoint)
     request = {
@@ -109,14 +111,25 @@ def engine_logprobs(
     )
 
 
-def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
-    """Say at once what the engine would say after half a minute, in words of its kernels."""
+def _quantization(checkpoint: Path) -> dict[str, Any]:
+    """The quantization_config of config.json; empty where there is none."""
     try:
         config = json.loads((checkpoint / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise EngineError(f"{checkpoint}: no readable config.json there; name a checkpoint's folder") from error
-    quantization = config.get("quantization_config")
-    if not quantization or quantization.get("quant_method") == sparse24.METHOD:
+    found: dict[str, Any] = config.get("quantization_config") or {}
+    return found
+
+
+def _refuse_bitsandbytes(checkpoint: Path) -> None:
+    if _quantization(checkpoint).get("quant_method") == bitsandbytes.METHOD and find_spec(BNB_PLUGIN) is None:
+        raise EngineError(f"{checkpoint}: {NO_BNB}; verify with --engine transformers")
+
+
+def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
+    """Say at once what the engine would say after half a minute, in words of its kernels."""
+    quantization = _quantization(checkpoint)
+    if not quantization or quantization.get("quant_method") in (sparse24.METHOD, bitsandbytes.METHOD):
         return
     served = {4, 2, 3, 8} if plugin_here(os.environ).kernel else {4}
     others = sorted({scheme.bits for scheme in compressed_tensors.schemes(quantization).values()} - served)
