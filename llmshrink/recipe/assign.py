@@ -305,6 +305,9 @@ def _quantized(
     assert len(widths) == 1, f"fused sites read one input: {[site.name for site in layer]}"
     width = widths.pop()
     wanted = width if asked.group_size == -1 else asked.group_size
+    if asked.method in BITSANDBYTES:
+        # Its blocks don't end where rows do, and no kernel of an engine's is asked about them.
+        return QuantizeSpec(**asked.model_dump() | {"group_size": wanted}), None
     sizes = [size for size in range(min(wanted, width), 0, -1) if width % size == 0]
     # The largest of those that most of them take: `max` takes the first.
     refusals = {size: _refusals(layer, asked, size, tp, format) for size in sizes}
@@ -313,9 +316,6 @@ def _quantized(
     why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else _reason(refusals[wanted])
     if not served[chosen]:
         return None, f"stays as it is: {why_not}, and no smaller group is served either"
-    if asked.method in BITSANDBYTES:
-        # Its blocks don't end where rows do, and no kernel of an engine's is asked about them.
-        return QuantizeSpec(**asked.model_dump() | {"group_size": wanted}), None
     spec = QuantizeSpec(**asked.model_dump() | {"group_size": chosen})
     return spec, f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
 

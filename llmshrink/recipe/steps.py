@@ -372,10 +372,10 @@ class Step(Frozen):
 
 
 METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size", "descent")
+GRID_FIELDS = ("bits", "group_size", "symmetric", "signed")
 
 
 def switch_method(fields: dict[str, object], method: object) -> dict[str, object]:
-GRID_FIELDS = ("bits", "group_size", "symmetric", "signed")
     """`fields` for another method: what only the old method reads is left out, so that the new one's defaults hold."""
     if method is None or method == fields.get("method", "gptq"):
         return fields

@@ -174,12 +174,12 @@ class Job:
             "batch_size": self.batch_size,
             "max_shard_size": self.options.max_shard_size,
             **here(self.chain.skeleton.device),
+            **({"bitsandbytes": version("bitsandbytes")} if self.format == "bitsandbytes" else {}),
         }
 
 
 def here(device: torch.device) -> dict[str, Any]:
     """What of the machine and its software decides the last bits of a sum."""
-            **({"bitsandbytes": version("bitsandbytes")} if self.format == "bitsandbytes" else {}),
     import transformers
 
     return {
@@ -197,12 +197,12 @@ def here(device: torch.device) -> dict[str, Any]:
 def prepare(options: Options) -> Job:
     """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
     recipe = _recipe(options)
+    require_tools(recipe)
     source = resolve(options.model, trust_remote_code=options.trust_remote_code)
     check_source(source, trust_remote_code=options.trust_remote_code)
     index = CheckpointIndex.open(source.folder)
     index.verify_blobs()
 
-    require_tools(recipe)
     def survey(chain: Chain, calibration: TokenWindows) -> list[list[Stage]]:
         found = chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
         _check_rest(chain, index)
@@ -228,12 +228,12 @@ def outline(options: Options, source: Source, index: CheckpointIndex, *, text_he
 def _recipe(options: Options) -> Recipe:
     recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
     check_verb(options.verb, recipe)
+    check_bitsandbytes(recipe, options.format)
     if options.format == "llmshrink":
         check_recipe(recipe)
     return recipe
 
 
-    check_bitsandbytes(recipe, options.format)
 def _windows(
     options: Options, source: Source, shape: tuple[int, int], *, text_here: bool
 ) -> tuple[TokenWindows, TokenWindows]:
@@ -289,9 +289,9 @@ def _decided(
         assigned = assign(
             recipe, shapes, outside=outside, tp=options.serve_tp, strict=options.strict, format=options.format
         )
+    check_methods(recipe, assigned, index.entry(sites[0].key).dtype)
     if options.format == "llmshrink":
         dtypes = {site.name: index.entry(site.key).dtype for site in sites}
-    check_methods(recipe, assigned, index.entry(sites[0].key).dtype)
         assigned = as_sparse24(recipe.name, assigned, dtypes, strict=options.strict)
     if structure is None and not any(decision.spec for decision in assigned):
         why = next((f"{a.site.name} {a.note}" for a in assigned if a.note), "the recipe ignores every site")
