@@ -4,9 +4,11 @@ A spec is one of four things:
 
 - a local ``.txt``: ONE document, taken as it is (no stripping, no newline translation), read piece by piece;
 - a local ``.jsonl`` or ``.parquet``: one document a record, under the key ``text`` (or ``messages``: a conversation,
-  a list of ``{"role", "content"}``), in an order that the seed shuffles;
+  a list of ``{"role", "content"}``; or ``prompt`` and ``completion``: two texts, or two parts of a conversation), in
+  an order that the seed shuffles;
 - ``demo``: stories of the embedded demo language, drawn from the seed;
-- a ``datasets`` name ``name[:config][:split]``, streamed and shuffled by the seed within a buffer.
+- a ``datasets`` name ``name[:config][:split]``, streamed and shuffled by the seed within a buffer; name may be a
+  local folder that `datasets` reads (data files, or what ``save_to_disk`` wrote).
 
 No spec at all means the demo language for the demo model, and for any other model a public mix of three streams taken
 in turn, one document each: web (fineweb-edu), encyclopedia (Wikipedia), code (codeparrot-clean). All three are plain
@@ -22,12 +24,11 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
 from llmshrink.errors import CalibrationError
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-Document: TypeAlias = str | Messages
 
 PUBLIC_MIX = (
     "HuggingFaceFW/fineweb-edu:sample-10BT:train",
@@ -38,11 +39,25 @@ PUBLIC_MIX_NAME = "public mix (fineweb-edu, wikipedia, codeparrot-clean)"
 OTHER_WAYS = "give --calibration FILE.txt, .jsonl or .parquet, or --calibration demo"
 
 TEXT_KEYS = ("text", "content")
+PAIR_KEYS = ("prompt", "completion")
 PIECE_CHARACTERS = 1 << 16
 SHUFFLE_BUFFER = 1000
+SAVED = ("dataset_dict.json", "state.json")
+"""What `datasets` leaves in a folder that it saved."""
 REACH_SECONDS = 20
 DEMO_SEED = 20_000
 """Far from the seeds of training and of the tests, so that calibration never repeats either."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was asked and what is to be answered: both texts, or both the messages of one conversation."""
+
+    prompt: str | Messages
+    completion: str | Messages
+
+
+Document: TypeAlias = str | Messages | Completion
 
 
 @dataclass(frozen=True)
@@ -78,9 +93,9 @@ def load_documents(spec: str | None, *, source_kind: str = "hub") -> Documents:
         raise CalibrationError(f"--calibration {spec}: no such file; {OTHER_WAYS}")
     if reader is not None:
         return Documents(path.name, lambda seed: reader(path, seed), single=path.suffix.lower() == ".txt")
-    if path.is_dir():
-        raise CalibrationError(f"--calibration {spec}: is a folder; {OTHER_WAYS}")
-    return Documents(spec, lambda seed: _dataset(spec, seed))
+    folder = Path(spec.partition(":")[0]).expanduser()
+    name = folder.resolve().name + spec[len(spec.partition(":")[0]) :] if folder.is_dir() else spec
+    return Documents(name, lambda seed: _dataset(spec, seed))
 
 
 def _demo(seed: int) -> Iterator[Document]:
@@ -150,11 +165,11 @@ def _read_parquet(path: Path, seed: int) -> Iterator[Document]:
         raise CalibrationError(f"--calibration {path}: not a parquet file ({_first_line(error)})") from error
     with file:
         names = file.schema_arrow.names
-        wanted = [key for key in (*TEXT_KEYS, "messages") if key in names]
-        if not wanted:
+        wanted = [key for key in (*TEXT_KEYS, "messages", *PAIR_KEYS) if key in names]
+        if not wanted or wanted in ([PAIR_KEYS[0]], [PAIR_KEYS[1]]):
             raise CalibrationError(
-                f"--calibration {path}: has the columns {names}, none of them {', '.join(TEXT_KEYS)} or messages; "
-                f"rename the one that holds the text to text, or {OTHER_WAYS}"
+                f"--calibration {path}: has the columns {names}, none of them {', '.join(TEXT_KEYS)} or messages, "
+                f"nor both of {' and '.join(PAIR_KEYS)}; rename the one that holds the text to text, or {OTHER_WAYS}"
             )
         groups = list(range(file.num_row_groups))
         order.shuffle(groups)
@@ -182,17 +197,26 @@ def _dataset(spec: str, seed: int) -> Iterator[Document]:
             f"--calibration {spec}: needs the package datasets (pip install datasets); or {OTHER_WAYS}"
         ) from error
     try:
-        # One question first: offline, `datasets` itself would retry for half a minute and log each try.
-        huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
-        stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            # One question first: offline, `datasets` itself would retry for half a minute and log each try.
+            huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
+        if folder.is_dir() and any((folder / saved).is_file() for saved in SAVED):
+            found = datasets.load_from_disk(str(folder))
+            kept = found if isinstance(found, datasets.Dataset) else found[split or "train"]
+            stream = kept.to_iterable_dataset()
+        else:
+            path = str(folder) if folder.is_dir() else name
+            stream = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
         for record in stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
             yield _document(record)
     except CalibrationError as error:
         raise CalibrationError(f"--calibration {spec}: a record {error}") from error
     # The package and its transports raise dozens of unrelated types for a name that isn't there or no network.
     except Exception as error:
+        verb = "read" if Path(name).expanduser().is_dir() else "fetched"
         raise CalibrationError(
-            f"calibration data {spec} can't be fetched ({type(error).__name__}: {_first_line(error)}); {OTHER_WAYS}"
+            f"calibration data {spec} can't be {verb} ({type(error).__name__}: {_first_line(error)}); {OTHER_WAYS}"
         ) from error
 
 
@@ -203,21 +227,33 @@ def _document(record: Any) -> Document:
     """
     if isinstance(record, dict):
         messages = record.get("messages")
-        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        if _is_conversation(messages):
             for number, message in enumerate(messages):
-                _check_message(message, number)
-            return messages
+                _check_message(message, f"messages[{number}]")
+            return list(messages)
         for key in TEXT_KEYS:
             if isinstance(record.get(key), str):
                 return str(record[key])
+        prompt, completion = (record.get(key) for key in PAIR_KEYS)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Completion(prompt, completion)
+        if _is_conversation(prompt) and _is_conversation(completion):
+            for key, part in zip(PAIR_KEYS, (prompt, completion), strict=True):
+                for number, message in enumerate(part):
+                    _check_message(message, f"{key}[{number}]")
+            return Completion(prompt, completion)
     has = sorted(record) if isinstance(record, dict) else type(record).__name__
     raise CalibrationError(
-        f"has {has}; read are a string under text, or a list of messages under messages: rename the key, "
-        f"or {OTHER_WAYS}"
+        f"has {has}; read are a string under text, a list of messages under messages, or both of prompt and "
+        f"completion: rename the key, or {OTHER_WAYS}"
     )
 
 
-def _check_message(message: Mapping[str, Any], number: int) -> None:
+def _is_conversation(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
+
+
+def _check_message(message: Mapping[str, Any], place: str) -> None:
     """A template makes an empty string of what isn't there, so it would go unnoticed.
 
     content: text or a list of parts; a message that calls tools may do without.
@@ -230,7 +266,7 @@ def _check_message(message: Mapping[str, Any], number: int) -> None:
     else:
         return
     raise CalibrationError(
-        f"has a message without {missing} (messages[{number}] has {sorted(message)}); "
+        f"has a message without {missing} ({place} has {sorted(message)}); "
         'a message is {"role": "user", "content": "..."}'
     )
 

@@ -8,25 +8,22 @@ Three kinds of text, three rules:
 - many documents: each tokenized as the model saw documents in training (with the tokenizer's own beginning mark where
   it has one), closed by EOS, packed end to end, then cut into windows;
 - conversations: the chat template, one conversation a window, cut at ``seq_len`` or padded; padding is False in the
-  mask and counts nowhere.
-
-A document is never tokenized further than needed, though the tokens must equal those of the whole. A tokenizer's choice
-at one place depends on what follows only within a word or a short run, so a prefix is tokenized and its last
-`MARGIN_TOKENS` tokens are thrown away. How long the prefix must be follows from the characters per token measured on
-its beginning.
+  mask and counts nowhere. A completion that is a text is packed, with its prompt, like a document.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmshrink.calibration.text import OTHER_WAYS, Document, Documents, Messages
+from llmshrink.calibration.packing import continuous, packed, padded, refuse_silence
+from llmshrink.calibration.text import OTHER_WAYS, Completion, Document, Documents
+from llmshrink.calibration.turns import is_conversation
 from llmshrink.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 256
 DEFAULT_SEQ_LEN = 2048
-MARGIN_TOKENS = 1024
-PROBE_CHARACTERS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -43,18 +38,27 @@ class TokenWindows:
     """Token windows of equal length.
 
     input_ids: int64 [samples, seq_len]. mask: bool [samples, seq_len], False where a position is padding (always at
-    the end of a window). name: the text's. fingerprint: sha256 over ids, mask and the tokenizer.
+    the end of a window). name: the text's. fingerprint: sha256 over ids, mask, `said` and the tokenizer. said: bool,
+    the same shape, True where the assistant said the token (`turns.py`), and only that is learned; None: everything is.
     """
 
     input_ids: Tensor
     mask: Tensor
     name: str
     fingerprint: str
+    said: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens that count: all but padding."""
         return int(self.mask.sum())
+
+    @property
+    def labels(self) -> Tensor:
+        """bool [samples, seq_len]: tokens whose prediction counts; never a window's first, which nothing predicts."""
+        counted = self.mask.clone() if self.said is None else self.mask & self.said
+        counted[:, 0] = False
+        return counted
 
 
 def window_shape(samples: int | None, seq_len: int | None, *, limit: int | None) -> tuple[int, int]:
@@ -83,6 +87,7 @@ def build_windows(
     held_out: int,
     seed: int,
     fewer: bool = False,
+    mask_prompts: bool | None = False,
 ) -> tuple[TokenWindows, TokenWindows]:
     """Tokenize no more text than needed and cut it into (calibration, held-out) windows.
 
@@ -90,32 +95,43 @@ def build_windows(
     same order of the text; where the text ends before, there are fewer of them, and where nothing at all is left they
     are the last calibration windows and their name says so. fewer: a text with less than samples windows gives what it
     has (a training run reads it again), the last of it still to the held-out windows, and at least one to each.
-    Raises CalibrationError if the text is empty or has fewer than samples x seq_len tokens, with both numbers.
+    mask_prompts: whether what the assistant said is told apart (`TokenWindows.said`), and windows without any of it are
+    left out; None: where the text has turns.
+    Raises CalibrationError if the text is empty or has fewer than samples x seq_len tokens, with both numbers; and for
+    a mask of a text that has no turns.
     """
     stream = documents.stream(seed)
     first = next(stream, None)
-    if first is not None and not isinstance(first, str):
-        ids, mask = _padded(_chain(first, stream), tokenizer, samples + held_out, seq_len, documents.name)
+    turns = first is not None and not isinstance(first, str)
+    masked = turns if mask_prompts is None else mask_prompts
+    if masked and first is not None and not turns:
+        raise CalibrationError(
+            f"--mask-prompts: calibration data {documents.name} has no turns, all of it is text; leave the option out, "
+            "or give records of messages, or of prompt and completion"
+        )
+    if first is not None and is_conversation(first):
+        kept = padded(_chain(first, stream), tokenizer, samples + held_out, seq_len, documents.name, masked=masked)
+        ids, mask, said = kept
         samples = _at_most(samples, len(ids), held_out) if fewer else samples
         if len(ids) < samples:
             _refuse_conversations(documents.name, len(ids), int(mask.sum()), samples, seq_len)
     else:
         texts = _texts(_chain(first, stream), documents.name)
         wanted = (samples + held_out) * seq_len
-        found = _continuous(texts, tokenizer, wanted) if documents.single else _packed(texts, tokenizer, wanted)
-        samples = _at_most(samples, len(found) // seq_len, held_out) if fewer else samples
-        if len(found) < samples * seq_len:
-            _refuse(documents.name, len(found), samples, seq_len)
-        windows = min(len(found) // seq_len, samples + held_out)
-        ids = torch.tensor(found[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
+        ids, said, tokens = _cut(documents, texts, tokenizer, wanted, seq_len, masked=masked)
+        samples = _at_most(samples, len(ids), held_out) if fewer else samples
+        if len(ids) < samples:
+            _refuse(documents.name, tokens, samples, seq_len)
+        ids, said = ids[: samples + held_out], said[: samples + held_out]
         mask = torch.ones_like(ids, dtype=torch.bool)
+    spoken = said if masked else None
     identity = tokenizer_hash(tokenizer)
-    calibration = _windows(ids[:samples], mask[:samples], documents.name, identity)
+    calibration = _windows(ids, mask, spoken, slice(0, samples), documents.name, identity)
     if held_out and len(ids) == samples:
-        kept = min(held_out, samples)
+        again = slice(samples - min(held_out, samples), samples)
         name = f"{documents.name} (the calibration windows again: the text has no more)"
-        return calibration, _windows(ids[samples - kept : samples], mask[samples - kept : samples], name, identity)
-    return calibration, _windows(ids[samples:], mask[samples:], documents.name, identity)
+        return calibration, _windows(ids, mask, spoken, again, name, identity)
+    return calibration, _windows(ids, mask, spoken, slice(samples, None), documents.name, identity)
 
 
 def _at_most(samples: int, windows: int, held_out: int) -> int:
@@ -150,114 +166,52 @@ def _chain(first: Document | None, rest: Iterator[Document]) -> Iterator[Documen
         yield from rest
 
 
-def _texts(documents: Iterator[Document], name: str) -> Iterator[str]:
+def _texts(documents: Iterator[Document], name: str) -> Iterator[str | Completion]:
     for document in documents:
-        if not isinstance(document, str):
+        if is_conversation(document):
             raise CalibrationError(f"calibration data {name} mixes texts with conversations; give one kind")
+        assert isinstance(document, str | Completion)
         yield document
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    encoded = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"])
+def _cut(
+    documents: Documents,
+    texts: Iterator[str | Completion],
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: int,
+    seq_len: int,
+    *,
+    masked: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """(ids int64 [windows, seq_len], which of them are a completion's, how many tokens were found)."""
+    if documents.single:
+        ids = continuous((piece for piece in texts if isinstance(piece, str)), tokenizer, wanted)
+        said = [True] * len(ids)
+    else:
+        ids, said = packed(texts, tokenizer, wanted, documents.name, masked=masked)
+    windows = len(ids) // seq_len
+    found = torch.tensor(ids[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
+    marks = torch.tensor(said[: windows * seq_len], dtype=torch.bool).view(windows, seq_len)
+    if not masked:
+        return found, marks, len(ids)
+    taught = marks[:, 1:].any(1)
+    if windows and not bool(taught.any()):
+        refuse_silence(documents.name, windows, seq_len)
+    return found[taught], marks[taught], len(ids)
 
 
-def _continuous(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
-    """The first `wanted` tokens of one document (all of them where it has fewer, none where it is white space)."""
-    text = _Prefix(pieces)
-    length = PROBE_CHARACTERS
-    while True:
-        prefix = text.first(length)
-        ids = _encode(tokenizer, prefix, special=False)
-        if text.ended and len(prefix) == text.characters:
-            return ids[:wanted] if prefix.strip() else []
-        if len(ids) >= wanted + MARGIN_TOKENS:
-            return ids[:wanted]
-        characters_per_token = len(prefix) / max(len(ids), 1)
-        length = int(1.1 * characters_per_token * (wanted + MARGIN_TOKENS)) + PROBE_CHARACTERS
-
-
-class _Prefix:
-    """The beginning of a text that arrives in pieces, as long as asked for."""
-
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces = pieces
-        self._held: list[str] = []
-        self.characters = 0
-        self.ended = False
-
-    def first(self, length: int) -> str:
-        while self.characters <= length and not self.ended:
-            piece = next(self._pieces, None)
-            if piece is None:
-                self.ended = True
-            else:
-                self._held.append(piece)
-                self.characters += len(piece)
-        self._held = ["".join(self._held)]
-        return self._held[0][:length]
-
-
-def _packed(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
-    """Documents closed by EOS, end to end, until there are `wanted` tokens or no more documents."""
-    ids: list[int] = []
-    end = tokenizer.eos_token_id
-    for text in texts:
-        if not text.strip():
-            continue
-        ids += _encode(tokenizer, text, special=True)
-        if end is not None and ids[-1] != end:
-            ids.append(int(end))
-        if len(ids) >= wanted:
-            break
-    return ids[:wanted]
-
-
-def _padded(
-    documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, name: str
-) -> tuple[Tensor, Tensor]:
-    """One conversation a window; one of fewer than two tokens has no next token to be judged by and is left out.
-
-    Returns ids int64 and mask bool, [at most windows, seq_len].
-    """
-    if tokenizer.chat_template is None:
-        raise CalibrationError(f"calibration data {name} has messages, the tokenizer has no chat template; give text")
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids = torch.full((windows, seq_len), int(padding), dtype=torch.int64)
-    mask = torch.zeros((windows, seq_len), dtype=torch.bool)
-    filled = 0
-    for document in documents:
-        if filled == windows:
-            break
-        if isinstance(document, str):
-            raise CalibrationError(f"calibration data {name} mixes texts with conversations; give one kind")
-        tokens = _conversation(document, tokenizer, name)[:seq_len] if document else []
-        if len(tokens) >= 2:
-            ids[filled, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-            mask[filled, : len(tokens)] = True
-            filled += 1
-    return ids[:filled], mask[:filled]
-
-
-def _conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, name: str) -> Sequence[int]:
-    from jinja2 import TemplateError
-
-    try:
-        text: Any = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
-    except TemplateError as error:
-        raise CalibrationError(
-            f"calibration data {name}: the chat template refuses a conversation ({error}); remove it"
-        ) from error
-    # The template writes the special tokens itself.
-    return _encode(tokenizer, str(text), special=False)
-
-
-def _windows(ids: Tensor, mask: Tensor, name: str, tokenizer_hash: str) -> TokenWindows:
+def _windows(
+    ids: Tensor, mask: Tensor, said: Tensor | None, which: slice, name: str, tokenizer_hash: str
+) -> TokenWindows:
+    ids, mask = ids[which], mask[which]
     digest = hashlib.sha256(tokenizer_hash.encode())
     digest.update(repr(tuple(ids.shape)).encode())
     digest.update(ids.contiguous().numpy().tobytes())
     digest.update(mask.contiguous().numpy().tobytes())
-    return TokenWindows(ids, mask, name, digest.hexdigest())
+    if said is not None:
+        said = said[which]
+        digest.update(said.contiguous().numpy().tobytes())
+    return TokenWindows(ids, mask, name, digest.hexdigest(), said)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

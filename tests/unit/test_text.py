@@ -3,10 +3,11 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llmshrink.calibration.text import PIECE_CHARACTERS, load_documents
+from llmshrink.calibration.text import PIECE_CHARACTERS, Completion, load_documents
 from llmshrink.errors import CalibrationError
 
 
@@ -115,8 +116,9 @@ def test_a_file_that_is_not_there_or_not_read_is_refused_at_once(tmp_path: Path)
     for spec, says in (("missing.txt", "no such file"), (str(tmp_path / "a.csv"), "only .txt, .jsonl and .parquet")):
         with pytest.raises(CalibrationError, match=says):
             load_documents(spec)
-    with pytest.raises(CalibrationError, match="is a folder"):
-        load_documents(str(tmp_path))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(CalibrationError, match=r"calibration data .*nothing can't be read \(.*; give --calibration"):
+        next(load_documents(str(tmp_path / "nothing")).stream(0))
 
 
 def test_the_default_depends_on_the_kind_of_model() -> None:
@@ -153,3 +155,42 @@ def test_a_stream_that_breaks_later_is_one_line_too(monkeypatch: pytest.MonkeyPa
     assert next(stream) == "one"
     with pytest.raises(CalibrationError, match=r"can't be fetched \(ConnectionError: gone\)"):
         next(stream)
+
+
+PAIRS = [{"prompt": f"Q{i}", "completion": f"A{i}"} for i in range(3)]
+TALKS = [
+    {"prompt": [{"role": "user", "content": f"Q{i}"}], "completion": [{"role": "assistant", "content": f"A{i}"}]}
+    for i in range(3)
+]
+
+
+@pytest.mark.parametrize("records", [PAIRS, TALKS])
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "folder", "saved", "saved:default:train"])
+def test_prompts_with_completions_are_read_from_files_and_folders(
+    records: list[dict[str, Any]], kind: str, tmp_path: Path
+) -> None:
+    import datasets
+
+    kept, spec = datasets.Dataset.from_list(records), str(tmp_path / kind)
+    if kind == "a.parquet":
+        kept.to_parquet(spec)
+    elif kind.startswith("saved"):
+        whole = datasets.DatasetDict(train=kept) if ":" in kind else kept
+        whole.save_to_disk(tmp_path / "saved")
+    else:
+        (tmp_path / "folder").mkdir()
+        path = tmp_path / "folder" / "train.jsonl" if kind == "folder" else tmp_path / kind
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    documents = load_documents(spec)
+    assert str(tmp_path) not in documents.name
+    found = list(documents.stream(0))
+    assert sorted(found, key=repr) == [Completion(record["prompt"], record["completion"]) for record in records]
+    assert found == list(documents.stream(0))
+
+
+def test_text_comes_before_a_prompt_with_its_completion(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q", "completion": "A", "text": "T"}))
+    assert list(load_documents(str(tmp_path / "a.jsonl")).stream(0)) == ["T"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q"}))
+    with pytest.raises(CalibrationError, match=r"line 1 has \['prompt'\]; read are .* both of prompt and completion"):
+        list(load_documents(str(tmp_path / "a.jsonl")).stream(0))

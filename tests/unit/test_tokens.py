@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from llmshrink.calibration.packing import MARGIN_TOKENS
 from llmshrink.calibration.text import Document, Documents
-from llmshrink.calibration.tokens import MARGIN_TOKENS, build_windows, window_shape
+from llmshrink.calibration.tokens import build_windows, window_shape
 from llmshrink.demo import language, tokenizer
 from llmshrink.errors import CalibrationError
 
