@@ -14,6 +14,7 @@ from typing import Any
 
 from llmshrink.distillation.made import made, student_folder
 from llmshrink.errors import LlmshrinkError
+from llmshrink.model.families import family_of
 from llmshrink.run.job import Options
 from llmshrink.run.progress import Progress
 
@@ -47,7 +48,7 @@ class Smaller:
         found = []
         for name, wanted, field in (
             ("depth", self.depth, "num_hidden_layers"),
-            ("width", self.width, "intermediate_size"),
+            ("width", self.width, family_of(text.model_type).channels_field),
         ):
             has = getattr(text, field, None)
             if wanted is None:

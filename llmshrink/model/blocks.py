@@ -70,11 +70,15 @@ def visiting(blocks: Sequence[nn.Module], visit: Any) -> Iterator[None]:
             del block.forward
 
 
-def record_calls(model: Any, blocks: Sequence[nn.Module], hidden: Tensor, attention_mask: Tensor | None) -> list[Call]:
+def record_calls(
+    model: Any, blocks: Sequence[nn.Module], outside: Sequence[nn.Module], hidden: Tensor, attention_mask: Tensor | None
+) -> list[Call]:
     """One Call per block for a batch of this shape and mask.
 
-    hidden: [batch, tokens, dim], any values: calls don't depend on them. attention_mask: [batch, tokens] or None
-    when nothing is padded. Raises UnsupportedModelError unless the blocks run once each, in order.
+    outside: the modules outside the blocks that own parameters. They may have none now, and calls don't depend on what
+    they say, so that a model's way from embeddings to its first block (OPT's project_in, its learned positions) gives
+    `hidden` on: [batch, tokens, dim], any values. attention_mask: [batch, tokens] or None when nothing is padded.
+    Raises UnsupportedModelError unless the blocks run once each, in order.
     """
     calls: list[tuple[int, Call]] = []
 
@@ -85,10 +89,13 @@ def record_calls(model: Any, blocks: Sequence[nn.Module], hidden: Tensor, attent
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls.append((i, Call((), rest, "hidden_states")))
         if len(calls) == len(blocks):
-            raise Enough  # the final norm after it has no parameters now
+            raise Enough
         return args[0] if args else kwargs["hidden_states"]
 
-    with visiting(blocks, visit), torch.no_grad(), suppress(Enough):
+    def pass_by(i: int, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return hidden
+
+    with visiting(blocks, visit), visiting(outside, pass_by), torch.no_grad(), suppress(Enough):
         model.base_model(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False)
     if [i for i, _ in calls] != list(range(len(blocks))):
         raise UnsupportedModelError(
@@ -103,8 +110,10 @@ def logits_of(model: Any, blocks: Sequence[nn.Module], hidden: Tensor) -> Tensor
     def visit(i: int, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return hidden
 
+    # One token is enough to get there, and more than a model has positions for may come out of the last block.
+    embedded = torch.zeros(1, 1, model.get_input_embeddings().weight.shape[1], dtype=hidden.dtype, device=hidden.device)
     with visiting(blocks, visit), torch.no_grad():
-        out = model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
+        out = model(inputs_embeds=embedded, use_cache=False)
     logits = out.logits
     assert isinstance(logits, Tensor)
     return logits

@@ -40,6 +40,13 @@ class Chain:
         return f"{self.prefix}.{number}"
 
     @property
+    def heads(self) -> tuple[int, int]:
+        """How many heads of queries a block has, and how many of keys and values."""
+        config = self.skeleton.model.config.get_text_config()
+        heads: int = config.num_attention_heads
+        return heads, getattr(config, "num_key_value_heads", None) or heads
+
+    @property
     def outside(self) -> list[str]:
         """Modules outside the blocks that own parameters."""
         return self.skeleton.outside(self.prefix)
@@ -52,7 +59,8 @@ class Chain:
         width = self.skeleton.model.config.get_text_config().hidden_size
         hidden = torch.zeros(*shape, width, dtype=self.skeleton.dtype, device=self.skeleton.device)
         mask = None if batch.mask is None else batch.mask.to(self.skeleton.device)
-        calls = record_calls(self.skeleton.model, self.blocks, hidden, mask)
+        outside = [self.skeleton.model.get_submodule(name) for name in self.outside]
+        calls = record_calls(self.skeleton.model, self.blocks, outside, hidden, mask)
         if batch.mask is None:
             self._calls[shape] = calls
         return calls

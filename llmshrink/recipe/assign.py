@@ -36,7 +36,8 @@ HEAD = "lm_head"
 class SiteShape:
     """A linear inside the blocks. Sites with the same `fused` (not None) become one layer in an engine.
 
-    parallel: along which side tensor parallelism cuts it; None where that isn't known.
+    parallel: along which side tensor parallelism cuts it; None where that isn't known. parts: the outputs of each
+    linear that it is made of, where the checkpoint has several in one; they go over the ranks one by one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SiteShape:
     in_features: int
     fused: str | None
     parallel: Parallel | None = None
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,14 @@ class Asked:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a recipe's pattern means the module `name`: all of it, or (without a dot) its last part."""
-    return fnmatchcase(name, pattern) or ("." not in pattern and fnmatchcase(name.rpartition(".")[2], pattern))
+    """Whether a recipe's pattern means the module `name`: all of it, or (without a dot) its last part.
+
+    Several patterns may stand in one, with | between them: one recipe for architectures that name a linear otherwise.
+    """
+    return any(
+        fnmatchcase(name, each) or ("." not in each and fnmatchcase(name.rpartition(".")[2], each))
+        for each in pattern.split("|")
+    )
 
 
 def assign(
@@ -275,7 +283,7 @@ def _engines(layer: Sequence[SiteShape], spec: QuantizeSpec, tp: int) -> tuple[V
 
 
 def _shards(layer: Sequence[SiteShape]) -> list[tuple[int, int]]:
-    return [(site.out_features, site.in_features) for site in layer]
+    return [(outputs, site.in_features) for site in layer for outputs in site.parts or (site.out_features,)]
 
 
 def _pruned(site: SiteShape, asked: Prune | None) -> tuple[PruneSpec | None, str | None]:

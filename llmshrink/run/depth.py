@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,8 @@ class DepthWork:
         return ledger
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
-        resolved = self._job.chain.skeleton.model.config.get_text_config()
-        return shallower(config, self._structure.blocks.before, self._dropped, getattr(resolved, "layer_types", None))
+        resolved = self._job.chain.skeleton.model.config.get_text_config().to_dict()
+        return shallower(config, self._structure.blocks.before, self._dropped, resolved)
 
     def _renamed(self, key: str) -> str:
         number, start, stop = self._place[key]
@@ -169,16 +169,22 @@ class DepthWork:
 
 
 def shallower(
-    config: dict[str, Any], blocks: int, dropped: Sequence[int], layer_types: Sequence[str] | None
+    config: dict[str, Any], blocks: int, dropped: Sequence[int], resolved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json without some blocks. layer_types: of each of `blocks` blocks, as transformers resolves it."""
+    """config.json without some blocks. resolved: its fields as transformers has them, with those that follow.
+
+    A list with an entry for each of `blocks` blocks (layer_types, no_rope_layers) loses those of the dropped ones. One
+    that isn't there, because it follows from the number of a block, is written out where blocks differ.
+    """
     kept = [number for number in range(blocks) if number not in dropped]
     changed = {**config, "num_hidden_layers": len(kept)}
-    for name, value in config.items():
-        if "layer" in name and isinstance(value, list) and len(value) == blocks:
+    for name in {**config, **resolved}:
+        said = config.get(name)
+        value = said if isinstance(said, list) else resolved.get(name)
+        if "layer" not in name or not isinstance(value, list) or len(value) != blocks:
+            continue
+        if value is said or any(entry != value[0] for entry in value):
             changed[name] = [value[number] for number in kept]
-    if layer_types is not None and len(set(layer_types)) > 1:
-        changed["layer_types"] = [layer_types[number] for number in kept]
     first = config.get("max_window_layers")  # blocks from this one on have a sliding window
     if isinstance(first, int):
         changed["max_window_layers"] = first - sum(number < first for number in dropped)

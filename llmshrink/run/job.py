@@ -278,10 +278,7 @@ def _decided(
     batch_size = options.batch_size or max(1, BATCH_TOKENS // seq_len)
     outside = modules_outside(chain)
     sites = [site for block in stages for site in sites_of(block)]
-    shapes = [
-        SiteShape(s.name, s.out_features, s.in_features, chain.family.fused_name(s.name), chain.family.parallel(s.name))
-        for s in sites
-    ]
+    shapes = [_shape(site, chain) for site in sites]
     structure = structure_of(recipe, chain, stages)
     if structure is not None:
         assigned = [Assigned(shape, None, None) for shape in shapes]
@@ -311,15 +308,23 @@ def _decided(
             *batches_of(held_out, batch_size, held_out=True),
         ],
         batch_size=batch_size,
-        other_linears=list(outside.linears),
+        other_linears=linears_outside(chain.skeleton.model, chain.prefix),
         structure=structure,
     )
+
+
+def _shape(site: Site, chain: Chain) -> SiteShape:
+    family, (heads, kv_heads) = chain.family, chain.heads
+    parts = family.parts(site.name, site.out_features, heads, kv_heads)
+    fused, parallel = family.fused_name(site.name), family.parallel(site.name)
+    return SiteShape(site.name, site.out_features, site.in_features, fused, parallel, parts if len(parts) > 1 else ())
 
 
 def modules_outside(chain: Chain) -> Outside:
     """What a recipe may name beside the sites."""
     skeleton = chain.skeleton
-    linears = linears_outside(skeleton.model, chain.prefix)
+    head = skeleton.model.get_output_embeddings()
+    linears = [n for n in linears_outside(skeleton.model, chain.prefix) if skeleton.model.get_submodule(n) is head]
     shares = {one.rpartition(".")[0]: other.rpartition(".")[0] for one, other in skeleton.tied.items()}
     others = [name for name in skeleton.outside(chain.prefix) if name not in linears]
     return Outside(linears, others, {**{other: one for one, other in shares.items()}, **shares})

@@ -20,8 +20,7 @@ from llmshrink.calibration.statistics import Statistics
 from llmshrink.checkpoint.conserve import Ledger
 from llmshrink.errors import CheckpointError
 from llmshrink.methods import Narrowed, narrow
-from llmshrink.methods.narrow import inputs_of
-from llmshrink.model.cuts import Cut
+from llmshrink.model.cuts import KV_GROUPS, Cut
 from llmshrink.model.paused import pausing_at
 from llmshrink.model.sites import Site, sites_of
 from llmshrink.run.job import Job
@@ -66,6 +65,7 @@ class NarrowWork:
                     tensors |= self._cut(fewer.cuts[number], result, tensors)
                     solved[site.name], seconds[site.name] = result, time.perf_counter() - started
                     install(twin, fewer.cuts[number], self._keys(fewer.cuts[number]), tensors)
+                    self._tell(twin, fewer)
                 del statistics
             give_back()
             forwards.finish_all()
@@ -82,6 +82,7 @@ class NarrowWork:
             for fewer in self._structure.fewer:
                 keys = self._keys(fewer.cuts[number])
                 install(twin, fewer.cuts[number], keys, {key: shards.read(key) for key in keys.values()})
+                self._tell(twin, fewer)
         Forwards(walk, number, block, twin).finish_all()
         chain.skeleton.release(chain.name(number))
 
@@ -101,6 +102,19 @@ class NarrowWork:
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         return self._structure.config(config)
+
+    def _tell(self, twin: nn.Module, fewer: Fewer) -> None:
+        """A block that has a parameter for all heads finds them in it by their numbers: these must be the new ones.
+
+        twin: whose modules have a config of their own, as they are copies of the original's.
+        """
+        if fewer.what != KV_GROUPS:
+            return
+        for module in twin.modules():
+            for owner in (module, getattr(module, "config", None)):
+                for name, count in self._structure.fields.items():
+                    if hasattr(owner, name):
+                        setattr(owner, name, count)
 
     def _narrowed(self, weight: Tensor, site: Site, statistics: Statistics, fewer: Fewer) -> Narrowed:
         device = self._job.chain.skeleton.device
@@ -122,8 +136,8 @@ class NarrowWork:
         keys = self._keys(cut)
         units = result.units.cpu()
         found = {keys[f"{cut.consumer.local}.weight"]: result.weight.cpu()}
-        for site, width in cut.producers:
-            rows = inputs_of(units, width)
+        for number, (site, _) in enumerate(cut.producers):
+            rows = cut.rows(number, units)
             for name in (f"{site.local}.weight", f"{site.local}.bias"):
                 if name in keys:
                     found[keys[name]] = tensors[keys[name]].index_select(0, rows)

@@ -53,6 +53,7 @@ class Structure:
     """What the result has fewer of: blocks, or what `fewer` lists. heads: of queries; head_dim: their width.
 
     sites: of all blocks of the original. other_heads_in_vllm: whether vLLM would take the heads to be wider.
+    channels_field: what config.json calls the FFN's channels.
     """
 
     sites: tuple[Site, ...]
@@ -62,6 +63,12 @@ class Structure:
     depth: Depth | None
     fewer: tuple[Fewer, ...]
     other_heads_in_vllm: bool
+    channels_field: str
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Field of config.json -> how many of a kind of unit the narrower model has."""
+        return {self._field(what): count.after for what, count in self._counts()}
 
     @property
     def narrow(self) -> dict[str, NarrowSpec]:
@@ -92,20 +99,23 @@ class Structure:
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the narrower model, from the original's."""
-        changed = {**config, **{CONFIG[what]: count.after for what, count in self._counts()}}
+        changed = {**config, **self.fields}
         if self.heads.before != self.heads.after:
             changed["head_dim"] = self.head_dim
         return changed
 
     def record(self) -> dict[str, Any]:
         """What llmshrink.json says of it."""
-        counts = {CONFIG[what]: [count.before, count.after] for what, count in self._counts()}
+        counts = {self._field(what): [count.before, count.after] for what, count in self._counts()}
         said = ", ".join(f"{what} {count}" for what, count in self._counts())
         return {"kind": "width", "summary": f"{said} in each of {self.blocks.before} blocks", **counts}
 
+    def _field(self, what: str) -> str:
+        """What config.json calls the number of some units."""
+        return {CHANNELS: self.channels_field, KV_GROUPS: "num_key_value_heads", HEADS: "num_attention_heads"}[what]
+
 
 HEADS = "attention heads"
-CONFIG = {CHANNELS: "intermediate_size", KV_GROUPS: "num_key_value_heads", HEADS: "num_attention_heads"}
 
 
 def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]) -> Structure | None:
@@ -116,7 +126,7 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
     if not recipe.structured:
         return None
     config = chain.skeleton.model.config.get_text_config()
-    heads, blocks = config.num_attention_heads, len(stages)
+    (heads, kv_heads), blocks = chain.heads, len(stages)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     fewer: tuple[Fewer, ...] = ()
     drop = 0
@@ -124,7 +134,6 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
         drop = _dropped(recipe, recipe.depth, blocks)
     else:
         assert recipe.width is not None
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         cuts: dict[str, Callable[[Sequence[Stage]], Cut]] = {
             CHANNELS: lambda block: ffn_cut(block, chain.family),
             KV_GROUPS: lambda block: attention_cut(block, chain.family, heads, kv_heads),
@@ -142,6 +151,7 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
         other_heads_in_vllm=left < heads
         and not chain.family.head_dim_in_vllm
         and config.hidden_size != left * head_dim,
+        channels_field=chain.family.channels_field,
     )
 
 

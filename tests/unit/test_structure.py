@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llmshrink
 from llmshrink.errors import UnsupportedModelError
@@ -34,19 +35,40 @@ def test_a_unit_is_a_channel_or_a_group_with_its_query_heads() -> None:
     family, block = FAMILIES["llama"], stages(SHAPES)
     ffn, attention = ffn_cut(block, family), attention_cut(block, family, heads=4, kv_heads=2)
     assert (ffn.consumer.local, ffn.units, ffn.width) == ("mlp.down_proj", 96, 1)
-    assert [(site.local, width) for site, width in ffn.producers] == [("mlp.gate_proj", 1), ("mlp.up_proj", 1)]
+    assert [(site.local, width) for site, width in ffn.producers] == [("mlp.gate_proj", (1,)), ("mlp.up_proj", (1,))]
     assert (attention.consumer.local, attention.units, attention.width) == ("self_attn.o_proj", 2, 32)
-    assert [width for _, width in attention.producers] == [32, 16, 16]
+    assert [width for _, width in attention.producers] == [(32,), (16,), (16,)]
 
 
-def test_a_fused_gate_up_is_refused_by_name() -> None:
+def test_a_unit_of_a_merged_parameter_has_rows_in_each_of_its_parts() -> None:
+    block = stages({
+        "self_attn.qkv_proj": (128, 48), "self_attn.o_proj": (48, 64),
+        "mlp.gate_up_proj": (192, 48), "mlp.down_proj": (48, 96),
+    })  # fmt: skip
+    ffn, attention = (
+        ffn_cut(block, FAMILIES["phi3"]),
+        attention_cut(block, FAMILIES["phi3"], heads=4, kv_heads=2),
+    )
+    assert ffn.rows(0, torch.tensor([3, 95])).tolist() == [3, 95, 99, 191]
+    assert attention.producers[0][1] == (32, 16, 16)
+    assert attention.rows(0, torch.tensor([1])).tolist() == [*range(32, 64), *range(80, 96), *range(112, 128)]
+    with pytest.raises(UnsupportedModelError, match=r"qkv_proj: its 128 outputs aren't 6 heads of queries, 3 of keys"):
+        attention_cut(block, FAMILIES["phi3"], heads=6, kv_heads=3)
+
+
+def test_heads_that_a_family_can_have_no_fewer_of_are_refused_with_the_reason() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layers\.5: q_norm and k_norm take the mean over all heads"):
+        attention_cut(stages(SHAPES), FAMILIES["olmo2"], heads=4, kv_heads=2)
+
+
+def test_linears_that_arent_the_familys_are_named() -> None:
     fused = {name: shape for name, shape in SHAPES.items() if not name.startswith(("mlp.gate", "mlp.up"))}
     with pytest.raises(UnsupportedModelError) as caught:
         ffn_cut(stages({**fused, "mlp.gate_up_proj": (192, 48)}), FAMILIES["llama"])
     assert str(caught.value) == (
         "model.layers.5: has no gate_proj, up_proj to take FFN channels from (its linears are q_proj, k_proj, v_proj, "
-        "o_proj, down_proj, gate_up_proj); width pruning doesn't cut fused or other layers yet: depth-prune drops "
-        "whole blocks of it"
+        "o_proj, down_proj, gate_up_proj); width pruning doesn't cut other layers yet: depth-prune drops whole blocks "
+        "of it"
     )
 
 
@@ -69,7 +91,7 @@ def test_lists_with_an_entry_for_each_block_are_cut_with_them() -> None:
         "num_hidden_layers": 4, "layer_types": list("abca"), "no_rope_layers": [1, 0, 1, 1],
         "eos_token_id": [1, 2, 3, 4], "max_window_layers": 3,
     }  # fmt: skip
-    assert shallower(config, 4, [1, 3], list("abca")) == {
+    assert shallower(config, 4, [1, 3], config) == {
         "num_hidden_layers": 2, "layer_types": ["a", "c"], "no_rope_layers": [1, 1], "eos_token_id": [1, 2, 3, 4],
         "max_window_layers": 2,
     }  # fmt: skip
@@ -77,13 +99,15 @@ def test_lists_with_an_entry_for_each_block_are_cut_with_them() -> None:
 
 def test_kinds_that_only_follow_from_other_fields_are_written_out() -> None:
     kinds = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
-    found = shallower({"num_hidden_layers": 4, "max_window_layers": 2}, 4, [0, 3], kinds)
+    config = {"num_hidden_layers": 4, "max_window_layers": 2}
+    found = shallower(config, 4, [0, 3], {**config, "layer_types": kinds, "no_rope_layers": [1, 1, 1, 0]})
     assert found == {
         "num_hidden_layers": 2,
         "max_window_layers": 1,
         "layer_types": ["full_attention", "sliding_attention"],
+        "no_rope_layers": [1, 1],
     }
-    same = shallower({"num_hidden_layers": 4}, 4, [0, 3], ["full_attention"] * 4)
+    same = shallower({"num_hidden_layers": 4}, 4, [0, 3], {"layer_types": ["full_attention"] * 4})
     assert same == {"num_hidden_layers": 2}
 
 
