@@ -25,6 +25,8 @@ class DistillSettings(TypedDict, total=False):
     temperature: float | None
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] | None
     beta: float | None
+    hidden_weight: float | None
+    mask_prompts: bool | None
     train: Literal["weights", "scales"] | None
     lr: float | None
     scale_lr: float | None

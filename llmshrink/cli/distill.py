@@ -28,6 +28,13 @@ def distill(
     generated_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens of text that the teacher writes, beside the data.")
     ] = None,
+    mask_prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--mask-prompts/--no-mask-prompts",
+            help="Learn only what the assistant says in conversations and completions (left out: where there are any).",
+        ),
+    ] = None,
     teacher_cache: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's outputs there, or find them there.")
     ] = None,
@@ -44,6 +51,9 @@ def distill(
         Literal["forward_kl", "reverse_kl", "jsd"] | None, typer.Option(help="How they are compared (forward_kl).")
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Of jsd: the teacher's share of the mixture (0.5).")] = None,
+    hidden_weight: Annotated[
+        float | None, typer.Option(help="Of the hidden states' distance from the teacher's, in the loss (0).")
+    ] = None,
     train: Annotated[
         Literal["weights", "scales"] | None,
         typer.Option(help="What is trained; left out: scales of a quantized student, weights of any other."),
@@ -70,7 +80,8 @@ def distill(
             teacher, student, student_from=student_from, output=output, recipe=recipe, data=data,
             generated_tokens=generated_tokens, teacher_cache=teacher_cache, teacher_quant=teacher_quant, steps=steps,
             batch_size=batch_size, accumulate=accumulate, seq_len=seq_len, alpha=alpha, temperature=temperature,
-            divergence=divergence, beta=beta, train=train, lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup,
+            divergence=divergence, beta=beta, hidden_weight=hidden_weight,
+            mask_prompts=mask_prompts, train=train, lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup,
             eval_steps=eval_steps, gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype,
             seed=seed, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip

@@ -91,11 +91,13 @@ def _sample(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
 
 
 def together(real: TokenWindows, generated: TokenWindows) -> TokenWindows:
-    """Both, one after the other; the trainer shuffles them."""
+    """Both, one after the other; the trainer shuffles them. Of what the teacher wrote everything is learned."""
     digest = hashlib.sha256(f"{real.fingerprint} {generated.fingerprint}".encode())
+    said = None if real.said is None else torch.cat([real.said, generated.mask])
     return TokenWindows(
         torch.cat([real.input_ids, generated.input_ids]),
         torch.cat([real.mask, generated.mask]),
         generated.name,
         digest.hexdigest(),
+        said,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -19,6 +21,7 @@ from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.distillation.cache import LIKELIEST, CacheKey
 from llmshrink.distillation.made import check_room_for, student_folder
+from llmshrink.distillation.match import matched_blocks
 from llmshrink.distillation.narrow import TeacherQuant, check_narrow, load_narrow
 from llmshrink.distillation.objective import Divergence, Objective
 from llmshrink.distillation.processes import Processes
@@ -26,7 +29,9 @@ from llmshrink.distillation.smaller import Smaller, make_student
 from llmshrink.distillation.student import Student, Train, open_student
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import LlmshrinkError, SourceError
+from llmshrink.model.blocks import find_blocks
 from llmshrink.run.job import check_vocabulary, here, pick_device
+from llmshrink.run.journal import RECORD
 from llmshrink.run.progress import Progress
 from llmshrink.runtime.load import config_of, load
 
@@ -46,6 +51,7 @@ class Options:
     data: str | None = None
     generated_tokens: int = 0
     teacher_cache: Path | None = None
+    mask_prompts: bool | None = None
     teacher_quant: TeacherQuant | None = None
     steps: int = 400
     batch_size: int = 8
@@ -55,6 +61,7 @@ class Options:
     temperature: float = 1.0
     divergence: Divergence = "forward_kl"
     beta: float = 0.5
+    hidden_weight: float = 0.0
     train: Train | None = None
     lr: float | None = None
     scale_lr: float = 1e-2
@@ -116,6 +123,14 @@ class Job:
         return name if quant is None else f"{name} in {quant}"
 
     @cached_property
+    def matched_blocks(self) -> list[int]:
+        """The teacher's block that each of the student's is held to, where their hidden states are."""
+        blocks = [len(find_blocks(model)[1]) for model in (self.student.model, self.teacher.model)]
+        record = self.student.source.folder / RECORD
+        structure = json.loads(record.read_text()).get("structure") if record.is_file() else None
+        return matched_blocks(blocks[0], blocks[1], structure)
+
+    @cached_property
     def teacher_fingerprint(self) -> str:
         """Of the teacher's weights."""
         with CheckpointIndex.open(self.teacher_source.folder) as index:
@@ -155,8 +170,9 @@ def prepare(options: Options, progress: Progress) -> Job:
     """
     objective = _objective(options)
     check_narrow(options.teacher_quant)
-    if find_spec("accelerate") is None:
-        raise LlmshrinkError("distill needs accelerate: pip install 'llmshrink[distill]'")
+    for package in ("accelerate", "matplotlib"):
+        if find_spec(package) is None:
+            raise LlmshrinkError(f"distill needs {package}: pip install 'llmshrink[distill]'")
     _check_optimizer(options.optim)
     if (options.student is None) == (options.student_from is None):
         raise LlmshrinkError("name a STUDENT, or give --student-from depth=N,width=N and none")
@@ -184,6 +200,7 @@ def prepare(options: Options, progress: Progress) -> Job:
         held_out=max(1, HELD_OUT_TOKENS // seq_len),
         seed=options.seed,
         fewer=True,
+        mask_prompts=options.mask_prompts,
     )
     check_vocabulary(real, sizes[0], source)
     if smaller is not None:
@@ -240,6 +257,13 @@ def _objective(options: Options) -> Objective:
     for name, rate in (("lr", options.lr), ("scale-lr", options.scale_lr)):
         if rate is not None and not 0.0 < rate < 1.0:
             raise LlmshrinkError(f"--{name} {rate}: must be above 0 and below 1")
+    weight = options.hidden_weight
+    if not 0.0 <= weight < math.inf:
+        raise LlmshrinkError(f"--hidden-weight {weight}: must be 0 (none) or a number above it")
+    if weight and options.teacher_cache is not None:
+        raise LlmshrinkError(
+            f"--hidden-weight {weight}: a --teacher-cache has no hidden states; leave one of the two out"
+        )
     try:
         return Objective(options.alpha, options.temperature, options.divergence, options.beta)
     except ValueError as error:

@@ -13,17 +13,21 @@ from llmshrink.run import heldout
 from llmshrink.run.heldout import LOGITS, Quality
 
 
-def judge(student: SplitModel, teacher: TeacherRows, batches: Sequence[Batch]) -> Quality:
-    """Means over the positions of `batches` that have a next token. The teacher's side is the `before`."""
+def judge(student: SplitModel, teacher: TeacherRows, batches: Sequence[Batch], labels: Tensor) -> Quality:
+    """Means over the positions of `batches` whose next token counts. The teacher's side is the `before`.
+
+    labels: bool [windows, length], those tokens (`TokenWindows.labels`), of the windows that the batches are cut from.
+    """
     device = student.weight.device
     columns: list[list[Tensor]] = []
     training = student.model.training
     student.model.eval()
+    counted = iter(labels.split([len(batch.input_ids) for batch in batches]))
     for batch in batches:
         ids = batch.input_ids.to(device)
         mask = None if batch.mask is None else batch.mask.to(device)
         where = torch.zeros_like(ids, dtype=torch.bool)
-        where[:, :-1] = True if mask is None else mask[:, 1:] & mask[:, :-1]
+        where[:, :-1] = next(counted)[:, 1:].to(device)
         said = teacher.rows(ids, mask, where)
         with torch.no_grad():
             hidden = student.hidden(ids, mask)[where]

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink.distillation.curves import PICTURE
 from llmshrink.run.heldout import Quality
 from llmshrink.run.progress import duration
 from llmshrink.run.report import VerifyReport
@@ -51,7 +52,7 @@ class DistillReport:
             f"{after.tokens} held-out tokens of {self.held_out}",
             f"perplexity  {before.ppl_after:.3f} -> {after.ppl_after:.3f}, the teacher's {after.ppl_before:.3f}",
             f"agreement   {before.top1_agreement:.1%} -> {after.top1_agreement:.1%} same first choice",
-            f"training    {self.steps} steps, {self.tokens:,} tokens",
+            f"training    {self.steps} steps, {self.tokens:,} tokens; curves in {self.output / PICTURE}",
             f"time        {duration(self.seconds)} ({self.seconds:.1f} s), peak memory {self.peak_memory / 1e9:.2f} GB",
             *self.verification.lines(),
             *(f"note        {note}" for note in self.notes),

@@ -52,16 +52,16 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         training = _windows(job, workspace.folder / TRAINING, progress)
         says, exact = _teachers(job, training, progress)
         job.processes.wait(job.device)
-        before = judge(job.split, exact, job.batches)
+        before = judge(job.split, exact, job.batches, job.held_out.labels)
         progress.note(f"before      KL {before.kl_mean:.5f} on {before.tokens} held-out tokens")
-        curve = train(job, training, says, exact, workspace.folder / TRAINING, progress)
-        helped = min(point["kl"] for point in curve) < before.kl_mean
+        curves = train(job, training, says, exact, workspace.folder / TRAINING, progress)
+        helped = min(point["kl"] for point in curves.points) < before.kl_mean
         if not helped:
             job.student.restore()
             progress.note("no step came nearer to the teacher: the student stays as it was; give a lower --lr")
         job.student.settle()
-        quality = judge(job.split, exact, job.batches)
-        record = write(job, training, workspace, before, quality, reference(job.split, job.batches), curve)
+        quality = judge(job.split, exact, job.batches, job.held_out.labels)
+        record = write(job, training, workspace, before, quality, reference(job.split, job.batches), curves)
         report = _report(job, workspace.checkpoint, record, started)
         if report.ok:
             complete(workspace.checkpoint, report.verification)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmshrink.calibration.tokens import TokenWindows
+from llmshrink.distillation.curves import Curves
 from llmshrink.distillation.judge import judge
+from llmshrink.distillation.match import HiddenMatch
 from llmshrink.distillation.teacher import TeacherRows
 from llmshrink.run.progress import Progress, duration, peak_memory
 
@@ -30,10 +32,8 @@ PLAIN_LR = 0.77
 LINE_SECONDS = 10.0
 
 
-def train(
-    job: Job, training: TokenWindows, says: Says, exact: TeacherRows, folder: Path, progress: Progress
-) -> list[dict[str, float]]:
-    """Train the job's student in place; returns the curve: {"step", "kl", "perplexity", "loss"} of each evaluation.
+def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, folder: Path, progress: Progress) -> Curves:
+    """Train the job's student in place; returns the loss of each step and the student at each evaluation.
 
     training: what is learned from; says: the teacher there; exact: the teacher on the held-out windows. folder: of the
     Trainer's checkpoints. The parameters at the end are those of the evaluation with the lowest KL.
@@ -44,13 +44,18 @@ def train(
     width = job.split.weight.shape[1]
     rate = options.lr if options.lr is not None else PLAIN_LR / width
     # The Trainer moves its module to its own device and counts its parameters; the teacher is none of them.
-    module = Distiller(job.split, says, job.objective, job.dtype)
+    match = None
+    if options.hidden_weight:
+        match = HiddenMatch(
+            job.split.model, job.teacher.model, job.matched_blocks, options.hidden_weight, seed=options.seed
+        )
+    module = Distiller(job.split, says, job.objective, job.dtype, match)
     arguments = _arguments(job, folder, rate)
     if options.gradient_checkpointing:
         job.student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def judged() -> dict[str, float]:
-        found = judge(job.split, exact, job.batches)
+        found = judge(job.split, exact, job.batches, job.held_out.labels)
         return {"kl": found.kl_mean, "perplexity": found.ppl_after}
 
     told = _Lines(progress, options.steps, options.batch_size * options.accumulate * training.input_ids.shape[1])
@@ -73,11 +78,7 @@ def train(
         if last is not None:
             progress.note(f"resumed     at step {last.name.rpartition('-')[2]} of {options.steps}")
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    return [
-        {"step": line["step"], "kl": line["eval_kl"], "perplexity": line["eval_perplexity"]}
-        for line in trainer.state.log_history
-        if "eval_kl" in line
-    ]
+    return Curves.of(trainer.state.log_history)
 
 
 def _arguments(job: Job, folder: Path, rate: float) -> TrainingArguments:

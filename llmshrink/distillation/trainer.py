@@ -4,7 +4,8 @@ as they are; what is ours is the loss, which parameters learn at which rate, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,16 +15,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.distillation.chunked import Losses, Teacher, chunked_loss
+from llmshrink.distillation.match import HiddenMatch
 from llmshrink.distillation.objective import IGNORED, Objective
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import LlmshrinkError
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Windows of tokens as training examples. labels: the tokens, IGNORED where a position is padding."""
+    """Windows of tokens as training examples. labels: the tokens, IGNORED where one's prediction doesn't count."""
 
     def __init__(self, windows: TokenWindows) -> None:
         self._windows = windows
+        self._labels = windows.input_ids.masked_fill(~windows.labels, IGNORED)
 
     def __len__(self) -> int:
         return len(self._windows.input_ids)
@@ -33,7 +36,7 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {
             "input_ids": ids,
             "attention_mask": mask.long(),
-            "labels": ids.masked_fill(~mask, IGNORED),
+            "labels": self._labels[number],
             "window": torch.tensor(number),
         }
 
@@ -49,13 +52,22 @@ class Says(Protocol):
 class Distiller(nn.Module):
     """The student with its loss, as one module: whatever wraps it (DDP, FSDP, autocast) wraps both.
 
-    A position's loss is of the prediction of the next token; those whose next label is IGNORED don't count.
+    A position's loss is of the prediction of the next token; those whose next label is IGNORED don't count. match: of
+    hidden states, beside the objective, or None.
     """
 
     accepts_loss_kwargs = True
 
-    def __init__(self, student: SplitModel, teacher: Says, objective: Objective, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        student: SplitModel,
+        teacher: Says,
+        objective: Objective,
+        dtype: torch.dtype,
+        match: HiddenMatch | None = None,
+    ) -> None:
         super().__init__()
+        self.match = match
         self.student = student.model
         self._parts = (student, teacher)  # in a tuple: the teacher is no submodule, and isn't trained or saved
         self._objective, self._dtype = objective, dtype
@@ -94,19 +106,23 @@ class Distiller(nn.Module):
         mask = None if bool(attention_mask.all()) else attention_mask
         following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         where = following != IGNORED
-        said = teacher.of(input_ids, mask, where, window)
-        hidden = student.hidden(input_ids, mask)[where].to(self._dtype)
+        with nullcontext([]) if self.match is None else self.match.watch_teacher() as theirs:
+            said = teacher.of(input_ids, mask, where, window)
+        with nullcontext([]) if self.match is None else self.match.watch_student() as ours:
+            hidden = student.hidden(input_ids, mask)[where].to(self._dtype)
         weight, bias = student.weight, student.bias
         with torch.autocast(hidden.device.type, enabled=False):
             found = chunked_loss(
                 hidden, weight, bias, said, self._objective, labels=following[where], tail=student.tail
             )
+            if self.match is not None:
+                found = replace(found, total=found.total + self.match.weight * self.match(ours, theirs, where))
         return found, where.sum()
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates: of weights and latents, of scales (relative to each), of vectors (norms and biases)."""
+    """Learning rates: of weights, latents and a projection, of scales (relative), of vectors (norms and biases)."""
 
     weights: float
     scales: float

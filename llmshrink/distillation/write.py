@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.distillation.curves import PICTURE, TABLE, Curves, section
 from llmshrink.errors import SourceError
 from llmshrink.run import disk
 from llmshrink.run.card import write_card
@@ -36,7 +37,7 @@ def write(
     before: Quality,
     quality: Quality,
     reference: dict[str, Tensor],
-    curve: list[dict[str, float]],
+    curves: Curves,
 ) -> dict[str, Any]:
     """Everything of the new folder, in the workspace; returns its record."""
     folder, source, index = workspace.checkpoint, job.student.source.folder, job.student.index
@@ -62,10 +63,12 @@ def write(
             disk.write_file(folder / name, pieces(source / name), (source / name).stat().st_size)
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
-    record = _record(job, training, before, quality, curve)
+    record = _record(job, training, before, quality, curves)
     record["shards"] = shard_sums(workspace.parts)
     disk.write_json(folder / RECORD, record)
-    write_card(folder)
+    disk.write_text(folder / TABLE, curves.table(before))
+    disk.write_text(folder / PICTURE, curves.picture(before))
+    write_card(folder, f"\n{section(record)}")
     return record
 
 
@@ -77,9 +80,7 @@ def _write_index(job: Job, workspace: Workspace) -> None:
     disk.write_json(workspace.checkpoint / INDEX_FILE, content)
 
 
-def _record(
-    job: Job, training: TokenWindows, before: Quality, quality: Quality, curve: list[dict[str, float]]
-) -> dict[str, Any]:
+def _record(job: Job, training: TokenWindows, before: Quality, quality: Quality, curves: Curves) -> dict[str, Any]:
     """The student's own record, or a new one, with what the training made of it."""
     options, student = job.options, job.student
     old = _old_record(job, training)
@@ -98,14 +99,26 @@ def _record(
             "teacher": job.teacher_name,
             "revision": job.teacher_source.revision,
             "objective": asdict(job.objective),
+            "hidden_weight": options.hidden_weight,
+            "matched_blocks": job.matched_blocks if options.hidden_weight else None,
             "steps": options.steps,
+            "step_windows": options.batch_size * options.accumulate,
             "data": training.name,
+            "learned": _learned(training),
             "windows": list(training.input_ids.shape),
             "before": asdict(before),
-            "curve": curve,
+            "curve": list(curves.points),
             "trained": sorted({name.rpartition(".")[2] for name, _ in student.trained()}),
         },
     }
+
+
+def _learned(training: TokenWindows) -> str:
+    """Which tokens of the windows the loss is of, in words."""
+    count, of = int(training.labels.sum()), training.tokens
+    if training.said is None:
+        return f"the loss is of all {count:,} tokens with one before them"
+    return f"the loss is of {count:,} of {of:,} tokens: the assistant's, and not what it is asked"
 
 
 def _old_record(job: Job, training: TokenWindows) -> dict[str, Any]:

@@ -328,7 +328,8 @@ class Distill(Frozen):
 
     steps: of the optimizer; batch_size: windows in one. generated_tokens: text that the model writes, beside the
         calibration text.
-    alpha, temperature, divergence, beta: the loss (docs/distillation.md).
+    mask_prompts: learn only what the assistant says; left out: where the text has conversations or completions.
+    alpha, temperature, divergence, beta: the loss; hidden_weight: of hidden states in it (docs/distillation.md).
     train: `scales` or `weights`; left out: the scales of a quantized result, the weights of any other.
     lr: learning rate of weights; left out: 0.77 over the width of the hidden states. scale_lr: of scales, relative.
     """
@@ -340,6 +341,8 @@ class Distill(Frozen):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     divergence: Divergence = "forward_kl"
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    hidden_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    mask_prompts: bool | None = None
     train: Train | None = None
     lr: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
     scale_lr: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01

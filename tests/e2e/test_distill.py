@@ -16,7 +16,7 @@ import llmshrink
 
 SETTINGS = (
     "--steps", "6", "--batch-size", "4", "--seq-len", "32", "--lr", "0.01", "--warmup", "1", "--eval-steps", "2",
-    "--dtype", "float32",
+    "--dtype", "float32", "--hidden-weight", "0.3",
 )  # fmt: skip
 
 

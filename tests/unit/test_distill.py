@@ -96,7 +96,11 @@ def test_a_mask_is_held_and_the_rest_learns(teacher: Path, sparse: Path, story: 
     record = json.loads((tmp_path / "out" / "llmshrink.json").read_text())
     assert record["distill"]["objective"] == {"alpha": 0.0, "temperature": 1.0, "divergence": "forward_kl", "beta": 0.5}
     assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (sparse / "recipe.yaml").read_bytes()
-    assert "Distilled" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Distilled" in card and "](distillation.svg)" in card
+    assert (tmp_path / "out" / "distillation.svg").read_text().startswith("<?xml")
+    losses = (tmp_path / "out" / "distillation.csv").read_text().splitlines()
+    assert len(losses) == 8 and all(float(line.split(",")[1]) > 0 for line in losses[2:])
 
 
 def test_codes_are_frozen_and_scales_learn(teacher: Path, quantized: Path, story: Path, tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ class StopAt(Silent):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {**SHORT, "generated_tokens": 200}
+    settings: dict[str, Any] = {**SHORT, "generated_tokens": 200, "hidden_weight": 0.5}
     llmshrink.distill(teacher, sparse, output=tmp_path / "whole", data=story, **settings)
     for line in ("generated", "step 4/6"):
         with pytest.raises(KeyboardInterrupt):

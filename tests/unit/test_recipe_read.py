@@ -79,7 +79,8 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
     for step in written["steps"]:
         ((kind, fields),) = step.items()
         if kind != "prune":
-            left_out = {"width": {"kv_groups"}, "distill": {"train", "lr"} - fields.keys()}.get(kind, set())
+            chosen = {"train", "lr", "mask_prompts"} - fields.keys()
+            left_out = {"width": {"kv_groups"}, "distill": chosen}.get(kind, set())
             assert fields.keys() == type(getattr(recipe, kind)).model_fields.keys() - left_out
         else:
             other = {"ratio", "ratios"} if "pattern" in fields else {"pattern"}
