@@ -35,6 +35,7 @@ class QuantizeSpec:
     corrected: how much of the error of earlier layers this one makes good, 0 (one stream) to 1.
     damp: damping as a fraction of the Hessian's mean diagonal. block_size: columns between two lazy updates.
     descent: sweeps of coordinate descent over the codes at the end.
+    residual: keep what rounding left, for whoever goes on training from there.
     """
 
     method: str = "gptq"
@@ -48,6 +49,7 @@ class QuantizeSpec:
     damp: float = 0.01
     block_size: int = 128
     descent: int = 0
+    residual: bool = False
 
 
 class SiteStatistics(Protocol):
@@ -74,6 +76,8 @@ class Solved:
     row_error, row_energy: float32 [out_features], its numerator and denominator by row.
     damping: what was added to the Hessian's diagonal, as a fraction of its mean. events: what went otherwise than
     asked, one line each, for the report.
+    residual: float32 [out_features, in_features], what each weight was when its code was chosen, compensations and all,
+        less what it became; None unless the spec asks for it.
     """
 
     weight: Solvable
@@ -82,6 +86,7 @@ class Solved:
     row_energy: Tensor
     damping: float
     events: tuple[str, ...]
+    residual: Tensor | None = None
 
 
 Solver = Callable[[Tensor, "SiteStatistics | None", QuantizeSpec, torch.dtype], Solved]

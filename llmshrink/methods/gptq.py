@@ -55,16 +55,21 @@ def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, 
     columns = target.T.contiguous()
     target = target.index_select(1, factor.order.argsort()) if spec.descent else target[:0]
     quantized = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype)
+    residual = _natural(columns, factor) if spec.residual else None
     if spec.descent:
-        quantized = descend(quantized, target, damped(statistics.hessian, factor.damping), None, spec.descent)
+        swept = quantized
+        quantized = descend(swept, target, damped(statistics.hessian, factor.damping), None, spec.descent)
+        residual = _moved(residual, swept, quantized)
     error, energy = measure(original, quantized, statistics.hessian)
-    return Solved(quantized, relative(error, energy), error, energy, factor.damping, factor.events)
+    return Solved(quantized, relative(error, energy), error, energy, factor.damping, factor.events, residual)
 
 
 def gptq_on(
     target: Tensor, mask: Tensor, statistics: SiteStatistics, spec: QuantizeSpec, scale_dtype: torch.dtype
-) -> GroupedInt:
+) -> tuple[GroupedInt, Tensor | None]:
     """Quantize a pruned weight: what isn't in the mask stays exactly zero, and the rest makes good both.
+
+    Returns it, and the `residual` of Solved.
 
     target: float32 [out, in], the best weight on the mask, which is already what `spec.corrected` would ask for: with
     least squares on the mask, what is left of the output's error is orthogonal to all that the mask allows, so that
@@ -72,10 +77,22 @@ def gptq_on(
     """
     size, factor = _factor(target, statistics, spec)
     columns, keep = (part.index_select(1, factor.order).T.contiguous() for part in (target, mask.to(torch.float32)))
-    quantized = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype, keep)
+    swept = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype, keep)
+    residual = _natural(columns, factor) if spec.residual else None
     if not spec.descent:
-        return quantized
-    return descend(quantized, target, damped(statistics.hessian, factor.damping), mask, spec.descent)
+        return swept, residual
+    quantized = descend(swept, target, damped(statistics.hessian, factor.damping), mask, spec.descent)
+    return quantized, _moved(residual, swept, quantized)
+
+
+def _natural(columns: Tensor, factor: Factor) -> Tensor:
+    """What the sweep left in its columns, [in, rows] in the factor's order, as a weight: [out, in]."""
+    return torch.empty_like(columns).index_copy_(0, factor.order, columns).T.contiguous()
+
+
+def _moved(residual: Tensor | None, before: GroupedInt, after: GroupedInt) -> Tensor | None:
+    """The residual of other codes for the same compensated weight."""
+    return None if residual is None else residual + before.dequantize() - after.dequantize()
 
 
 def _factor(weight: Tensor, statistics: SiteStatistics, spec: QuantizeSpec) -> tuple[int, Factor]:
@@ -93,7 +110,8 @@ def _quantize_(
     scale_dtype: torch.dtype,
     keep: Tensor | None = None,
 ) -> GroupedInt:
-    """The sweep itself. columns: float32 [in, rows] in the factor's order, overwritten; keep: as in `sweep_`."""
+    """The sweep itself. columns: float32 [in, rows] in the factor's order, overwritten by what each lost when its turn
+    came; keep: as in `sweep_`."""
     order = factor.order
     if spec.scale_search == "trial":
         codes, grid = trial_sweep_(columns, factor, size, spec, scale_dtype, keep)

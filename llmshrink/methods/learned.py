@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from llmshrink.weights import GroupedInt
 from llmshrink.weights.grouped_int import SMALLEST_SCALE, code_range
 
+INSIDE = 0.499
+"""How far a latent may be from the code that it rounds to."""
+
 
 class ScaledLinear(nn.Module):
     """x -> x (scale * (codes - zero_point))^T + bias, the scale a parameter: what is stored, times `gain`.
@@ -38,6 +41,17 @@ class ScaledLinear(nn.Module):
         self.gain = nn.Parameter(torch.ones_like(self.base))
         self.latent = nn.Parameter(weight.codes.float()) if latent else None
         self.bias = bias
+
+    def start_from(self, residual: Tensor) -> None:
+        """Put the latents where the weights were before they were rounded, as far as they still round to the codes.
+
+        residual: float32 [out_features, in_features], as in `Solved`. Raises ValueError where there are no latents.
+        """
+        if self.latent is None:
+            raise ValueError("codes that are frozen have no latents to put anywhere")
+        with torch.no_grad():
+            groups = residual.view(*self.base.shape, self.group_size) / self.base.unsqueeze(-1)
+            self.latent.copy_(self.codes + groups.view(self.codes.shape).clamp(-INSIDE, INSIDE))
 
     @property
     def weight(self) -> Tensor:

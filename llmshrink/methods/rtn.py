@@ -54,8 +54,10 @@ def rtn(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, s
         spec.bits,
         size,
     )
-    error, energy = measure(weight.to(torch.float32), quantized, hessian)
-    return Solved(quantized, relative(error, energy), error, energy, 0.0, ())
+    original = weight.to(torch.float32)
+    error, energy = measure(original, quantized, hessian)
+    residual = original - quantized.dequantize() if spec.residual else None
+    return Solved(quantized, relative(error, energy), error, energy, 0.0, (), residual)
 
 
 def _round(grouped: Tensor, grid: Grid, spec: QuantizeSpec, dtype: torch.dtype) -> GroupedInt:

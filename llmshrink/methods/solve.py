@@ -60,19 +60,21 @@ def solve(weight: Tensor, statistics: SiteStatistics | None, spec: SiteSpec, dty
         error, energy = measure(weight.to(torch.float32), Dense(stored.dequantize()), _hessian(statistics))
         return Solved(stored, relative(error, energy), error, energy, pruned.damping, pruned.events)
     assert statistics is not None, "pruning asked for it"
-    quantized = _on_mask(pruned, statistics, spec.quantize, dtype)
+    quantized, residual = _on_mask(pruned, statistics, spec.quantize, dtype)
     error, energy = measure(weight.to(torch.float32), quantized, statistics.hessian)
-    return Solved(quantized, relative(error, energy), error, energy, pruned.damping, pruned.events)
+    return Solved(quantized, relative(error, energy), error, energy, pruned.damping, pruned.events, residual)
 
 
-def _on_mask(pruned: Pruned, statistics: SiteStatistics, spec: QuantizeSpec, dtype: torch.dtype) -> GroupedInt:
+def _on_mask(
+    pruned: Pruned, statistics: SiteStatistics, spec: QuantizeSpec, dtype: torch.dtype
+) -> tuple[GroupedInt, Tensor | None]:
     if spec.method == "gptq":
         return gptq_on(pruned.weight, pruned.mask, statistics, spec, dtype)
     if spec.method == "rtn":
         # Zero is a code of every grid, the nearest one to itself.
-        found = solver("rtn").solve(pruned.weight, statistics, spec, dtype).weight
-        assert isinstance(found, GroupedInt)
-        return found
+        found = solver("rtn").solve(pruned.weight, statistics, spec, dtype)
+        assert isinstance(found.weight, GroupedInt)
+        return found.weight, found.residual
     raise SolveError(f"method {spec.method} knows nothing of a mask: quantize pruned weights by gptq or rtn")
 
 
