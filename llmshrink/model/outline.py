@@ -40,7 +40,7 @@ def outlined_stages(chain: Chain, tokens: int) -> list[list[Stage]]:
     known: dict[Hashable, tuple[int, list[Stage]]] = {}
     found: list[list[Stage]] = []
     for number, block in enumerate(chain.blocks):
-        kind = _kind(block)
+        kind = kind_of(block)
         if kind not in known:
             chain.skeleton.load(chain.name(number))
             stages, _ = find_stages(block, chain.name(number), number, calls[number], hidden, chain.skeleton.key_of)
@@ -50,7 +50,7 @@ def outlined_stages(chain: Chain, tokens: int) -> list[list[Stage]]:
     return found
 
 
-def _kind(block: nn.Module) -> Hashable:
+def kind_of(block: nn.Module) -> Hashable:
     """What two blocks must share to run alike: modules by name and type, parameters by shape."""
     modules = tuple((name, type(module)) for name, module in block.named_modules())
     return modules, tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())

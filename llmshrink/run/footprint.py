@@ -1,21 +1,39 @@
 """What a run holds in memory at its fullest, from the facts that it decides by.
 
-A run never holds the model: it holds a block, the streams of activations, and what a method works with. So its peak is
-what the process has before it starts, its libraries above all, and the largest of a few moments. The streams live on
-the device; where they don't fit they live in files.
+A run never holds the model: it holds a block, the activations of all batches, and what a method works with. So its peak
+is what the process has before it starts, its libraries above all, and the largest of a few moments: the streams being
+embedded, a stage's statistics being gathered with every batch waiting at a tap, a stage being solved, the head at the
+end. What a waiting batch holds is counted on a few tokens (`model.held`), what a method holds is in `run.workspace`.
+
+On a CUDA device the activations, a block's parameters and the methods are there, and a block as it is stored is in
+memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmshrink.model.sites import sites_of
-from llmshrink.run.job import Job
+import torch
+
+from llmshrink.calibration.activations import Batch
+from llmshrink.methods import SiteSpec
+from llmshrink.model.held import Held, held_by
+from llmshrink.model.outline import Blank, kind_of
+from llmshrink.model.sites import Stage, sites_of
+from llmshrink.run.heldout import LOGITS
+from llmshrink.run.job import PROBE_TOKENS, Job
+from llmshrink.run.sizes import outside_keys
+from llmshrink.run.workspace import narrowing, solving
+
+LIBRARIES = 15_000_000
+"""Bytes that the mathematical libraries take when the first large batch is computed: code, threads' buffers."""
+FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes beside what the process has anyway: ram, and on a CUDA device vram. streams: of the activations."""
+    """Bytes beside what the process has before it starts: ram, and vram on a CUDA device. streams: of both, at rest."""
 
     ram: int
     vram: int
@@ -23,23 +41,191 @@ class Footprint:
 
 
 def footprint(job: Job, *, keep_paused: bool, in_files: bool) -> Footprint:
-    """The most that a run of `job` adds to its process."""
+    """The most that a run of `job` adds to its process. keep_paused, in_files: where its activations are."""
+    sizes = _Activations.of(job, keep_paused=keep_paused, in_files=in_files)
+    moments = [*_at_the_ends(job, sizes), *_in_blocks(job, sizes)]
+    if job.chain.skeleton.device.type == "cpu":
+        return Footprint(LIBRARIES + max(here + there for here, there in moments), 0, sizes.streams)
+    return Footprint(max(here for here, _ in moments), max(there for _, there in moments), sizes.streams)
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """calibration, held_out: tokens in all batches; batch: in one. at_rest: bytes of a token between blocks.
+
+    two: whether calibration travels in both streams; any: whether it travels at all.
+    """
+
+    calibration: int
+    held_out: int
+    batch: int
+    at_rest: int
+    itemsize: int
+    two: bool
+    any: bool
+    keep_paused: bool
+    in_files: bool
+
+    @classmethod
+    def of(cls, job: Job, *, keep_paused: bool, in_files: bool) -> _Activations:
+        batches = [batch.input_ids.numel() for batch in job.batches]
+        held_out = sum(batch.input_ids.numel() for batch in job.batches if batch.held_out)
+        itemsize = job.chain.skeleton.dtype.itemsize
+        width = job.chain.skeleton.model.config.get_text_config().hidden_size
+        return cls(
+            calibration=sum(batches) - held_out,
+            held_out=held_out,
+            batch=max(batches),
+            at_rest=width * itemsize,
+            itemsize=itemsize,
+            two=any("cross" in reads for reads in job.reads.values()),
+            any=any(job.reads.values()),
+            keep_paused=keep_paused and job.structure is None,
+            in_files=in_files,
+        )
+
+    @property
+    def streams(self) -> int:
+        """Bytes of both streams between two blocks."""
+        return ((1 + self.two) * self.any * self.calibration + 2 * self.held_out) * self.at_rest
+
+    @property
+    def resting(self) -> int:
+        """The same, as far as they are in memory."""
+        return 0 if self.in_files else self.streams
+
+
+def _at_the_ends(job: Job, sizes: _Activations) -> Iterator[tuple[int, int]]:
+    """(in memory as stored, on the device) while the model is read first, while batches are embedded, at the head."""
+    chain, index = job.chain, job.index
+    dtype = chain.skeleton.dtype
+    outside = [index.entry(key) for key in outside_keys(job)]
+    stored = sum(entry.nbytes for entry in outside)
+    here, there = _read(stored, sum(entry.nbytes // entry.dtype.itemsize for entry in outside), job, dtype)
+    block = max(sum(site.out_features * site.in_features for site in sites_of(stages)) for stages in job.stages)
+    of_block = _read(block * job.scale_dtype.itemsize, block, job, dtype)
+    vocabulary = max((entry.shape[0] for entry in outside if len(entry.shape) == 2), default=0)
+    yield here + of_block[0], there + of_block[1] + 3 * PROBE_TOKENS * vocabulary * FLOAT
+    # Both streams begin as one.
+    tokens = sizes.calibration * sizes.any + sizes.held_out
+    yield here, there + (sizes.batch if sizes.in_files else tokens) * sizes.at_rest
+    head = chain.skeleton.model.get_output_embeddings().weight
+    rows = head.shape[0] * head.shape[1]
+    held_out = 2 * sizes.held_out * sizes.at_rest
+    logits = min(LOGITS, sizes.held_out * head.shape[0])
+    yield rows * index.entry(_key_of_head(job)).dtype.itemsize, rows * FLOAT + 5 * logits * FLOAT + held_out
+
+
+def _key_of_head(job: Job) -> str:
+    model = job.chain.skeleton.model
+    head = model.get_output_embeddings()
+    return job.chain.skeleton.key_of[next(f"{name}.weight" for name, each in model.named_modules() if each is head)]
+
+
+def _read(stored: int, elements: int, job: Job, dtype: torch.dtype) -> tuple[int, int]:
+    """(as stored, as parameters) of tensors that a skeleton has loaded; one memory for both where nothing is cast."""
+    device = job.chain.skeleton.device
+    parameters = elements * dtype.itemsize
+    if device.type == "cpu" and stored == parameters:
+        return stored, 0
+    return stored, parameters
+
+
+def _in_blocks(job: Job, sizes: _Activations) -> Iterator[tuple[int, int]]:
+    """The same for every moment of every kind of block."""
+    specs: Mapping[str, Hashable] = job.specs if job.structure is None else job.structure.narrow
+    seen: set[Hashable] = set()
+    for number, stages in enumerate(job.stages):
+        active = [stage for stage in stages if any(site.name in specs for site in stage.sites)]
+        asked = tuple((site.local, specs.get(site.name)) for site in sites_of(active))
+        kind = (kind_of(job.chain.blocks[number]), asked, number == 0)
+        if kind not in seen:
+            seen.add(kind)
+            yield from _in_block(job, sizes, number, active)
+
+
+def _touched(job: Job, name: str) -> bool:
+    return name in (job.specs if job.structure is None else job.structure.narrow)
+
+
+def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage]) -> Iterator[tuple[int, int]]:
+    held = _held(job, number, [stage.tap for stage in active])
+    keys = {key for name, key in job.chain.skeleton.key_of.items() if name.startswith(f"{job.chain.name(number)}.")}
+    entries = [job.index.entry(key) for key in keys]
+    here, there = _read(
+        sum(entry.nbytes for entry in entries),
+        sum(entry.nbytes // entry.dtype.itemsize for entry in entries),
+        job,
+        job.chain.skeleton.dtype,
+    )
+    forward = int(held.most * sizes.batch)
+    yield here, there + sizes.resting + forward
+    solved = 0
+    for stage, waiting in zip(active, _waiting(active, held, sizes, number), strict=True):
+        inputs = stage.sites[0].in_features
+        reads = frozenset[str]().union(*(job.reads.get(site.name, ()) for site in stage.sites))
+        cross = "cross" in reads
+        statistics = (1 + cross) * FLOAT * inputs * inputs if reads else 0
+        adding = sizes.batch * inputs * (FLOAT + 3 * cross * sizes.itemsize) if reads else 0
+        yield here, there + solved + waiting + statistics + max(adding, forward)
+        yield here, there + solved + waiting + statistics + _workspace(job, stage, cross)
+        weights = sum(site.out_features * site.in_features for site in stage.sites if _touched(job, site.name))
+        # What the compressed block computes with, and the solution as it will be stored.
+        solved += weights * (sizes.itemsize + 1 if job.structure is None else 2 * sizes.itemsize)
+
+
+def _workspace(job: Job, stage: Stage, cross: bool) -> int:
+    inputs = stage.sites[0].in_features
+    if job.structure is not None:
+        return max(
+            narrowing(job.structure.narrow[site.name], site.out_features, inputs)
+            for site in stage.sites
+            if site.name in job.structure.narrow
+        )
+    rows: dict[tuple[SiteSpec, str], int] = {}
+    for site in stage.sites:
+        if site.name in job.specs:
+            spec = job.specs[site.name]
+            group = (spec, site.name if spec.rows_together else "")
+            rows[group] = rows.get(group, 0) + site.out_features
+    return max(solving(spec, count, inputs, cross) for (spec, _), count in rows.items())
+
+
+def _waiting(active: Sequence[Stage], held: Held, sizes: _Activations, number: int) -> list[int]:
+    """Bytes of all batches of both streams while each stage is gathered and solved, at its fullest.
+
+    As `transform.gather` goes: each batch of the compressed model from the tap before to this one; of the original to
+    this one, and on to the next where that isn't wider, or to the block's end after the last.
+    """
+    if not sizes.keep_paused or not sizes.any:
+        return [sizes.resting] * len(active)
+    found, rest = [], sizes.at_rest
+    widths = [stage.sites[0].in_features for stage in active]
+    compressed, original = float(rest), rest if number else 0.0  # the streams begin as one
+    for position in range(len(active)):
+        before = compressed + sizes.two * original
+        compressed = held.taps[position]
+        if position + 1 == len(active):
+            original = rest
+        else:
+            ahead = widths[position + 1] <= widths[position]
+            original = held.taps[position + ahead]
+        most = max(before, compressed + sizes.two * original)
+        found.append(int(most * sizes.calibration) + 2 * sizes.held_out * rest)
+    return found
+
+
+def _held(job: Job, number: int, taps: Sequence[str]) -> Held:
+    """What a forward of a block holds, counted on zeros."""
     chain = job.chain
-    itemsize = chain.skeleton.dtype.itemsize
-    width = chain.skeleton.model.config.get_text_config().hidden_size
-    tokens = sum(batch.input_ids.numel() for batch in job.batches)
-    two = any("cross" in reads for reads in job.reads.values())
-    held = sum(batch.input_ids.numel() for batch in job.batches if batch.held_out)
-    carried = ((tokens - held) * (1 + two) if any(job.reads.values()) else 0) + 2 * held
-    streams = carried * width * itemsize
-    widest = max((site.in_features for site in job.sites), default=width)
-    paused = carried * (width + widest) * itemsize if keep_paused else 0
-    largest = 0
-    for stages in job.stages:
-        weights = sum(site.out_features * site.in_features for site in sites_of(stages))
-        stage = 0
-        for each in stages:
-            rows, inputs = sum(site.out_features for site in each.sites), each.sites[0].in_features
-            stage = max(stage, 4 * (2 + 2) * inputs * inputs + 4 * 6 * rows * inputs)
-        largest = max(largest, 3 * weights * itemsize + stage)
-    return Footprint((0 if in_files else streams) + paused + largest, 0, streams)
+    skeleton = chain.skeleton
+    call = chain.calls(Batch(torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), None, held_out=False))[number]
+    width = skeleton.model.config.get_text_config().hidden_size
+    reader, skeleton.reader = skeleton.reader, Blank(job.index)
+    try:
+        skeleton.load(chain.name(number))
+        hidden = torch.zeros(1, PROBE_TOKENS, width, dtype=skeleton.dtype, device=skeleton.device)
+        return held_by(chain.blocks[number], call, hidden, taps)
+    finally:
+        skeleton.release(chain.name(number))
+        skeleton.reader = reader
