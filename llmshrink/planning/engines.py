@@ -26,7 +26,7 @@ class Engine:
 
 def engines(job: Job) -> dict[str, Engine]:
     """What each engine makes of the checkpoint that a job will write: as its notes say, in a form for programs."""
-    own = job.options.format == "llmshrink"
+    own = job.format == "llmshrink"
     found = {"transformers": Engine(True, "llmshrink" if own else None)}
     for engine in ENGINES:
         refused = f"{engine} won't serve this checkpoint: "

@@ -33,7 +33,7 @@ from llmshrink.model.sites import Site, Stage
 from llmshrink.planning.spent import Spent, now, often, once
 from llmshrink.run.heldout import LOGITS
 from llmshrink.run.job import PROBE_TOKENS, Job
-from llmshrink.weights import Dense, GroupedInt
+from llmshrink.weights import Solvable
 
 SOLVED_WEIGHTS = 1 << 22
 """Weights of a stage that are solved to see how long it takes; of a larger one, rows of about so many."""
@@ -265,7 +265,7 @@ class _Timer:
             pack, unpack = pack + one * share, unpack + two * share
         return gathered, solved, pack, unpack
 
-    def _stored(self, weight: Dense | GroupedInt, scheme: Scheme | None) -> tuple[Spent, Spent]:
+    def _stored(self, weight: Solvable, scheme: Scheme | None) -> tuple[Spent, Spent]:
         """What it takes to store a solved weight and to go on with it, and to read it back."""
         dtype = self._job.chain.skeleton.dtype
         install, _ = once(lambda: weight.dequantize(dtype))
@@ -273,9 +273,7 @@ class _Timer:
         unpack, _ = once(lambda: stored.whole(stored.read("x", tensors.__getitem__, scheme)).dequantize(dtype))
         return install + pack, unpack
 
-    def _solved(
-        self, stacked: Tensor, statistics: Statistics | None, spec: SiteSpec
-    ) -> tuple[Spent, Dense | GroupedInt]:
+    def _solved(self, stacked: Tensor, statistics: Statistics | None, spec: SiteSpec) -> tuple[Spent, Solvable]:
         rows = stacked.shape[0]
         few = max(64, SOLVED_WEIGHTS // stacked.shape[1] // 2)
         dtype = self._job.scale_dtype

@@ -120,6 +120,11 @@ class Job:
         return {name: spec.reads for name, spec in self.specs.items()}
 
     @property
+    def format(self) -> Format:
+        """In which the result is stored."""
+        return format_for(self.recipe, self.options.format)
+
+    @property
     def schemes(self) -> dict[str, Scheme | None]:
         """Site name -> how it will be stored; None: as a plain weight."""
         specs = {site: self.assigned[site.name].spec for site in self.sites}

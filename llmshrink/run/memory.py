@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from unittest.mock import patch
 
 import psutil
 import torch
 from torch.utils import _triton
 
+CGROUPS = Path("/sys/fs/cgroup")
 SLACK = 12_000_000
 """Bytes that the process may grow by before it is worth giving any back."""
 
@@ -95,5 +97,53 @@ def _without_triton() -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free where a device's tensors live."""
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    """Bytes that are free where a device's tensors live, and that this process may have of them."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    left = [psutil.virtual_memory().available, *(room for room in (_of_cgroup(), _of_process()) if room is not None)]
+    return max(0, min(left))
+
+
+def _of_cgroup() -> int | None:
+    """What the process's control groups (a container's, a batch system's) leave it; None without a limit.
+
+    Pages of files count as used there, and are given up when memory is asked for.
+    """
+    left = []
+    for folder, most, used, files in _groups():
+        try:
+            limit, current = ((folder / name).read_text().strip() for name in (most, used))
+            said = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            left.append(int(limit) - int(current) + int(said.get(files, 0)))
+    return min(left, default=None)
+
+
+def _groups() -> Iterator[tuple[Path, str, str, str]]:
+    """Of each group that we are in: folder, file of its limit, of its use, memory.stat's word for pages of files."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = CGROUPS / "memory" if kinds else CGROUPS
+        # In a container the path may be the host's: its own group is the root then.
+        for folder in {
+            root,
+            *(root / part for part in (path.lstrip("/"), *map(str, PurePath(path.lstrip("/")).parents))),
+        }:
+            if kinds:
+                yield folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            else:
+                yield folder, "memory.max", "memory.current", "inactive_file"
+
+
+def _of_process() -> int | None:
+    """What `ulimit -v` leaves this process; None without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit - psutil.Process().memory_info().vms

@@ -15,6 +15,8 @@ from llmshrink.checkpoint.preflight import check_room
 from llmshrink.run import disk, heldout
 from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
+from llmshrink.run.fits import check_memory, on_one_disk
+from llmshrink.run.footprint import footprint
 from llmshrink.run.job import Job, Options, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import free_memory, give_back, lean_imports
@@ -35,8 +37,7 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         with lean_imports():
             job = prepare(options)
         already = workspace.finished_bytes()
-        sizes = sizes_of(job)
-        check_room(options.output, max(0, sizes.output + sizes.beside - already))
+        check_fits(job, workspace.folder, already=already)
         parts = workspace.begin(job.identity())
         if parts is None:
             return reread(options.output, seconds=time.perf_counter() - started)
@@ -47,6 +48,21 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
             return run.all()
         finally:
             run.clear_spill()
+
+
+def check_fits(job: Job, folder: Path, *, already: int = 0) -> None:
+    """Raise LlmshrinkError when a run can't fit the memory or the disk that is here. folder: the workspace.
+
+    already: bytes of the output that an earlier process has written.
+    """
+    placement, sizes = Placement.choose(job, folder), sizes_of(job)
+    in_files = placement.spill is not None
+    memory = footprint(job, keep_paused=placement.keep_paused, in_files=in_files)
+    check_memory(job, memory)
+    needed = max(0, sizes.output + sizes.beside - already)
+    if placement.spill is not None and on_one_disk(job.options.output, placement.spill):
+        needed += memory.streams
+    check_room(job.options.output, needed)
 
 
 @dataclass

@@ -31,9 +31,7 @@ from llmshrink.serving.options import EngineOptions
 from llmshrink.serving.vllm.plugin import GROUP, KERNELS, NAME, kernels_place
 
 BNB_PLUGIN = "vllm_bnb_plugin"
-NO_BNB = (
-    "vLLM has had no bitsandbytes of its own since 0.28, and vllm-bnb-plugin, which brings it, isn't here"
-)
+NO_BNB = "vLLM has had no bitsandbytes of its own since 0.28, and vllm-bnb-plugin, which brings it, isn't here"
 OLDEST = (0, 32)
 """The vLLM whose kernels and plugin interface are known."""
 OLDEST_CAPABILITY = (8, 0)
