@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,29 +65,21 @@ def load(original: Path, compressed: Path, *, own_reader: bool) -> tuple[Any, bo
     """The compressed model in float32, and whether our own reader made it."""
     from transformers import AutoModelForCausalLM
 
-    from llmshrink.formats import compressed_tensors
+    from llmshrink.checkpoint.decompressed import Decompressed
 
     config = json.loads((compressed / "config.json").read_text())
     quantization = config.get("quantization_config")
-    bits = {group["weights"]["num_bits"] for group in quantization["config_groups"].values()} if quantization else {4}
+    groups = quantization.get("config_groups", {}) if quantization else {}
+    bits = {group["weights"]["num_bits"] for group in groups.values()}
     if not quantization or (bits <= {4, 8} and not own_reader):
         return AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32).eval(), False
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
-    stored = dict(_stored(compressed))
-    for name, scheme in compressed_tensors.schemes(quantization).items():
-        weight = compressed_tensors.read(name, stored.__getitem__, scheme)
-        model.get_submodule(name).weight.data.copy_(weight.dequantize(torch.float32))
+    reader = Decompressed(compressed, config, torch.float32)
+    keys = set(reader.keys())
     for key, parameter in model.named_parameters():
-        if key in stored:
-            parameter.data.copy_(stored[key])
+        if key in keys:
+            parameter.data.copy_(reader.read(key))
     return model, True
-
-
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors.torch import load_file
-
-    for shard in sorted(folder.glob("*.safetensors")):
-        yield from load_file(shard).items()
 
 
 def main() -> None:

@@ -314,7 +314,12 @@ def _quantized(
     width = widths.pop()
     wanted = width if asked.group_size == -1 else asked.group_size
     if asked.method in BITSANDBYTES:
-        # Its blocks don't end where rows do, and no kernel of an engine's is asked about them.
+        if width % wanted:
+            return None, (
+                f"stays as it is: {wanted} doesn't divide {width} inputs, and bitsandbytes' CPU kernel reads blocks "
+                "that go on in the next row wrongly, without an error"
+            )
+        # No kernel of an engine's is asked about its blocks.
         return QuantizeSpec(**asked.model_dump() | {"group_size": wanted}), None
     sizes = [size for size in range(min(wanted, width), 0, -1) if width % size == 0]
     # The largest of those that most of them take: `max` takes the first.

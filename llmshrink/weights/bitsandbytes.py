@@ -6,7 +6,8 @@ which are quantiles of the normal distribution:
 
     w[i] = NF4[code[i]] * absmax[i // 64]
 
-Blocks know nothing of rows, so a row alone has no meaning where 64 doesn't divide its length. With double quantization
+Blocks know nothing of rows, so a row alone has no meaning where 64 doesn't divide its length; the library's CPU kernels
+(0.50) believe otherwise and read such weights wrongly, so that none are made. With double quantization
 the absmax of 256 blocks are themselves 8-bit codes of a table: absmax[b] = table[code[b]] * scale[b // 256] + offset.
 
 LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339): w[o, i] = code[o, i] * absmax[o] / 127.
