@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
+from llmshrink.api.publishing import and_push
 from llmshrink.errors import PathLike, RecipeError
 
 if TYPE_CHECKING:
@@ -58,14 +59,16 @@ def distill(
     recipe: PathLike = RECIPE,
     data: PathLike | None = None,
     teacher_cache: PathLike | None = None,
+    push: str | None = None,
+    private: bool = False,
     progress: Progress | None = None,
     **settings: Unpack[RunSettings],
 ) -> DistillReport | None:
     """Train `student` towards `teacher` on `data`, and write it in its own format as `output`.
 
     recipe: a shipped name or a YAML file of one step, `distill`; settings change it (what they do:
-    docs/distillation.md). Under a launcher such as torchrun every process calls it, and the first
-    has the report; the others get None.
+    docs/distillation.md). push, private: as in `llmshrink.quantize`. Under a launcher such as torchrun every process
+    calls it, and the first has the report; the others get None.
     Raises LlmshrinkError for bad input.
     """
     from llmshrink.distillation.job import Options
@@ -86,4 +89,5 @@ def distill(
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),
         **fields,  # type: ignore[arg-type]
     )
-    return run(options, progress or Silent())
+    shown = progress or Silent()
+    return and_push(lambda: run(options, shown), options.output, push, private=private, progress=shown)

@@ -1,15 +1,23 @@
-"""`llmshrink.push`: a finished folder to the Hugging Face Hub."""
+"""`llmshrink.push`: a finished folder to the Hugging Face Hub; and the same at the end of a run."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from llmshrink.api.checkpoints import _folder
 from llmshrink.errors import LlmshrinkError, PathLike
 
 if TYPE_CHECKING:
+    from llmshrink.distillation.report import DistillReport
     from llmshrink.hub.push import PushReport
     from llmshrink.run.progress import Progress
+    from llmshrink.run.report import QuantizeReport
+
+    Report = TypeVar("Report", QuantizeReport, QuantizeReport | DistillReport | None, DistillReport | None)
 
 
 def push(
@@ -18,23 +26,52 @@ def push(
     *,
     private: bool = False,
     revision: str = "main",
+    report: PathLike | None = None,
     dry_run: bool = False,
     yes: bool = False,
     progress: Progress | None = None,
 ) -> PushReport:
     """Publish a folder that llmshrink wrote as `name` (owner/name) on the Hub, in one commit.
 
-    private: of a repository that isn't there yet. revision: the branch, which is made where there is none. dry_run:
-    check everything and list what would go, without the network. yes: publish what would otherwise be asked about (a
-    licence that restricts it, weights of another model in the repository, files changed since the run). Returns what
-    was sent. Raises LlmshrinkError for what is in the way, saying what is on the Hub by then: all of it or nothing.
+    private: of a repository that isn't there yet. revision: the branch, which is made where there is none. report: what
+    `llmshrink eval` or `compare` left, whose figures of these weights go into the card. dry_run: check everything and
+    list what would go, without the network. yes: publish what would otherwise be asked about (a licence that restricts
+    it, weights of another model in the repository, files changed since the run). Returns what was sent. Raises
+    LlmshrinkError for what is in the way, saying what is on the Hub by then: all of it or nothing.
     """
-    if not isinstance(name, str) or not isinstance(revision, str):
-        raise LlmshrinkError(f"name={name!r}, revision={revision!r}: not text; pass 'owner/name' and a branch")
+    _check(
+        name=(name, str), revision=(revision, str), private=(private, bool), dry_run=(dry_run, bool), yes=(yes, bool)
+    )
     folder = _folder(path)
+    if report is not None and not isinstance(report, str | os.PathLike):
+        raise LlmshrinkError(f"report={report!r}: not a path; pass the folder of `llmshrink eval`")
+    from llmshrink.hub.push import Asked
     from llmshrink.hub.push import push as run
     from llmshrink.run.progress import Silent
 
-    return run(
-        folder, name, private=private, revision=revision, dry_run=dry_run, yes=yes, progress=progress or Silent()
-    )
+    asked = Asked(name, revision, private, None if report is None else Path(report), dry_run, yes)
+    return run(folder, asked, progress or Silent())
+
+
+def and_push(run: Callable[[], Report], output: Path, name: str | None, *, private: bool, progress: Progress) -> Report:
+    """Carry out a run, and publish its output as `name`, whose syntax and token are checked before the work.
+
+    A push that fails is in the run's report: the output is complete all the same.
+    """
+    if name is None:
+        return run()
+    _check(push=(name, str), private=(private, bool))
+    from llmshrink.hub.push import check, pushed
+
+    check(name, "main")
+    report = run()
+    if report is None or not report.ok:
+        return report
+    return replace(report, pushed=pushed(output, name, private=private, progress=progress))
+
+
+def _check(**given: tuple[object, type]) -> None:
+    for name, (value, wanted) in given.items():
+        if not isinstance(value, wanted):
+            what = {str: "text", bool: "True or False"}[wanted]
+            raise LlmshrinkError(f"{name}={value!r}: not {what}; pass one, as 'owner/name' for a repository")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
+from llmshrink.api.publishing import and_push
 from llmshrink.errors import LlmshrinkError, PathLike
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
     ((str,), "text", ("method", "device", "dtype")),
     ((bool,), "True or False", ("asymmetric", "repair", "overwrite", "trust_remote_code", "strict", "verify")),
 )
-CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format")
+CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format", "push", "private")
 FORMATS = ("compressed-tensors", "llmshrink")
 _NEEDED = ("model", "output", "recipe", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
 
@@ -46,6 +47,8 @@ class RunSettings(TypedDict, total=False):
     serve_tp: int
     strict: bool
     verify: bool
+    push: str | None
+    private: bool
     progress: Progress | None
 
 
@@ -79,6 +82,8 @@ def quantize(
     serve_tp: int = 1,
     strict: bool = False,
     verify: bool = True,
+    push: str | None = None,
+    private: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize a model into a checkpoint that transformers loads and vLLM serves.
@@ -86,9 +91,10 @@ def quantize(
     model: a Hub id (`id` or `id@revision`), a folder, or "demo". output: the folder to make; it appears only whole.
     recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method and set ("steps.0.quantize.bits=3", or
     several such) change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets` name, "demo", or None for the
-    default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). A run that was
-    killed goes on where it stood when it is called again. Returns the closing summary; its `ok` is False when the
-    checkpoint didn't verify and was not published. Raises LlmshrinkError for bad input.
+    default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). push: the Hub's
+    repository ("owner/name") that the result goes to at the end, as `llmshrink.push` does it; private as there. A run
+    that was killed goes on where it stood when it is called again. Returns the closing summary; its `ok` is False when
+    the checkpoint didn't verify, and is no output then, or didn't get to the Hub. Raises LlmshrinkError for bad input.
     """
     flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method}
     return _run(
@@ -112,6 +118,8 @@ def quantize(
         serve_tp=serve_tp,
         strict=strict,
         verify=verify,
+        push=push,
+        private=private,
         progress=progress,
     )
 
@@ -159,11 +167,17 @@ def compress(
     options = options_of("compress", model, output, recipe, flags, **settings)
     progress = settings.get("progress") or Silent()
     asked = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
-    if asked.distill is None:
-        return run(options, progress)
-    from llmshrink.distillation.compress import compress as then_teach
 
-    return then_teach(options, asked, progress)
+    def carry_out() -> QuantizeReport | DistillReport | None:
+        if asked.distill is None:
+            return run(options, progress)
+        from llmshrink.distillation.compress import compress as then_teach
+
+        return then_teach(options, asked, progress)
+
+    return and_push(
+        carry_out, options.output, settings.get("push"), private=settings.get("private", False), progress=progress
+    )
 
 
 def _run(
@@ -178,7 +192,14 @@ def _run(
     from llmshrink.run.quantize import quantize as run
 
     options = options_of(verb, model, output, recipe, flags, **settings)
-    return run(options, settings.get("progress") or Silent())
+    progress = settings.get("progress") or Silent()
+    return and_push(
+        lambda: run(options, progress),
+        options.output,
+        settings.get("push"),
+        private=settings.get("private", False),
+        progress=progress,
+    )
 
 
 def options_of(

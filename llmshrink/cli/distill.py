@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from llmshrink.cli import runs
 from llmshrink.cli.show import JsonFlag, show
 
 
@@ -69,6 +70,8 @@ def distill(
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own Python.")] = False,
+    push: runs.Push = None,
+    private: runs.Private = False,
     json: JsonFlag = False,
 ) -> int:
     """Train STUDENT towards TEACHER and write it, in its own format, as OUT."""
@@ -83,7 +86,8 @@ def distill(
             divergence=divergence, beta=beta, hidden_weight=hidden_weight,
             mask_prompts=mask_prompts, train=train, lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup,
             eval_steps=eval_steps, gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype,
-            seed=seed, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress,
+            seed=seed, overwrite=overwrite, trust_remote_code=trust_remote_code, push=push, private=private,
+            progress=progress,
         )  # fmt: skip
     if report is None:  # another process speaks
         return 0

@@ -14,6 +14,10 @@ def push(
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; it is made if there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Only its owner sees a repository made now.")] = False,
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="The branch to commit to.")] = "main",
+    report: Annotated[
+        str | None,
+        typer.Option(metavar="REPORT", help="The folder of `llmshrink eval` on DIR, for the model card."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and list what would go; send nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Publish what would otherwise be asked about.")] = False,
     json: JsonFlag = False,
@@ -23,6 +27,8 @@ def push(
     from llmshrink.run.progress import Shown
 
     with Shown(json=json) as progress:
-        report = api.push(folder, name, private=private, revision=revision, dry_run=dry_run, yes=yes, progress=progress)
-    show(report, as_json=json)
-    return 0 if report.ok else 1
+        found = api.push(
+            folder, name, private=private, revision=revision, report=report, dry_run=dry_run, yes=yes, progress=progress
+        )
+    show(found, as_json=json)
+    return 0 if found.ok else 1

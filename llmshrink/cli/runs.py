@@ -59,6 +59,10 @@ Strict = Annotated[bool, typer.Option("--strict", help="Refuse when a site can't
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Reload the result and compare, before OUT appears.")
 ]
+Push = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="Publish OUT on the Hub at the end, as `llmshrink push` does.")
+]
+Private = Annotated[bool, typer.Option("--private", help="With --push: only its owner sees a repository made now.")]
 Repair = Annotated[
     bool | None,
     typer.Option("--repair/--no-repair", help="Exact least squares on what is kept, instead of the recipe's choice."),
@@ -88,6 +92,8 @@ def settings(
     serve_tp: ServeTp = 1,
     strict: Strict = False,
     verify: Verify = True,
+    push: Push = None,
+    private: Private = False,
 ) -> None:
     """Never called: its signature is what `with_settings` gives a verb."""
 

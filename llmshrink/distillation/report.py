@@ -9,7 +9,7 @@ from typing import Any
 from llmshrink.distillation.curves import PICTURE
 from llmshrink.run.heldout import Quality
 from llmshrink.run.progress import duration
-from llmshrink.run.report import VerifyReport
+from llmshrink.run.report import Pushed, VerifyReport
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class DistillReport:
     notes: tuple[str, ...]
     serve: str
     verification: VerifyReport
+    pushed: Pushed | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the checkpoint read back as it was computed."""
-        return self.verification.ok
+        """Whether the checkpoint read back as it was computed, and got to the Hub where it was to."""
+        return self.verification.ok and (self.pushed is None or self.pushed.error is None)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -57,4 +58,5 @@ class DistillReport:
             *self.verification.lines(),
             *(f"note        {note}" for note in self.notes),
             f"serve       {self.serve}",
+            *(self.pushed.lines(self.output) if self.pushed else []),
         ]

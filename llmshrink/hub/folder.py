@@ -19,11 +19,10 @@ from llmshrink.hub.client import HubError
 from llmshrink.hub.guard import leaks, paths_here
 from llmshrink.hub.upload import Item
 from llmshrink.run import disk
+from llmshrink.run.card import CARD, beyond, write_card
 from llmshrink.run.journal import RECORD
 from llmshrink.run.seal import FREE, SEAL, files_of, read_seal, write_seal
 from llmshrink.run.verify import REFERENCE, verify_reload
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,11 @@ def contents(folder: Path, record: Mapping[str, Any]) -> Contents:
         if not report.ok:
             raise CheckpointError(f"{folder}: doesn't verify: {'; '.join(report.lines())}; make it again")
         known = None if seal is None else {*seal["files"], *other}
+        more = beyond(folder)
         write_seal(folder, report)
-        sums[SEAL.as_posix()] = disk.sha256_of(folder / SEAL)
+        if more is not None:
+            write_card(folder, more)
+        sums |= {path: disk.sha256_of(folder / path) for path in (SEAL.as_posix(), CARD)}
         notes.append("verified anew: " + " ".join(report.lines()[0].split()).removeprefix("verified: "))
         if other:
             ask.append(f"{_some(other)} changed since it was made (verified anew, and reads back as computed)")
@@ -77,9 +79,25 @@ def with_card(found: Contents, text: str) -> Contents:
     )
 
 
-def check_leaks(folder: Path, found: Contents, token: str | None) -> None:
+def check_card(folder: Path, found: Contents) -> None:
+    """Raise HubError when the card's metadata can't be what the Hub reads."""
+    from huggingface_hub import ModelCard
+
+    text = next((item.data().decode(errors="replace") for item in found.items if item.path == CARD), "")
+    try:
+        ModelCard(text)
+    except Exception as error:  # YAML's own errors, and what a field of another type leads to
+        why = " ".join(str(error).split()).rstrip(".")
+        raise HubError(
+            f"{folder / CARD}: its metadata can't be read ({why}); correct the lines between the ---"
+        ) from error
+
+
+def check_leaks(folder: Path, found: Contents) -> None:
     """Raise HubError naming each file and line with a token, a key or a path of this machine."""
-    here = paths_here(folder)
+    from huggingface_hub import get_token
+
+    here, token = paths_here(folder), get_token()
     texts = [item for item in found.items if not item.path.endswith(".safetensors")]
     faults = [fault for item in texts for fault in leaks(item.path, item.data(), here, token)]
     if faults:

@@ -3,60 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmshrink.hub import upload
+from llmshrink.errors import LlmshrinkError
 from llmshrink.hub.client import HubError, check_branch, check_name, check_token
-from llmshrink.hub.folder import check_leaks, contents
-from llmshrink.hub.upload import Target
+from llmshrink.hub.evaluated import evaluation_of
+from llmshrink.hub.folder import Contents, check_card, check_leaks, contents, with_card
+from llmshrink.hub.upload import Target, upload
+from llmshrink.run.card import beyond, card
+from llmshrink.run.licence import licence_of
 from llmshrink.run.progress import Progress, size
+from llmshrink.run.report import Pushed
 from llmshrink.run.verify import read_record
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks of a push; the names are those of `llmshrink.push`."""
+
+    name: str
+    revision: str = "main"
+    private: bool = False
+    report: Path | None = None
+    dry_run: bool = False
+    yes: bool = False
 
 
 @dataclass(frozen=True)
 class PushReport:
     """What was pushed, or would be. files: path -> bytes. commit, url: None for a dry run.
 
-    notes: what a user should know; ask: what a push needs --yes for.
+    notes: what a user should know; ask: what a push needs --yes for; removed: files of another model's weights.
     """
 
     folder: Path
-    name: str
-    revision: str
-    private: bool
-    dry_run: bool
-    licence: str | None
+    asked: Asked
+    licence: str
     files: dict[str, int]
     notes: tuple[str, ...]
     ask: tuple[str, ...]
     commit: str | None = None
     url: str | None = None
     removed: tuple[str, ...] = ()
-
-    ok = True
+    ok: bool = field(default=True, init=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        shown = {key: value for key, value in vars(self).items() if key != "folder"}
-        return {"folder": str(self.folder), "bytes": sum(self.files.values()), **shown, "ok": self.ok}
+        asked = {key: value for key, value in vars(self.asked).items() if key not in ("report", "yes")}
+        rest = {key: value for key, value in vars(self).items() if key not in ("folder", "asked")}
+        return {"folder": str(self.folder), **asked, "bytes": sum(self.files.values()), **rest}
 
     def lines(self) -> list[str]:
         """The report for a person."""
         total = sum(self.files.values())
-        where = f"{self.name}, {self.revision}{', private' if self.private else ''}"
-        found = []
-        if self.dry_run:
-            found += [f"{count:>15,}  {path}" for path, count in self.files.items()]
+        where = f"{self.asked.name}, {self.asked.revision}{', private' if self.asked.private else ''}"
+        if self.asked.dry_run:
+            found = [f"{count:>15,}  {path}" for path, count in self.files.items()]
             found += [f"{total:>15,}  bytes would go to {where}; nothing was sent"]
         else:
-            found += [f"{self.folder} -> {where}", f"sent        {len(self.files)} files, {size(total)}, in one commit"]
+            found = [f"{self.folder} -> {where}", f"sent        {len(self.files)} files, {size(total)}, in one commit"]
             found += [f"commit      {self.commit}", f"see         {self.url}"]
-        found += [f"licence     {self.licence or 'unknown'}"]
+        found.append(f"licence     {self.licence}")
         found += [f"removed     {path}" for path in self.removed]
         found += [f"note        {note}" for note in self.notes]
-        return found + [f"needs --yes {line}" for line in self.ask if self.dry_run]
+        return found + [f"needs --yes {line}" for line in self.ask if self.asked.dry_run]
 
 
 def check(name: str, revision: str) -> None:
@@ -66,53 +78,57 @@ def check(name: str, revision: str) -> None:
     check_token()
 
 
-def push(
-    folder: Path,
-    name: str,
-    *,
-    private: bool,
-    revision: str,
-    dry_run: bool,
-    yes: bool,
-    progress: Progress,
-) -> PushReport:
-    """Publish `folder`, an output of llmshrink, as `name`. Raises LlmshrinkError for what is in the way."""
-    check_name(name)
-    check_branch(revision)
-    if not dry_run:
+def pushed(folder: Path, name: str, *, private: bool, progress: Progress) -> Pushed:
+    """Publish what a run has just finished; a failure is told, not raised."""
+    try:
+        report = push(folder, Asked(name, private=private), progress)
+    except LlmshrinkError as error:
+        return Pushed(name, None, str(error))
+    return Pushed(name, report.url, None)
+
+
+def push(folder: Path, asked: Asked, progress: Progress) -> PushReport:
+    """Publish `folder`, an output of llmshrink. Raises LlmshrinkError for what is in the way."""
+    check_name(asked.name)
+    check_branch(asked.revision)
+    if not asked.dry_run:
         check_token()
-    record = read_record(folder)
-    found = contents(folder, record)
-    check_leaks(folder, found, _token())
+    record, licence = read_record(folder), licence_of(folder)
+    found = _with_card(contents(folder, record), folder, record, asked)
+    check_card(folder, found)
+    check_leaks(folder, found)
     report = PushReport(
         folder=folder,
-        name=name,
-        revision=revision,
-        private=private,
-        dry_run=dry_run,
-        licence=None,
+        asked=asked,
+        licence=str(licence),
         files={item.path: item.size for item in found.items},
-        notes=found.notes,
-        ask=found.ask,
+        notes=(*found.notes, *([licence.warning] if licence.warning else [])),
+        ask=(*found.ask, *([f"the original's licence is {licence}: {licence.bound}"] if licence.bound else [])),
     )
-    if dry_run:
+    if asked.dry_run:
         return report
-    _check_asked(folder, found.ask, yes)
-    made = upload.upload(
-        Target(name, revision, private or None), found.items, _message(record), replace=yes, progress=progress
-    )
-    return PushReport(**{**vars(report), "commit": made.commit, "url": made.url, "removed": made.removed})
+    _check_asked(folder, report.ask, asked.yes)
+    target = Target(asked.name, asked.revision, asked.private or None)
+    made = upload(target, found.items, _message(record), replace=asked.yes, progress=progress)
+    return replace(report, commit=made.commit, url=made.url, removed=made.removed)
+
+
+def _with_card(found: Contents, folder: Path, record: dict[str, Any], asked: Asked) -> Contents:
+    """The card under the name that it is published as, with what was evaluated; a card that was edited stays."""
+    evaluation = None if asked.report is None else evaluation_of(asked.report, folder, record["model"])
+    more = beyond(folder)
+    if more is None:
+        if evaluation is None:
+            return replace(found, notes=(*found.notes, "README.md was edited, and goes as it is"))
+        found = replace(found, ask=(*found.ask, "README.md was edited, and --report writes it anew"))
+    return with_card(found, card(folder, name=asked.name, evaluation=evaluation) + (more or ""))
 
 
 def _check_asked(folder: Path, ask: Sequence[str], yes: bool) -> None:
     if ask and not yes:
-        raise HubError(f"{folder}: nothing was sent: {'; '.join(ask)}; push with --yes to publish it all the same")
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
+        raise HubError(
+            f"{folder}: nothing was sent: {'; '.join(ask)}; look, and push with --yes if it may be published"
+        )
 
 
 def _message(record: dict[str, Any]) -> str:

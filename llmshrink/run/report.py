@@ -76,6 +76,21 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
+class Pushed:
+    """What became of publishing a result: url, or why not."""
+
+    name: str
+    url: str | None
+    error: str | None
+
+    def lines(self, output: Path) -> list[str]:
+        """For a person; a result that wasn't published is whole all the same."""
+        if self.error is None:
+            return [f"pushed      {self.url}"]
+        return [f"not pushed  {self.error}", f"            {output} is complete: llmshrink push {output} {self.name}"]
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """The closing summary. Sizes in bytes, seconds of wall time without imports, peak memory in bytes.
 
@@ -98,11 +113,13 @@ class QuantizeReport:
     peak_memory: int
     serve: str
     verification: VerifyReport | None
+    pushed: Pushed | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the checkpoint read back as it was computed (or wasn't asked to be verified)."""
-        return self.verification is None or self.verification.ok
+        """Whether the checkpoint read back as it was computed (or wasn't asked to be verified), and got to the Hub."""
+        verified = self.verification is None or self.verification.ok
+        return verified and (self.pushed is None or self.pushed.error is None)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -126,7 +143,7 @@ class QuantizeReport:
             found += self.verification.lines()
         found += [f"note        {note}" for note in self.notes]
         found.append(f"serve       {self.serve}")
-        return found
+        return found + (self.pushed.lines(self.output) if self.pushed else [])
 
 
 def changes(rows: Sequence[SiteRow]) -> str:
