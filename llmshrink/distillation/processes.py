@@ -19,7 +19,14 @@ class Processes:
 
     @classmethod
     def here(cls) -> Processes:
-        """As the launcher's environment says: one, where there is no launcher."""
+        """As the launcher's environment says: one, where there is no launcher.
+
+        Raises LlmshrinkError where it asks for sharded parameters (docs/distillation.md says what fails with them).
+        """
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise LlmshrinkError(
+                "ACCELERATE_USE_FSDP is set: distill can't shard parameters; launch without --use_fsdp, or by torchrun"
+            )
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     @property

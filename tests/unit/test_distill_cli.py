@@ -78,6 +78,15 @@ def test_a_bad_option_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_sharded_parameters_are_refused(
+    teacher: Path, student: Path, story: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    said = refused(capsys, teacher, student, "-o", tmp_path / "out", "--data", story, *SHORT)
+    assert "distill can't shard parameters; launch without --use_fsdp" in said
+
+
 def test_what_does_not_fit_together_is_one_line(
     teacher: Path, student: Path, short: Path, story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
