@@ -38,7 +38,7 @@ OWN_FORMAT = (
 
 
 BNB_SERVING = (
-    "vLLM won't serve this checkpoint by itself: it has had no bitsandbytes of its own since 0.28, only by the package "
+    "no vLLM serves this checkpoint by itself: it has had no bitsandbytes of its own since 0.28, only by the package "
     "vllm-bnb-plugin, which wasn't tried; transformers with bitsandbytes loads it"
 )
 CPU_OUTPUTS = 32

@@ -202,7 +202,7 @@ def test_generate_reads_it_and_what_it_cannot_be_used_for_says_so(
     readme = (folder / "README.md").read_text()
     assert (
         "pip install transformers accelerate bitsandbytes" in readme
-        and "vLLM won't serve this checkpoint by itself" in readme
+        and "No vLLM serves this checkpoint by itself" in readme
     )
 
 
