@@ -14,12 +14,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, reader_left, say_stopped, usage_error
+from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, leave_with, reader_left, say_stopped, usage_error
 
 
 def main() -> None:
     """The entry point of the installed command: runs on sys.argv and exits with the code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    leave_with(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -71,6 +71,16 @@ class Signals:
         raise KeyboardInterrupt
 
 
+def leave_with(code: int) -> None:
+    """From here on SIGINT and SIGTERM end the process with `code`: what it was asked is done, and Python cleans up."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(code)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
 def say_stopped(arguments: Sequence[str], code: int) -> int:
     """Say on stderr that a command line was stopped, and how it goes on; returns the exit code, which is `code`."""
     verb = arguments[0] if arguments else ""

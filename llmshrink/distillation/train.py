@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmshrink.calibration.tokens import TokenWindows
+from llmshrink.checkpoint.preflight import check_room
 from llmshrink.distillation.curves import Curves
 from llmshrink.distillation.judge import judge
 from llmshrink.distillation.match import HiddenMatch
@@ -30,6 +31,7 @@ EVALUATIONS = 8
 PLAIN_LR = 0.77
 """Learning rate of weights times the width of the hidden states: 3e-3 at 256, which was measured, 1.9e-4 at 4096."""
 LINE_SECONDS = 10.0
+CHECKPOINTS = "the training's checkpoints"
 
 
 def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, folder: Path, progress: Progress) -> Curves:
@@ -77,7 +79,8 @@ def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, fold
         last = _last_whole(folder)
         if last is not None:
             progress.note(f"resumed     at step {last.name.rpartition('-')[2]} of {options.steps}")
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with _with_room(module, folder, options.optim):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return Curves.of(trainer.state.log_history)
 
 
@@ -120,6 +123,24 @@ def _arguments(job: Job, folder: Path, rate: float) -> TrainingArguments:
         dataloader_pin_memory=job.device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
+
+
+@contextmanager
+def _with_room(module: torch.nn.Module, folder: Path, optim: str) -> Iterator[None]:
+    """Raise OutputError before the training when its checkpoints don't fit, and when one couldn't be written in it.
+
+    A checkpoint has what is trained, and, under Adam, two moments of it. There are three at once: the best, the last,
+    and the one that is being written. torch and safetensors have words of their own for a disk that is full.
+    """
+    trained = sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
+    one = trained * (3 if optim.startswith("adamw_torch") else 1)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_room(folder, max(0, 3 * one - there), CHECKPOINTS)
+    try:
+        yield
+    except Exception:
+        check_room(folder, one, CHECKPOINTS)
+        raise
 
 
 def _last_whole(folder: Path) -> Path | None:
