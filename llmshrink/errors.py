@@ -37,6 +37,10 @@ class OutputError(LlmshrinkError):
     """The output folder is in the way, in use, or has no room."""
 
 
+class NoRoomError(LlmshrinkError):
+    """The memory here, or a device's, can't hold what a run needs."""
+
+
 class RecipeError(LlmshrinkError):
     """A recipe that can't be read: `faults` has one line for each thing wrong with it."""
 

@@ -116,7 +116,7 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
         sparse = not isinstance(scheme, GroupedIntScheme) or _is_two_of_four(whole.codes)
         scaled = ScaledLinear(whole, module.bias, latent=chosen == "weights", sparse=sparse).to(device)
         skeleton.model.set_submodule(name, scaled)
-    _choose(student, quantized=bool(quantized))
+    choose(student, quantized=bool(quantized))
     return student
 
 
@@ -125,7 +125,7 @@ def _is_two_of_four(codes: Tensor) -> bool:
     return codes.shape[1] % 4 == 0 and bool(((codes.view(codes.shape[0], -1, 4) != 0).sum(-1) <= 2).all())
 
 
-def _choose(student: Student, *, quantized: bool) -> None:
+def choose(student: Student, *, quantized: bool) -> None:
     """Set what has a gradient: vectors, scales and latents, and (of a plain checkpoint) the blocks' linears."""
     model = student.model
     outside = {id(each) for each in (model.get_input_embeddings(), model.get_output_embeddings())}

@@ -1,11 +1,12 @@
-"""What can serve the result of a job, and why the others can't."""
+"""What can serve a result, and why the others can't."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmshrink.formats.stored import Format
 from llmshrink.run.finish import ENGINES
-from llmshrink.run.job import Job
 
 OWN = "llmshrink's plugin"
 
@@ -24,14 +25,17 @@ class Engine:
         return "serves it" + (f" with {self.needs}" if self.needs else "")
 
 
-def engines(job: Job) -> dict[str, Engine]:
-    """What each engine makes of the checkpoint that a job will write: as its notes say, in a form for programs."""
-    own = job.format == "llmshrink"
-    found = {"transformers": Engine(True, "llmshrink" if own else None)}
+def engines(notes: Sequence[str], format: Format) -> dict[str, Engine]:
+    """What each engine makes of a checkpoint: as the notes of its run say, in a form for programs."""
+    own = format == "llmshrink"
+    beside = {"llmshrink": "llmshrink", "bitsandbytes": "bitsandbytes"}.get(format)
+    found = {"transformers": Engine(True, beside)}
     for engine in ENGINES:
         refused = f"{engine} won't serve this checkpoint: "
-        why = next((note.removeprefix(refused) for note in job.notes if note.startswith(refused)), None)
-        needs = next((_needed(note) for note in job.notes if note.startswith(f"{engine} serves ")), None)
+        why = next((note.removeprefix(refused) for note in notes if note.startswith(refused)), None)
+        if format == "bitsandbytes":
+            why = why or "bitsandbytes' codes, which vLLM itself doesn't read"
+        needs = next((_needed(note) for note in notes if note.startswith(f"{engine} serves ")), None)
         found[engine] = Engine(why is None, None if why else OWN if own else needs, why)
     return found
 

@@ -7,18 +7,23 @@ activations. From there sizes are computed, memory too, and time is measured (`p
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.preflight import check_room
 from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.errors import OutputError, RecipeError
 from llmshrink.planning.engines import engines
-from llmshrink.planning.probe import Measured, probe
+from llmshrink.planning.probe import probe
 from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import now
+from llmshrink.planning.students import taught
+from llmshrink.recipe.read import load_recipe
+from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
 from llmshrink.run.job import Options, outline
-from llmshrink.run.journal import partial_folder
+from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import give_back, lean_imports, resident
 from llmshrink.run.quantize import Placement
 from llmshrink.run.sizes import sizes_of
@@ -42,40 +47,60 @@ def find(model: str, *, trust_remote_code: bool) -> Found:
 
 def plan(options: Options, *, measured: bool = True) -> Plan:
     """What a run of `options` needs and yields. measured: whether its time is probed. Raises as the run would."""
+    recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
+    if len(recipe.steps) == 1 and recipe.distill is not None:
+        raise RecipeError(
+            [f"{recipe.name}: it only distills: llmshrink distill TEACHER STUDENT --recipe {recipe.name} --dry-run"]
+        )
+    partial = partial_folder(Path(os.path.abspath(options.output)))
+    if not partial.exists():
+        check_output(Path(os.path.abspath(options.output)), overwrite=options.overwrite)
     found = find(options.model, trust_remote_code=options.trust_remote_code)
     begun = now()
     with lean_imports():
-        job = outline(options, found.source, found.index, text_here=_text_here(options, found.source))
+        job = outline(options, found.source, found.index, text_here=text_here(options.calibration, found.source))
     text = now() - begun
-    sizes = sizes_of(job)
-    placement = Placement.choose(job, partial_folder(Path(os.path.abspath(options.output))))
+    sizes, placement = sizes_of(job), Placement.choose(job, partial)
     give_back()
-    base = resident()
+    before = resident()
     memory = footprint(job, keep_paused=placement.keep_paused, in_files=placement.spill is not None)
-    times: Measured | None = None
+    faults = memory_faults(job, memory)
+    times = None
     if measured:
         times = probe(job, keep_paused=placement.keep_paused, weights_here=found.here, text=text)
-    streams = 0 if placement.spill is None else memory.streams
-    return Plan(
+    made = Plan(
         model=found.source.name,
         recipe=job.recipe.name,
         download_bytes=found.download,
-        peak_ram_bytes=base + memory.ram,
+        peak_ram_bytes=before + memory.ram,
         peak_vram_bytes=memory.vram,
-        disk_bytes=sizes.output + sizes.beside + streams,
+        disk_bytes=sizes.output + sizes.beside + (0 if placement.spill is None else memory.streams),
         output_bytes=sizes.output,
         source_bytes=found.index.nbytes(),
         bits_per_weight=sizes.bits_per_weight,
         linear_bits_per_weight=sizes.linear_bits_per_weight,
-        seconds=None if times is None else times.total.wall,
-        cpu_seconds=None if times is None else times.total.cpu,
-        parts={} if times is None else {name: spent.wall for name, spent in times.parts.items()},
+        seconds=None,
+        cpu_seconds=None,
+        parts={},
         activations=_where(placement),
-        engines=engines(job),
+        engines=engines(job.notes, job.format),
         notes=tuple(job.notes),
-        faults=(),
-        probe_seconds=0.0 if times is None else times.took.wall,
+        faults=tuple(faults),
+        probe_seconds=0.0,
     )
+    made = made if times is None else made.timed(times)
+    if recipe.distill is not None:
+        made = taught(made, job, recipe.distill, measured=measured and found.here)
+    return fitting(made, options.output)
+
+
+def fitting(made: Plan, output: Path) -> Plan:
+    """With a fault where the disk at OUT has too little room."""
+    try:
+        check_room(output, made.disk_bytes)
+    except OutputError as error:
+        return replace(made, faults=(*made.faults, str(error)))
+    return made
 
 
 def _where(placement: Placement) -> str:
@@ -84,9 +109,8 @@ def _where(placement: Placement) -> str:
     return "activations in memory" + ("" if placement.keep_paused else ", every block run again for each stage")
 
 
-def _text_here(options: Options, source: Source) -> bool:
-    """Whether the calibration text can be read without a network."""
-    spec = options.calibration
+def text_here(spec: str | None, source: Source) -> bool:
+    """Whether a calibration text can be read without a network."""
     if spec is None:
         return source.kind == "demo"
     return spec == "demo" or Path(spec).is_file()

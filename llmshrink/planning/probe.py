@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from llmshrink.formats.stored import Scheme
 from llmshrink.methods import SiteSpec, solve
 from llmshrink.model.paused import PausedForward, pausing_at
 from llmshrink.model.sites import Site, Stage
-from llmshrink.planning.spent import Spent, now, often, once
+from llmshrink.planning.spent import Measured, Spent, now, often, once
 from llmshrink.run.heldout import LOGITS
 from llmshrink.run.job import PROBE_TOKENS, Job
 from llmshrink.weights import Solvable
@@ -55,21 +55,6 @@ class Noise:
         if len(entry.shape) < 2:
             return torch.ones(entry.shape, dtype=entry.dtype)
         return (torch.randn(entry.shape) / math.sqrt(entry.shape[-1])).to(entry.dtype)
-
-
-@dataclass
-class Measured:
-    """parts: what the run is made of, by name; took: the probe itself."""
-
-    parts: dict[str, Spent] = field(default_factory=dict)
-    took: Spent = field(default_factory=Spent)
-
-    def add(self, name: str, spent: Spent) -> None:
-        self.parts[name] = self.parts.get(name, Spent()) + spent
-
-    @property
-    def total(self) -> Spent:
-        return sum(self.parts.values(), Spent())
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +96,7 @@ class _Timer:
         self._blocks: dict[Hashable, _Block] = {}
         self._stages: dict[Hashable, tuple[Spent, Spent, Spent, Spent]] = {}
         self._outside, self._hidden = self._embedded()
-        self._flush, self._byte = _writing(job.options.output)
+        self._flush, self._byte = writing(job.options.output)
         self._two = any("cross" in reads for reads in job.reads.values())
         self._reads = any(job.reads.values())
         self._reading = 0
@@ -299,7 +284,7 @@ def _head(chain: Any) -> str:
     return next(f"{name}.weight" for name, module in chain.skeleton.model.named_modules() if module is head)
 
 
-def _writing(folder: Path) -> tuple[Spent, Spent]:
+def writing(folder: Path) -> tuple[Spent, Spent]:
     """(what each file of weights costs whatever its size, what each byte costs) where `folder` will be."""
     place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
     data = memoryview(os.urandom(1 << 16) * (WRITTEN >> 16))

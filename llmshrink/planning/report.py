@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmshrink.planning.engines import Engine
+from llmshrink.planning.spent import Measured
 from llmshrink.run.progress import duration, size
 
 
@@ -43,6 +44,19 @@ class Plan:
     def ok(self) -> bool:
         """Whether the run fits this machine."""
         return not self.faults
+
+    def timed(self, times: Measured) -> Plan:
+        """With what was measured, beside what was measured before."""
+        parts = dict(self.parts)
+        for name, spent in times.parts.items():
+            parts[name] = parts.get(name, 0.0) + spent.wall
+        return replace(
+            self,
+            seconds=(self.seconds or 0.0) + times.total.wall,
+            cpu_seconds=(self.cpu_seconds or 0.0) + times.total.cpu,
+            parts=parts,
+            probe_seconds=self.probe_seconds + times.took.wall,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""

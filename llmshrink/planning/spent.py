@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -33,6 +33,21 @@ class Spent:
         return Spent(self.wall * times, self.cpu * times)
 
     __rmul__ = __mul__
+
+
+@dataclass
+class Measured:
+    """parts: what the run is made of, by name; took: the probe itself."""
+
+    parts: dict[str, Spent] = field(default_factory=dict)
+    took: Spent = field(default_factory=Spent)
+
+    def add(self, name: str, spent: Spent) -> None:
+        self.parts[name] = self.parts.get(name, Spent()) + spent
+
+    @property
+    def total(self) -> Spent:
+        return sum(self.parts.values(), Spent())
 
 
 def now(device: torch.device | None = None) -> Spent:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmshrink.errors import LlmshrinkError
+from llmshrink.errors import NoRoomError
 from llmshrink.run.footprint import Footprint
 from llmshrink.run.job import Job
 from llmshrink.run.memory import free_memory
@@ -18,9 +18,9 @@ ERROR = 0.15
 
 
 def check_memory(job: Job, memory: Footprint) -> None:
-    """Raise LlmshrinkError when a run of `job` can't fit into memory, with what to change."""
+    """Raise NoRoomError when a run of `job` can't fit into memory, with what to change."""
     for fault in memory_faults(job, memory):
-        raise LlmshrinkError(fault)
+        raise NoRoomError(fault)
 
 
 def memory_faults(job: Job, memory: Footprint) -> list[str]:
