@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from llmshrink.api.runs import StoredSettings, options_of
 from llmshrink.errors import PathLike
@@ -24,16 +24,17 @@ def plan(
     asymmetric: bool | None = None,
     method: str | None = None,
     repair: bool | None = None,
+    verb: Literal["quantize", "prune", "compress"] = "compress",
     measured: bool = True,
     **settings: Unpack[StoredSettings],
 ) -> Plan:
     """What `quantize`, `prune` or `compress` with these settings needs and yields, before anything is done or written.
 
-    measured: time one block, for `seconds`. Everything else is as in `compress`. Raises LlmshrinkError for bad input,
-    as the run would.
+    verb: the one whose recipes are taken; compress takes any. measured: time one block, for `seconds`. Everything else
+    is as in `compress`. Raises LlmshrinkError for bad input, as the run would.
     """
     from llmshrink.planning.plan import plan as made
 
     flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method, "repair": repair}
-    options = options_of("compress", model, NOWHERE if output is None else output, recipe, flags, **settings)
+    options = options_of(verb, model, NOWHERE if output is None else output, recipe, flags, **settings)
     return made(options, measured=measured)

@@ -21,6 +21,7 @@ def compress(
     method: runs.Method = None,
     repair: runs.Repair = None,
     format: runs.StoredAs = "compressed-tensors",
+    dry_run: runs.DryRun = False,
     json: JsonFlag = False,
     **settings: Any,
 ) -> int:
@@ -38,6 +39,7 @@ def compress(
         method=method,
         repair=repair,
         format=format,
+        dry_run=dry_run,
         json=json,
         **settings,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llmshrink.cli import runs
-from llmshrink.cli.show import JsonFlag, show
+from llmshrink.cli.show import JsonFlag
 
 
 @runs.with_settings
@@ -32,9 +32,8 @@ def plan(
     """Say what a recipe needs for MODEL (memory, disk, time) and what comes out. Exit code 1: it doesn't fit here."""
     from llmshrink import api
 
-    report = api.plan(
+    made = api.plan(
         model, output=output, recipe=recipe, bits=bits, group_size=group_size, asymmetric=asymmetric, method=method,
         repair=repair, format=format, measured=measured, set=tuple(settings.pop("set_") or ()), **settings,
     )  # fmt: skip
-    show(report, as_json=json)
-    return 0 if report.ok else 1
+    return runs.show_plan(made, json=json)

@@ -15,6 +15,7 @@ def prune(
     recipe: runs.RecipeName = "alps-2of4",
     repair: runs.Repair = None,
     format: runs.StoredAs = "compressed-tensors",
+    dry_run: runs.DryRun = False,
     json: JsonFlag = False,
     **settings: Any,
 ) -> int:
@@ -22,5 +23,13 @@ def prune(
     from llmshrink import api
 
     return runs.carry_out(
-        api.prune, model, output=output, recipe=recipe, repair=repair, format=format, json=json, **settings
+        api.prune,
+        model,
+        output=output,
+        recipe=recipe,
+        repair=repair,
+        format=format,
+        dry_run=dry_run,
+        json=json,
+        **settings,
     )

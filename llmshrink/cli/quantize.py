@@ -17,6 +17,7 @@ def quantize(
     group_size: runs.GroupSize = None,
     asymmetric: runs.Asymmetric = None,
     method: runs.Method = None,
+    dry_run: runs.DryRun = False,
     json: JsonFlag = False,
     **settings: Any,
 ) -> int:
@@ -32,6 +33,7 @@ def quantize(
         group_size=group_size,
         asymmetric=asymmetric,
         method=method,
+        dry_run=dry_run,
         json=json,
         **settings,
     )

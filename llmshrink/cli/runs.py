@@ -12,6 +12,7 @@ from llmshrink.cli.show import show
 
 if TYPE_CHECKING:
     from llmshrink.distillation.report import DistillReport
+    from llmshrink.planning.report import Plan
     from llmshrink.run.report import QuantizeReport
 
 Model = Annotated[
@@ -74,6 +75,9 @@ StoredAs = Annotated[
         "--format", help="How OUT lies on disk: a standard checkpoint, zeros and all; or 2:4 without its zeros."
     ),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what the run would need and yield (`llmshrink plan`), and do nothing.")
+]
 
 
 def settings(
@@ -101,17 +105,32 @@ def settings(
 with_settings = sharing(settings)
 
 
+def show_plan(plan: Plan, *, json: bool) -> int:
+    """Print a plan; returns the exit code."""
+    show(plan, as_json=json)
+    return 0 if plan.ok else 1
+
+
 def carry_out(
     twin: Callable[..., QuantizeReport | DistillReport | None],
     model: str,
     *,
     json: bool,
     set_: list[str] | None,
+    dry_run: bool = False,
     **given: Any,
 ) -> int:
-    """Run a verb's Python twin with progress on the screen, and print its report; returns the exit code."""
+    """Run a verb's Python twin with progress on the screen, and print its report; returns the exit code.
+
+    dry_run: print the plan instead; 1 where it doesn't fit this machine.
+    """
     from llmshrink.run.progress import Shown
 
+    if dry_run:
+        from llmshrink import api
+
+        verb: Any = twin.__name__
+        return show_plan(api.plan(model, verb=verb, set=tuple(set_ or ()), **given), json=json)
     with Shown(json=json) as progress:
         report = twin(model, set=tuple(set_ or ()), progress=progress, **given)
     if report is None:  # of several processes another one speaks

@@ -18,7 +18,6 @@ from llmshrink.planning.engines import engines
 from llmshrink.planning.probe import probe
 from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import now
-from llmshrink.planning.students import taught
 from llmshrink.recipe.read import load_recipe
 from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
@@ -90,6 +89,9 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
     )
     made = made if times is None else made.timed(times)
     if recipe.distill is not None:
+        # It brings transformers' Trainer, which other runs don't hold.
+        from llmshrink.planning.students import taught
+
         made = taught(made, job, recipe.distill, measured=measured and found.here)
     return fitting(made, options.output)
 
