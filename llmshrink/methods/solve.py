@@ -7,7 +7,7 @@ the mask would make good its errors in pruned weights too, and bring some of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class SiteSpec:
         if self.prune is not None and not self.prune.pattern.block:
             return True
         return self.quantize is not None and solver(self.quantize.method).rows_together
+
+    def to_tune(self) -> SiteSpec:
+        """The same, with what rounding left kept for training."""
+        return self if self.quantize is None else replace(self, quantize=replace(self.quantize, residual=True))
 
     @property
     def reads(self) -> frozenset[str]:

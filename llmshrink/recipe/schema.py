@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmshrink.recipe.steps import (
+    BITSANDBYTES,
     Depth,
     Distill,
     Frozen,
@@ -25,8 +26,20 @@ from llmshrink.recipe.steps import (
     QuantizePatch,
     Step,
     Text,
+    Tune,
     Width,
 )
+
+WORKS = (
+    ["quantize"],
+    ["quantize", "tune"],
+    ["prune"],
+    ["prune", "quantize"],
+    ["prune", "quantize", "tune"],
+    ["depth"],
+    ["width"],
+)
+"""What a recipe may do, before it may distill."""
 
 
 class Override(Frozen):
@@ -61,12 +74,12 @@ class Recipe(Frozen):
     def _prune_then_quantize(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         kinds = [kind for step in steps for kind in step.kinds]
         work = kinds[:-1] if kinds[-1:] == ["distill"] else kinds
-        if (work or not kinds) and work not in (["quantize"], ["prune"], ["prune", "quantize"], ["depth"], ["width"]):
+        if (work or not kinds) and work not in WORKS:
             smaller = {"depth", "width"}.intersection(kinds)
             raise PydanticCustomError(
                 "steps",
                 "{found}; a recipe quantizes, prunes, or prunes and then quantizes (overrides say what differs where), "
-                "and may distill at the end{apart}",
+                "may tune what it quantizes, and may distill at the end{apart}",
                 {
                     "found": f"are {', '.join(kinds)}" if kinds else "there are none",
                     "apart": ", and one that takes blocks or widths away does only that: its result is a plain model, "
@@ -84,6 +97,12 @@ class Recipe(Frozen):
                 "structured",
                 "a depth or width step is the same for the whole model, as its config.json is: leave out {fields}",
                 {"fields": "overrides" if self.overrides else "what ignore lists besides lm_head"},
+            )
+        if self.tune is not None and self.quantize is not None and self.quantize.method in BITSANDBYTES:
+            raise PydanticCustomError(
+                "tune",
+                "method {method} has a fixed grid, which can't be tuned; leave `tune` out, or take method gptq",
+                {"method": self.quantize.method},
             )
         for number, override in enumerate(self.overrides):
             for kind in ("quantize", "prune"):
@@ -104,6 +123,11 @@ class Recipe(Frozen):
     def prune(self) -> Prune | None:
         """What the recipe's prune step says, if it has one."""
         return next((step.prune for step in self.steps if step.prune is not None), None)
+
+    @property
+    def tune(self) -> Tune | None:
+        """What the recipe's tune step says, if it has one."""
+        return next((step.tune for step in self.steps if step.tune is not None), None)
 
     @property
     def distill(self) -> Distill | None:

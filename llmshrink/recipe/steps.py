@@ -323,6 +323,19 @@ class Width(Frozen):
         return self
 
 
+class Tune(Frozen):
+    """How each quantized block is trained towards the original's output, in the same visit: codes and scales both.
+
+    steps: of Adam, for each block; windows: of the calibration text in one.
+    lr: learning rate of what codes are rounded from, in units of a code. scale_lr: of scales, relative to each.
+    """
+
+    steps: PositiveInt = 60
+    windows: PositiveInt = 4
+    lr: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.002
+    scale_lr: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0005
+
+
 class Distill(Frozen):
     """How the result is taught by the model that it was made of: always the last step.
 
@@ -349,11 +362,12 @@ class Distill(Frozen):
 
 
 class Step(Frozen):
-    """One thing that is done to the model: weights are pruned, or quantized; blocks or widths are taken away; or the
-    result is taught by the original."""
+    """One thing that is done to the model: weights are pruned, or quantized; quantized blocks are tuned; blocks or
+    widths are taken away; or the result is taught by the original."""
 
     quantize: Quantize | None = None
     prune: Prune | None = None
+    tune: Tune | None = None
     depth: Depth | None = None
     width: Width | None = None
     distill: Distill | None = None
@@ -363,8 +377,8 @@ class Step(Frozen):
         if len(self.kinds) != 1:
             raise PydanticCustomError(
                 "step",
-                "is nothing or two things; give one of quantize: {...}, prune: {...}, depth: {...}, width: {...}, "
-                "distill: {...}",
+                "is nothing or two things; give one of quantize: {...}, prune: {...}, tune: {...}, depth: {...}, "
+                "width: {...}, distill: {...}",
             )
         return self
 

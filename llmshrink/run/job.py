@@ -110,7 +110,8 @@ class Job:
     @property
     def specs(self) -> dict[str, SiteSpec]:
         """Site name -> what happens to it; the others stay."""
-        return {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
+        found = {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
+        return {name: spec.to_tune() for name, spec in found.items()} if self.recipe.tune is not None else found
 
     @property
     def reads(self) -> dict[str, frozenset[str]]:

@@ -27,6 +27,7 @@ from llmshrink.run.report import QuantizeReport
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
 from llmshrink.run.sizes import OUTSIDE, outside_keys, sizes_of
 from llmshrink.run.transform import Walk
+from llmshrink.run.tune import BlockTuning
 from llmshrink.run.work import SiteWork, Work
 
 
@@ -144,6 +145,7 @@ class _Run:
             reads=job.reads,
             scale_dtype=job.scale_dtype,
             keep_paused=placement.keep_paused and job.structure is None,
+            tune=block_tuning(job, placement.spill),
         )
         job.chain.load_outside()
         for i, batch in enumerate(job.batches):
@@ -193,6 +195,14 @@ def work_of(job: Job, checkpoint: Path) -> Work:
     return NarrowWork(job, job.structure, checkpoint)
 
 
+def block_tuning(job: Job, spill: Path | None) -> BlockTuning | None:
+    """How blocks are trained after their sites are solved, if the recipe says so. spill: as in `Placement`."""
+    asked = job.recipe.tune
+    if asked is None:
+        return None
+    return BlockTuning(**asked.model_dump(), seed=job.options.seed, entry=Stream(spill and spill / "entry"))
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where activations live. spill: a folder for the streams, None for memory."""
@@ -205,10 +215,13 @@ class Placement:
         """By what is free: paused forwards in memory, else only the streams in memory, else the streams in files."""
         config = job.chain.skeleton.model.config.get_text_config()
         tokens = sum(batch.input_ids.numel() for batch in job.batches)
-        streams = 2 * tokens * config.hidden_size * job.chain.skeleton.dtype.itemsize
+        both = 2 * tokens * config.hidden_size * job.chain.skeleton.dtype.itemsize
+        # What enters a block is kept until it is tuned.
+        entering = both // 2 if job.recipe.tune is not None else 0
+        streams = both + entering
         # A forward paused before its widest linear holds the residual, the norm's output and that linear's input.
         widest = max((site.in_features for site in job.sites), default=config.hidden_size)
-        paused = streams * (2 * config.hidden_size + 2 * widest) // config.hidden_size
+        paused = both * (2 * config.hidden_size + 2 * widest) // config.hidden_size + entering
         device = job.chain.skeleton.device
         budget = free_memory(device) // 3
         if paused <= budget:

@@ -21,6 +21,8 @@ class SiteRow:
     """One compressible weight. bits: None where it isn't quantized. bytes: as stored. error: relative to the output.
 
     pruned: how, as "alps 2:4"; None where it isn't. zeros: share of its weights that are zero, where it is.
+    block_error: of its whole block's output on held-out windows, before and after the block was tuned, where it was;
+        `error` is then of the site's own output on those windows.
     """
 
     name: str
@@ -35,6 +37,7 @@ class SiteRow:
     events: tuple[str, ...]
     pruned: str | None = None
     zeros: float | None = None
+    block_error: tuple[float, float] | None = None
 
     @property
     def changed(self) -> bool:

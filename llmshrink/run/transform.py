@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,34 @@ class SolvedSite:
     damping: float
     events: tuple[str, ...]
     seconds: float
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedBlock:
-    """solved: by checkpoint key of the weight they replace; stored: every tensor of the block as the source has it."""
+    """solved: by checkpoint key of the weight they replace; stored: every tensor of the block as the source has it.
+
+    tuned: the block's error on the held-out windows before and after it was tuned, relative to its output's energy.
+    """
 
     solved: dict[str, SolvedSite]
     stored: dict[str, Tensor]
+    tuned: tuple[float, float] | None = None
+
+
+class Tuning(Protocol):
+    """What trains a block once its sites are solved (`run.tune`)."""
+
+    def remember(self, walk: Walk) -> None:
+        """Keep what enters the next block, before it is run."""
+        ...
+
+    def block(
+        self, walk: Walk, number: int, solved: dict[str, SolvedSite], stored: Mapping[str, Tensor]
+    ) -> tuple[dict[str, SolvedSite], tuple[float, float] | None]:
+        """The sites as they came to be, and the block's error before and after; the compressed stream holds its new
+        output."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class Walk:
 
     specs: site name -> what happens to it; absent: it stays. reads: site name -> the statistics gathered for it.
     keep_paused: hold half-finished forwards in memory
-    instead of running each block again for each stage.
+    instead of running each block again for each stage. tune: how blocks are trained after their sites are solved.
     """
 
     chain: Chain
@@ -67,15 +88,17 @@ class Walk:
     reads: Mapping[str, frozenset[str]]
     scale_dtype: torch.dtype
     keep_paused: bool
+    tune: Tuning | None = None
 
     @property
     def two_streams(self) -> bool:
-        """Whether any site's target is corrected, so that calibration batches run through the original too."""
-        return any("cross" in reads for reads in self.reads.values())
+        """Whether any site's target is corrected, or a block is tuned, so that calibration batches run through the
+        original too."""
+        return self.tune is not None or any("cross" in reads for reads in self.reads.values())
 
     @property
     def needs_calibration(self) -> bool:
-        return any(self.reads.values())
+        return self.tune is not None or any(self.reads.values())
 
     def carries(self, batch: Batch, *, original: bool) -> bool:
         """Whether a batch travels in a stream. The held-out ones travel in both: they are the closing summary."""
@@ -91,6 +114,8 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     block = chain.blocks[number]
     twin = shared_twin(block)
     solved: dict[str, SolvedSite] = {}
+    if walk.tune is not None:
+        walk.tune.remember(walk)
     active = [stage for stage in stages if any(site.name in walk.specs for site in stage.sites)]
     taps = [stage.tap for stage in active]
     with ExitStack() as stack:
@@ -104,8 +129,11 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
                 install(twin, result.site.local, result.weight)
         give_back()
         forwards.finish_all()
+    tuned = None
+    if walk.tune is not None:
+        solved, tuned = walk.tune.block(walk, number, solved, stored)
     chain.skeleton.release(chain.name(number))
-    return SolvedBlock(solved, stored)
+    return SolvedBlock(solved, stored, tuned)
 
 
 def replay_block(walk: Walk, number: int, weights: Mapping[str, Solvable]) -> None:
@@ -176,7 +204,7 @@ class Forwards:
         self._done.add((batch, original))
         block, stream = self._sides[original]
         paused = self._paused.pop((batch, original), None)
-        if self._last and not self._walk.batches[batch].held_out:
+        if self._last and not self._walk.batches[batch].held_out and self._walk.tune is None:
             if paused is not None:
                 paused.close()
             stream.drop(batch)
@@ -269,5 +297,6 @@ def _solve_stage(
                 damping=result.damping,
                 events=(*result.events, "all weights are zero") if total == 0.0 else result.events,
                 seconds=seconds * site.out_features / stacked.shape[0],
+                residual=None if result.residual is None else result.residual[start:stop],
             )
             start = stop

@@ -8,7 +8,7 @@ part, and is killed and goes on. `SiteWork` prunes and quantizes the weights of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,8 +71,13 @@ class SiteWork:
         tensors = block_tensors(block, {site.key: self._schemes[site.name] for site in sites})
         rows = [self._row(site, block.solved.get(site.key), tensors) for site in sites]
         errors = [solved.error for solved in block.solved.values()]
+        state: float | str = sum(errors) / len(errors) if errors else 0.0
+        if block.tuned is not None:
+            before, after = block.tuned
+            rows = [replace(row, block_error=block.tuned) if row.changed else row for row in rows]
+            state = f"error {state:.5f}  block tuned {before:.5f} -> {after:.5f}"
         seconds = {solved.site.name: solved.seconds for solved in block.solved.values()}
-        return Finished(tensors, rows, sum(errors) / len(errors) if errors else 0.0, seconds)
+        return Finished(tensors, rows, state, seconds)
 
     def replay(self, walk: Walk, number: int, part: Part) -> None:
         with open_shards(self._checkpoint, part.shards) as shards:
