@@ -10,6 +10,7 @@ from llmshrink.api.publishing import and_push
 from llmshrink.errors import PathLike, RecipeError
 
 if TYPE_CHECKING:
+    from llmshrink.distillation.job import Options
     from llmshrink.distillation.report import DistillReport
     from llmshrink.run.progress import Progress
 
@@ -71,17 +72,36 @@ def distill(
     calls it, and the first has the report; the others get None.
     Raises LlmshrinkError for bad input.
     """
-    from llmshrink.distillation.job import Options
     from llmshrink.distillation.run import distill as run
-    from llmshrink.recipe.read import load_recipe
     from llmshrink.run.progress import Silent
+
+    options = options_of(
+        teacher, student, output=output, recipe=recipe, data=data, teacher_cache=teacher_cache, **settings
+    )
+    shown = progress or Silent()
+    return and_push(lambda: run(options, shown), options.output, push, private=private, progress=shown)
+
+
+def options_of(
+    teacher: PathLike,
+    student: PathLike | None,
+    *,
+    output: PathLike,
+    recipe: PathLike,
+    data: PathLike | None,
+    teacher_cache: PathLike | None,
+    **settings: Unpack[RunSettings],
+) -> Options:
+    """What a distillation is asked for: the recipe's step, and what is set beside it."""
+    from llmshrink.distillation.job import Options
+    from llmshrink.recipe.read import load_recipe
 
     step = load_recipe(recipe)
     if step.distill is None or len(step.steps) > 1:
         raise RecipeError([f"{step.name}: it doesn't distill alone: use llmshrink compress for it"])
     given = {name: value for name, value in settings.items() if value is not None}
     fields: dict[str, object] = {**step.distill.model_dump(), **given}
-    options = Options(
+    return Options(
         teacher=os.fspath(teacher),
         student=None if student is None else os.fspath(student),
         output=Path(output),
@@ -89,5 +109,3 @@ def distill(
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),
         **fields,  # type: ignore[arg-type]
     )
-    shown = progress or Silent()
-    return and_push(lambda: run(options, shown), options.output, push, private=private, progress=shown)

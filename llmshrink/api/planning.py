@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Unpack
 
+from llmshrink.api.distillation import RECIPE, RunSettings
+from llmshrink.api.distillation import options_of as options_of_distill
 from llmshrink.api.runs import StoredSettings, options_of
 from llmshrink.errors import PathLike
 
@@ -38,3 +40,23 @@ def plan(
     flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method, "repair": repair}
     options = options_of(verb, model, NOWHERE if output is None else output, recipe, flags, **settings)
     return made(options, measured=measured)
+
+
+def plan_distill(
+    teacher: PathLike,
+    student: PathLike | None = None,
+    *,
+    output: PathLike,
+    recipe: PathLike = RECIPE,
+    data: PathLike | None = None,
+    teacher_cache: PathLike | None = None,
+    **settings: Unpack[RunSettings],
+) -> Plan:
+    """What `distill` with these settings needs and yields: a step of it is made and measured, and nothing written."""
+    from llmshrink.planning.students import plan as made
+
+    return made(
+        options_of_distill(
+            teacher, student, output=output, recipe=recipe, data=data, teacher_cache=teacher_cache, **settings
+        )
+    )

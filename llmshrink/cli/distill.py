@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -72,23 +72,48 @@ def distill(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own Python.")] = False,
     push: runs.Push = None,
     private: runs.Private = False,
+    dry_run: runs.DryRun = False,
     json: JsonFlag = False,
 ) -> int:
     """Train STUDENT towards TEACHER and write it, in its own format, as OUT."""
     from llmshrink import api
     from llmshrink.run.progress import Shown
 
+    settings: dict[str, Any] = {
+        "student_from": student_from,
+        "output": output,
+        "recipe": recipe,
+        "data": data,
+        "generated_tokens": generated_tokens,
+        "teacher_cache": teacher_cache,
+        "teacher_quant": teacher_quant,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "seq_len": seq_len,
+        "alpha": alpha,
+        "temperature": temperature,
+        "divergence": divergence,
+        "beta": beta,
+        "hidden_weight": hidden_weight,
+        "mask_prompts": mask_prompts,
+        "train": train,
+        "lr": lr,
+        "scale_lr": scale_lr,
+        "optim": optim,
+        "warmup": warmup,
+        "eval_steps": eval_steps,
+        "gradient_checkpointing": gradient_checkpointing,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
+    if dry_run:
+        return runs.show_plan(api.plan_distill(teacher, student, **settings), json=json)
     with Shown(json=json) as progress:
-        report = api.distill(
-            teacher, student, student_from=student_from, output=output, recipe=recipe, data=data,
-            generated_tokens=generated_tokens, teacher_cache=teacher_cache, teacher_quant=teacher_quant, steps=steps,
-            batch_size=batch_size, accumulate=accumulate, seq_len=seq_len, alpha=alpha, temperature=temperature,
-            divergence=divergence, beta=beta, hidden_weight=hidden_weight,
-            mask_prompts=mask_prompts, train=train, lr=lr, scale_lr=scale_lr, optim=optim, warmup=warmup,
-            eval_steps=eval_steps, gradient_checkpointing=gradient_checkpointing, device=device, dtype=dtype,
-            seed=seed, overwrite=overwrite, trust_remote_code=trust_remote_code, push=push, private=private,
-            progress=progress,
-        )  # fmt: skip
+        report = api.distill(teacher, student, push=push, private=private, progress=progress, **settings)
     if report is None:  # another process speaks
         return 0
     show(report, as_json=json)

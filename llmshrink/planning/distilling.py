@@ -74,8 +74,7 @@ def teaching(options: Options, made: compressing.Job | None = None, *, smaller: 
     """
     begun = now()
     found = Measured()
-    if made is not None:
-        options = replace(options, student=options.teacher, student_from=None)
+    options = replace(options, student_from=None)
     check_memory(options)
     reading, job = once(lambda: prepare(replace(options, train=None if made else options.train), Silent()))
     if made is not None:

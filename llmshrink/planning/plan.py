@@ -7,14 +7,11 @@ activations. From there sizes are computed, memory too, and time is measured (`p
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.checkpoint.preflight import check_room
-from llmshrink.checkpoint.source import Source, resolve
-from llmshrink.errors import OutputError, RecipeError
+from llmshrink.errors import RecipeError
 from llmshrink.planning.engines import engines
+from llmshrink.planning.found import find, fitting, text_here
 from llmshrink.planning.probe import probe
 from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import now
@@ -28,22 +25,6 @@ from llmshrink.run.quantize import Placement
 from llmshrink.run.sizes import sizes_of
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """A model as a plan sees it. download: bytes that must still come. here: whether its weights are on this disk."""
-
-    source: Source
-    index: CheckpointIndex
-    download: int
-    here: bool
-
-
-def find(model: str, *, trust_remote_code: bool) -> Found:
-    """The model's headers and small files, without its weights."""
-    source = resolve(model, trust_remote_code=trust_remote_code)
-    return Found(source, CheckpointIndex.open(source.folder), 0, True)
-
-
 def plan(options: Options, *, measured: bool = True) -> Plan:
     """What a run of `options` needs and yields. measured: whether its time is probed. Raises as the run would."""
     recipe = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)
@@ -51,6 +32,8 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
         raise RecipeError(
             [f"{recipe.name}: it only distills: llmshrink distill TEACHER STUDENT --recipe {recipe.name} --dry-run"]
         )
+    if recipe.distill is not None:  # it brings transformers' Trainer, which such a run holds from its start
+        from llmshrink.planning.students import taught
     partial = partial_folder(Path(os.path.abspath(options.output)))
     if not partial.exists():
         check_output(Path(os.path.abspath(options.output)), overwrite=options.overwrite)
@@ -89,30 +72,11 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
     )
     made = made if times is None else made.timed(times)
     if recipe.distill is not None:
-        # It brings transformers' Trainer, which other runs don't hold.
-        from llmshrink.planning.students import taught
-
         made = taught(made, job, recipe.distill, measured=measured and found.here)
     return fitting(made, options.output)
-
-
-def fitting(made: Plan, output: Path) -> Plan:
-    """With a fault where the disk at OUT has too little room."""
-    try:
-        check_room(output, made.disk_bytes)
-    except OutputError as error:
-        return replace(made, faults=(*made.faults, str(error)))
-    return made
 
 
 def _where(placement: Placement) -> str:
     if placement.spill is not None:
         return "activations in files"
     return "activations in memory" + ("" if placement.keep_paused else ", every block run again for each stage")
-
-
-def text_here(spec: str | None, source: Source) -> bool:
-    """Whether a calibration text can be read without a network."""
-    if spec is None:
-        return source.kind == "demo"
-    return spec == "demo" or Path(spec).is_file()

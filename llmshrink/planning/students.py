@@ -2,14 +2,115 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from llmshrink.distillation.job import Options
-from llmshrink.errors import NoRoomError
+from llmshrink.distillation.smaller import SAMPLES, Smaller
+from llmshrink.errors import LlmshrinkError, NoRoomError, SourceError
+from llmshrink.planning import plan as compressing
 from llmshrink.planning.distilling import teaching
+from llmshrink.planning.engines import engines
+from llmshrink.planning.found import Found, find, fitting
 from llmshrink.planning.report import Plan
 from llmshrink.recipe.steps import Distill
+from llmshrink.run import disk
+from llmshrink.run.finish import side_files
+from llmshrink.run.inspect import inspect
 from llmshrink.run.job import Job
+from llmshrink.run.job import Options as RunOptions
+from llmshrink.run.journal import check_output, partial_folder
+from llmshrink.run.memory import resident
+from llmshrink.run.storage import format_of
+from llmshrink.run.verify import read_record
+from llmshrink.runtime.load import config_of
+
+
+def plan(asked: Options, *, measured: bool = True) -> Plan:
+    """What `distill` with these options needs and yields. Raises as it would."""
+    output = Path(os.path.abspath(asked.output))
+    if not partial_folder(output).exists():
+        check_output(output, overwrite=asked.overwrite)
+    if (asked.student is None) == (asked.student_from is None):
+        raise LlmshrinkError("name a STUDENT, or give --student-from depth=N,width=N and none")
+    if asked.student_from is not None:
+        return fitting(_cut(asked, asked.student_from, measured=measured), asked.output)
+    assert asked.student is not None
+    found = find(asked.student, trust_remote_code=asked.trust_remote_code)
+    return fitting(with_teaching(_as_it_is(found), asked, None, measured=measured, smaller=1.0), asked.output)
+
+
+def _as_it_is(found: Found) -> Plan:
+    """The plan of a checkpoint written anew in its own form."""
+    source, index = found.source, found.index
+    entries = [index.entry(key) for key in index]
+    files = [
+        disk.shard_size({each.key: (each.dtype, each.shape) for each in entries if each.file == file})
+        for file in index.files()
+    ]
+    beside = sum(path.stat().st_size for path, _ in side_files(source.folder))
+    notes: tuple[str, ...] = ()
+    served = engines((), "compressed-tensors")
+    bits = linear = 8 * index.nbytes() / max(1, sum(each.nbytes // each.dtype.itemsize for each in entries))
+    try:
+        known = inspect(source.folder)
+    except SourceError:  # a plain checkpoint, of whoever's
+        pass
+    else:
+        notes, bits, linear = known.notes, known.bits_per_weight, known.linear_bits_per_weight
+        served = engines(notes, format_of(read_record(source.folder)))
+    return Plan(
+        model=source.name,
+        recipe="distill",
+        download_bytes=found.download,
+        peak_ram_bytes=resident(),
+        peak_vram_bytes=0,
+        disk_bytes=sum(files) + beside,
+        output_bytes=sum(files),
+        source_bytes=index.nbytes(),
+        bits_per_weight=bits,
+        linear_bits_per_weight=linear,
+        seconds=None,
+        cpu_seconds=None,
+        parts={},
+        activations="teacher and student whole in memory",
+        engines=served,
+        notes=notes,
+        faults=(),
+        probe_seconds=0.0,
+    )
+
+
+def _cut(asked: Options, student_from: str, *, measured: bool) -> Plan:
+    """The plan of a student that is cut from the teacher first: by depth, by width, or by one and then the other."""
+    teacher = find(asked.teacher, trust_remote_code=asked.trust_remote_code)
+    runs = Smaller.of(student_from).recipes(config_of(teacher.source, asked.trust_remote_code))
+    windows = asked.steps * asked.batch_size * asked.accumulate
+    options = [
+        RunOptions(
+            model=asked.teacher, output=asked.output, verb="prune", recipe=recipe, sets=(setting,),
+            calibration=asked.data, samples=min(windows, SAMPLES), seq_len=asked.seq_len, seed=asked.seed,
+            device=asked.device, overwrite=asked.overwrite, trust_remote_code=asked.trust_remote_code,
+        )
+        for recipe, setting in runs
+    ]  # fmt: skip
+    plans = [compressing.plan(each, measured=measured) for each in options]
+    made, share = plans[-1], 1.0
+    for other in plans:
+        share *= other.output_bytes / other.source_bytes
+    for other in plans[:-1]:
+        made = replace(
+            made,
+            seconds=None if made.seconds is None or other.seconds is None else made.seconds + other.seconds,
+            cpu_seconds=None
+            if made.cpu_seconds is None or other.cpu_seconds is None
+            else made.cpu_seconds + other.cpu_seconds,
+            disk_bytes=made.disk_bytes + other.disk_bytes,
+        )
+    bytes_after = round(made.source_bytes * share)
+    made = replace(made, recipe="distill", output_bytes=bytes_after, disk_bytes=made.disk_bytes + bytes_after)
+    return with_teaching(made, replace(asked, student=asked.teacher), None, measured=measured, smaller=share)
 
 
 def taught(made: Plan, job: Job, step: Distill, *, measured: bool) -> Plan:
