@@ -8,7 +8,7 @@ from llmshrink.api.conversion import convert
 from llmshrink.api.distillation import distill
 from llmshrink.api.environment import doctor
 from llmshrink.api.evaluate import compare, eval
-from llmshrink.api.planning import plan, plan_distill
+from llmshrink.api.planning import plan, plan_convert, plan_distill
 from llmshrink.api.publishing import push
 from llmshrink.api.runs import compress, parse_size, prune, quantize
 from llmshrink.api.runtime import generate, load
@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "parse_size",
     "plan",
+    "plan_convert",
     "plan_distill",
     "prune",
     "push",

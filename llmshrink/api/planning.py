@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+from llmshrink.api.checkpoints import _folder as checkpoint_folder
 from llmshrink.api.distillation import RECIPE, RunSettings
 from llmshrink.api.distillation import options_of as options_of_distill
-from llmshrink.api.runs import StoredSettings, options_of
+from llmshrink.api.runs import StoredSettings, check_format, check_types, options_of
 from llmshrink.errors import PathLike
 
 if TYPE_CHECKING:
@@ -60,3 +62,18 @@ def plan_distill(
             teacher, student, output=output, recipe=recipe, data=data, teacher_cache=teacher_cache, **settings
         )
     )
+
+
+def plan_convert(
+    path: PathLike,
+    *,
+    output: PathLike,
+    format: Literal["compressed-tensors", "llmshrink"],
+    overwrite: bool = False,
+) -> Plan:
+    """What `convert` with these settings needs and yields; the weights are read once, and nothing is written."""
+    check_types(output=output, overwrite=overwrite)
+    check_format(format)
+    from llmshrink.planning.converting import plan as made
+
+    return made(checkpoint_folder(path), Path(output), format, overwrite=overwrite)

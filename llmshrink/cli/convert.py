@@ -18,11 +18,15 @@ def convert(
         typer.Option("--format", help="A standard checkpoint, zeros and all; or 2:4 without its zeros."),
     ],
     overwrite: runs.Overwrite = False,
+    dry_run: runs.DryRun = False,
     json: JsonFlag = False,
 ) -> int:
     """Store DIR as OUT in the other format. Every weight stays as it is, and the result is verified."""
     from llmshrink import api
 
+    if dry_run:
+        made = api.plan_convert(folder, output=output, format=format, overwrite=overwrite)
+        return runs.show_plan(made, json=json)
     report = api.convert(folder, output=output, format=format, overwrite=overwrite)
     show(report, as_json=json)
     return 0 if report.ok else 1

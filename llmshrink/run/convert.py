@@ -23,7 +23,7 @@ from llmshrink.errors import CheckpointError, OutputError, SourceError
 from llmshrink.formats import stored
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
-from llmshrink.formats.stored import Format, Scheme
+from llmshrink.formats.stored import Format, Layout, Scheme
 from llmshrink.run import disk
 from llmshrink.run.card import beyond, complete
 from llmshrink.run.finish import WEIGHT_SUFFIXES, pieces, serve_line, weight_bytes
@@ -84,6 +84,27 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
     format can't hold, OutputError when `output` is in the way. A result that doesn't verify isn't published.
     """
     started = time.perf_counter()
+    record, config = check(source, output, format)
+    with CheckpointIndex.open(source) as index, Workspace(output, overwrite=overwrite) as workspace:
+        plan = Conversion.of(record, config, index, format)
+        done = workspace.finished_bytes()
+        check_room(output, max(0, plan.nbytes() - done))
+        parts = workspace.begin({"convert": index.fingerprint(), "record": record["identity"], "format": format})
+        if parts is None:
+            folder = output
+        else:
+            folder = workspace.checkpoint
+            _write(plan, workspace, source, record, config)
+        report = _report(plan, source, folder, output, started)
+        if report.ok and parts is not None:
+            complete(folder, report.verification, beyond(source) or "")
+            disk.fsync_folder(folder)
+            workspace.publish()
+    return report
+
+
+def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record and config.json of a folder that can be converted. Raises SourceError and OutputError."""
     record = read_record(source)
     if not {"format_notes", "other_linears"} <= record.keys():
         raise SourceError(
@@ -103,49 +124,36 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")
     if output.resolve() == source.resolve():
         raise OutputError(f"output {output} is the model itself; choose another folder with -o")
-    config = json.loads((source / "config.json").read_text())
-    with CheckpointIndex.open(source) as index, Workspace(output, overwrite=overwrite) as workspace:
-        plan = _Plan.of(record, config, index, format)
-        done = workspace.finished_bytes()
-        check_room(output, max(0, plan.nbytes() - done))
-        parts = workspace.begin({"convert": index.fingerprint(), "record": record["identity"], "format": format})
-        if parts is None:
-            folder = output
-        else:
-            folder = workspace.checkpoint
-            _write(plan, workspace, source, record, config)
-        report = _report(plan, source, folder, output, started)
-        if report.ok and parts is not None:
-            complete(folder, report.verification, beyond(source) or "")
-            disk.fsync_folder(folder)
-            workspace.publish()
-    return report
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    return record, config
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
-    """before, after: scheme by linear, of those that are stored anew; kept: scheme of the others. others: keys."""
+class Conversion:
+    """before, after: scheme by linear, of those that are stored anew; shapes, dtypes: of their weights, or scales."""
 
     index: CheckpointIndex
     format: Format
     before: Mapping[str, Scheme | None]
     after: Mapping[str, Scheme | None]
     shapes: Mapping[str, tuple[int, int]]
+    dtypes: Mapping[str, torch.dtype]
 
     @classmethod
-    def of(cls, record: dict[str, Any], config: dict[str, Any], index: CheckpointIndex, format: Format) -> _Plan:
+    def of(cls, record: dict[str, Any], config: dict[str, Any], index: CheckpointIndex, format: Format) -> Conversion:
         """Every changed linear, read once to see that the format can hold it. Raises CheckpointError where not."""
         schemes = stored.schemes(config.get("quantization_config"))
         rows = {row.name: row for row in rows_of(record["sites"]) if row.changed or row.name in schemes}
         if not rows:
             raise CheckpointError(f"{index.folder}: no linear in it was changed; there is nothing to convert")
         before = {name: schemes.get(name) for name in rows}
-        after = {}
+        after, dtypes = {}, {}
         for name, scheme in before.items():
             weight = stored.whole(stored.read(name, index.read, scheme))
             assert isinstance(weight, Dense | GroupedInt), "a checkpoint of bitsandbytes isn't converted"
             after[name] = _sparse(name, weight) if format == "llmshrink" else _standard(scheme)
-        return cls(index, format, before, after, {name: row.shape for name, row in rows.items()})
+            dtypes[name] = weight.weight.dtype if isinstance(weight, Dense) else weight.scale.dtype
+        return cls(index, format, before, after, {name: row.shape for name, row in rows.items()}, dtypes)
 
     def old_keys(self) -> dict[str, str]:
         """Key of the source -> the linear that it is a part of."""
@@ -156,14 +164,26 @@ class _Plan:
         weight = stored.whole(stored.read(name, self.index.read, self.before[name]))
         return stored.tensors(name, stored.as_stored(weight, self.after[name]))
 
+    def layout(self, name: str) -> Layout:
+        """What `tensors` gives, without reading anything."""
+        return stored.layout(name, self.after[name], self.shapes[name], self.dtypes[name])
+
+    def files(self) -> dict[str, Layout]:
+        """Each file's tensors: a linear goes where its first tensor lay, all else stays where it is."""
+        old = self.old_keys()
+        first = {stored.names(name, scheme)[0]: name for name, scheme in self.before.items()}
+        found: dict[str, Layout] = {file.name: {} for file in self.index.files()}
+        for key in self.index:
+            entry = self.index.entry(key)
+            if key not in old:
+                found[entry.file.name][key] = (entry.dtype, entry.shape)
+            elif key in first:
+                found[entry.file.name] |= self.layout(first[key])
+        return found
+
     def nbytes(self) -> int:
         """Bytes of the result's weights, with a megabyte for all that is beside them."""
-        old = self.old_keys()
-        total = 1_000_000 + sum(self.index.entry(key).nbytes for key in self.index if key not in old)
-        return total + sum(
-            stored.nbytes(stored.layout(name, self.after[name], shape, torch.bfloat16))
-            for name, shape in self.shapes.items()
-        )
+        return 1_000_000 + sum(stored.nbytes(layout) for layout in self.files().values())
 
 
 def _sparse(name: str, weight: Dense | GroupedInt) -> Sparse24Scheme:
@@ -201,7 +221,9 @@ def _standard(scheme: Scheme | None) -> GroupedIntScheme | None:
     return None if scheme.group_size is None else GroupedIntScheme(scheme.bits, scheme.group_size, True)
 
 
-def _write(plan: _Plan, workspace: Workspace, source: Path, record: dict[str, Any], config: dict[str, Any]) -> None:
+def _write(
+    plan: Conversion, workspace: Workspace, source: Path, record: dict[str, Any], config: dict[str, Any]
+) -> None:
     """Everything of the new folder, in the workspace."""
     folder = workspace.checkpoint
     finished = {part.name for part in workspace.parts}
@@ -222,7 +244,7 @@ def _write(plan: _Plan, workspace: Workspace, source: Path, record: dict[str, An
     disk.write_json(folder / RECORD, new)
 
 
-def _write_file(plan: _Plan, workspace: Workspace, file: Path) -> None:
+def _write_file(plan: Conversion, workspace: Workspace, file: Path) -> None:
     """One file of weights: a linear goes where its first tensor lay, all else is copied byte for byte."""
     old, index = plan.old_keys(), plan.index
     first = {name: stored.names(name, scheme)[0] for name, scheme in plan.before.items()}
@@ -246,7 +268,7 @@ def _write_file(plan: _Plan, workspace: Workspace, file: Path) -> None:
     workspace.finish_part(part)
 
 
-def _config(plan: _Plan, record: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _config(plan: Conversion, record: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The source's config.json with the new quantization_config in the old one's place."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     sites = {row.name: plan.after.get(row.name) for row in rows_of(record["sites"])}
@@ -254,7 +276,7 @@ def _config(plan: _Plan, record: dict[str, Any], config: dict[str, Any]) -> dict
     return config if described is None else {**config, "quantization_config": described}
 
 
-def _record(plan: _Plan, record: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+def _record(plan: Conversion, record: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     """llmshrink.json, with the format, what is said of it, and the bytes changed; all else is the run's."""
     old, new = (record["format_notes"][name] for name in (format_of(record), plan.format))
     rows = [replace(row, bytes=sizes.get(row.name, row.bytes)) for row in rows_of(record["sites"])]
@@ -281,7 +303,7 @@ def _side_files(source: Path, *, besides: tuple[Path, ...]) -> Iterator[Path]:
             yield path
 
 
-def _report(plan: _Plan, source: Path, folder: Path, output: Path, started: float) -> ConvertReport:
+def _report(plan: Conversion, source: Path, folder: Path, output: Path, started: float) -> ConvertReport:
     record = read_record(folder)
     return ConvertReport(
         source=source,

@@ -88,7 +88,7 @@ def recompute(
     folder: Path, record: dict[str, Any], batches: Sequence[Batch], device: torch.device
 ) -> dict[str, Tensor]:
     """The reference tensors again, from the checkpoint on disk, a block at a time."""
-    chain = _chain(folder, record, device)
+    chain = chain_of(folder, record, device)
     rows = chain.skeleton.model.get_input_embeddings().weight.shape[0]
     if any(int(batch.input_ids.min()) < 0 or int(batch.input_ids.max()) >= rows for batch in batches):
         raise CheckpointError(
@@ -105,7 +105,7 @@ def recompute(
     return heldout.merge([heldout.reference(batch, h, chain.logits) for batch, h in zip(batches, hidden, strict=True)])
 
 
-def _chain(folder: Path, record: dict[str, Any], device: torch.device) -> Chain:
+def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chain:
     """The dense model of a checkpoint's config over its packed weights, what is outside the blocks loaded.
 
     Raises CheckpointError or UnsupportedModelError when config and weights don't fit.
