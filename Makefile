@@ -23,7 +23,7 @@ GPU_PYTHON ?= $(BIN)/python
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-full demo test test-fast lint format bench gpu torture clean
+.PHONY: help venv venv-full demo test test-fast lint format docs bench gpu gpu-quantize torture clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,10 @@ format: venv  ## ruff's formatter and its safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: venv  ## The site of docs/, in build/docs; a link that leads nowhere is an error
+	$(BIN)/python docs/reference.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+
 test: venv-full lint  ## Lint, types and every test, those with the real vLLM engine too
 	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
@@ -77,6 +81,9 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),venv)  ## On a CUDA device: ever
 	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -m pytest -q tests/kernels
 	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -m llmshrink bench kernels --shapes llama3-8b -o kernels/benchmarks/results
 	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -m benchmarks.decode -o kernels/benchmarks/results
+
+gpu-quantize:  ## On a CUDA device: where the time of quantizing a model of Llama-3-8B's shape goes
+	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -u -m benchmarks.phases --llama 8b -o kernels/benchmarks/results
 
 clean:  ## What was built, not the environment
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
