@@ -1,10 +1,10 @@
 """Where the time of a quantization goes: `python -m benchmarks.phases --llama 8b` (what `make gpu-quantize` runs).
 
-Makes a random Llama (Llama-3-8B's shape, or a smaller one) in a temporary folder, or takes MODEL, quantizes it once with
-its functions wrapped by clocks, and prints the seconds of each phase: forwards, Hessians, factorisation, sweep, I/O, and
-all else. A phase's seconds are its own, without what it called of another; on a CUDA device every boundary waits for
-the device, so that the phases are right and their sum is a little more than a run without clocks takes. Beside them
-the peak of device memory and of the process's own.
+Makes a random Llama (Llama-3-8B's shape, or a smaller one) in a temporary folder, or takes MODEL, quantizes it once
+with its functions wrapped by clocks, and prints the seconds of each phase: forwards, Hessians, factorisation, sweep,
+I/O, and all else. A phase's seconds are its own, without what it called of another; on a CUDA device every boundary
+waits for the device, so that the phases are right and their sum is a little more than a run without clocks takes.
+Beside them the peak of device memory and of the process's own.
 """
 
 from __future__ import annotations
@@ -136,9 +136,8 @@ def main() -> int:
     }
     for phase, seconds in sorted(found["seconds"].items(), key=lambda item: item[1]):
         print(f"{phase:16} {seconds:9.2f} s   {seconds / whole:6.1%}")
-    print(
-        f"peak memory      {found['peak_vram'] / 1e9:.2f} GB on {found['device']}, {found['peak_rss'] / 1e9:.2f} GB here"
-    )
+    vram, rss = found["peak_vram"] / 1e9, found["peak_rss"] / 1e9
+    print(f"peak memory      {vram:.2f} GB on {found['device']}, {rss:.2f} GB here")
     if not arguments.model and arguments.llama == "8b":
         ratio = found["seconds"]["without I/O"] / GOAL_SECONDS
         print(f"goal             {GOAL_SECONDS:.0f} s without I/O on an H100 or H200: {ratio:.2f} of it")
