@@ -22,7 +22,7 @@ def refuse_uncovered(block: nn.Module, prefix: str) -> None:
     """Raise UnsupportedModelError for any matrix in the block that isn't the weight of an nn.Linear."""
     found = uncovered_part(block, prefix)
     if found is not None:
-        raise UnsupportedModelError(f"{found} (only nn.Linear weights are covered yet), so nothing was touched")
+        raise UnsupportedModelError(f"{found}: it isn't covered yet, so nothing was touched")
 
 
 def refuse_family(config: Any, *, trust_remote_code: bool = False) -> None:
@@ -50,7 +50,7 @@ def uncovered_part(block: nn.Module, prefix: str) -> str | None:
     kind, shape = type(module).__name__, list(parameter.shape)
     if _fused_experts(module, parameter):
         return f"{name}: fused experts, {shape[0]} in one tensor of shape {shape} of a {kind}"
-    return f"{name}: a {kind} of shape {shape}"
+    return f"{name}: a {kind} of shape {shape}, and formats and engines compress the weights of nn.Linear alone"
 
 
 def _fused_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -61,6 +61,8 @@ def _reason(config: Any, trust_remote_code: bool) -> str:
     shared = getattr(config.get_text_config(), "num_kv_shared_layers", None)
     if shared:
         return f"its last {shared} layers share the keys and values of earlier ones (num_kv_shared_layers)"
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        return "it reads more than text, and what reads the rest would be taken for a part of the text model"
     untested = "no test has taken it from a checkpoint to logits, so it has no row in the table of families"
     from transformers import AutoModelForCausalLM
 

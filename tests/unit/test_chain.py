@@ -186,10 +186,11 @@ def test_of_many_other_matrices_the_experts_are_named() -> None:
         (
             "gpt2",
             {"n_embd": 64, "n_layer": 2, "n_head": 4},
-            r"transformer\.h\.0\.attn\.c_attn\.weight: a Conv1D of shape",
+            r"transformer\.h\.0\.attn\.c_attn\.weight: a Conv1D of shape .* compress the weights of nn.Linear alone",
         ),
         ("mixtral", {"num_local_experts": 2}, r"layers\.0\.mlp\.experts\.gate_up_proj: fused experts, 2 in one tensor"),
         ("gemma3n_text", {"num_hidden_layers": 30}, r"its last 15 layers share the keys and values of earlier ones"),
+        ("gemma3", {}, "it reads more than text"),
         ("stablelm", {}, "no test has taken it from a checkpoint to logits"),
     ],
 )
