@@ -192,7 +192,7 @@ class _Block:
             loss = (batch.real(out).float() - batch.real(wanted).float()).square().mean() / energy
             if not bool(torch.isfinite(loss)):
                 raise CheckpointError(
-                    f"{self._walk.chain.name(self._number)}: tuning step {step + 1}: the loss is {float(loss)}; lower "
+                    f"{self._walk.chain.name(self._number)}: tuning step {step + 1}: the loss is {loss.item()}; lower "
                     f"the step's lr ({spec.lr}) and scale_lr ({spec.scale_lr}), or leave `tune` out"
                 )
             loss.backward()
