@@ -83,31 +83,37 @@ def leave_with(code: int) -> None:
 
 def say_stopped(arguments: Sequence[str], code: int) -> int:
     """Say on stderr that a command line was stopped, and how it goes on; returns the exit code, which is `code`."""
-    verb = arguments[0] if arguments else ""
     line = f"{PROGRAM}: {'terminated' if code == TERMINATED else 'interrupted'}"
-    kept = _kept(verb, arguments)
-    if kept is not None:
-        line += f"; {kept} is kept: go on from there with the same command:"
-    elif verb in ANEW:
-        line += "; nothing was written: start it again with the same command:"
-    if line.endswith(":"):
-        line += f"\n  {shlex.join([PROGRAM, *arguments])}"
+    found = _goes_on(arguments)
+    if found is not None:
+        said, words = found
+        line += f"; {said}:\n  {shlex.join([PROGRAM, *words])}"
     print(line, file=sys.stderr)
     return code
 
 
-def _kept(verb: str, arguments: Sequence[str]) -> str | None:
-    """What the same command would go on from, in words; None when there is nothing."""
+def _goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
+    """What is there to go on from, in words, and the command that does; None when there is nothing to say."""
+    verb = arguments[0] if arguments else ""
+    if verb in ANEW:
+        return "nothing was written: start it again with the same command", arguments
     kept = KEPT.get(verb)
-    if kept is None or verb in ("eval", "compare", "push"):
-        return kept
-    given = _given(arguments)
-    output = os.path.abspath(str(given["output"])) if given.get("output") else None
-    if output and any(os.path.isdir(output + ending) for ending in BESIDE):
-        return kept
-    model = str(given.get("model") or given.get("teacher") or "")
-    named_on_the_hub = model not in ("", "demo") and not os.path.exists(model)
-    return "what was downloaded" if named_on_the_hub else None
+    if kept is None:
+        return None
+    if verb not in ("eval", "compare", "push"):
+        given = _given(arguments)
+        output = os.path.abspath(str(given["output"])) if given.get("output") else None
+        # With --overwrite it may be an older output that is there.
+        made = output and os.path.isdir(output) and not os.path.isdir(output + BESIDE[0]) and not given.get("overwrite")
+        if made and given.get("push"):
+            private = ["--private"] if given.get("private") else []
+            return "the output is whole, publish it with", ["push", str(given["output"]), str(given["push"]), *private]
+        if not (output and any(os.path.isdir(output + ending) for ending in BESIDE)):
+            model = str(given.get("model") or given.get("teacher") or "")
+            if model in ("", "demo") or os.path.exists(model):
+                return None
+            kept = "what was downloaded"
+    return f"{kept} is kept: go on from there with the same command", arguments
 
 
 def _given(arguments: Sequence[str]) -> dict[str, object]:

@@ -86,6 +86,17 @@ def test_a_download_that_was_stopped_is_kept_by_the_hubs_cache(
     assert capsys.readouterr().err == "llmshrink: interrupted\n"
 
 
+def test_a_run_that_only_had_to_be_published_says_how(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopping(monkeypatch, "quantize", signal.SIGINT)
+    (here / "out").mkdir()
+    assert run(["quantize", "demo", "-o", "out", "--push", "owner/name", "--private"]) == 130
+    said, again = capsys.readouterr().err.splitlines()
+    assert said.endswith("the output is whole, publish it with:")
+    assert again == "  llmshrink push out owner/name --private"
+
+
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
@@ -94,8 +105,10 @@ def test_a_fork_of_ours_dies_of_the_signal_as_its_parent_expects() -> None:
     done = python(
         "import os, signal, time\nfrom llmshrink.cli.stopping import Signals\n"
         "with Signals():\n"
+        "    ready, say = os.pipe()\n"
         "    child = os.fork()\n"
-        "    if not child:\n        time.sleep(30)\n        os._exit(0)\n"
+        "    if not child:\n        os.write(say, b'.')\n        time.sleep(30)\n        os._exit(0)\n"
+        "    os.read(ready, 1)\n"
         "    os.kill(child, signal.SIGTERM)\n"
         "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
@@ -118,8 +131,8 @@ def test_a_second_signal_doesnt_cut_what_is_said_of_the_first(
     from llmshrink.cli import stopping as module
 
     stopping(monkeypatch, "verify", signal.SIGINT)
-    real = module._kept
-    monkeypatch.setattr(module, "_kept", lambda *given: signal.raise_signal(signal.SIGINT) or real(*given))
+    real = module._goes_on
+    monkeypatch.setattr(module, "_goes_on", lambda *given: signal.raise_signal(signal.SIGINT) or real(*given))
     assert run(["verify", "out"]) == 130
     assert "llmshrink verify out" in capsys.readouterr().err
 
