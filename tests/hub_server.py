@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 TOKEN = "hf_" + "T" * 34
 READER = "hf_" + "R" * 34
 USER = "user"
@@ -36,8 +38,8 @@ WAIT = 30.0
 class Fault:
     """What happens to requests of a method whose path holds `path`, `times` times, after `skip` of them.
 
-    status: answered instead; cut: the connection is reset after so many bytes, of the request's body or the answer's;
-    deaf: what was asked is done, and the connection reset instead of an answer.
+    status: answered instead; cut: the connection is reset after so many bytes of the request's body, or ends after so
+    many of the answer's; deaf: what was asked is done, and the connection reset instead of an answer.
     """
 
     method: str
@@ -97,6 +99,8 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        # Large files lie on another host, to which a client must not send its token.
+        self.store = f"http://localhost:{self._server.server_port}"
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -114,7 +118,7 @@ class HubServer:
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             "HF_TOKEN": token or "",
         }
         return found
@@ -142,6 +146,22 @@ class HubServer:
 
     def asked(self, method: str, path: str) -> list[Request]:
         return [one for one in self.log if one.method == method and path in one.path]
+
+
+def use(hub: HubServer, patch: pytest.MonkeyPatch, home: Path, *, token: str | None = TOKEN) -> None:
+    """Let this process's client of the Hub, which reads its environment when it's imported, come here."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    for key, value in hub.environment(home, token=token).items():
+        patch.setenv(key, value)
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    disable_progress_bars()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -234,9 +254,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: fault.cut])
             self.wfile.flush()
             self.sent = min(fault.cut, len(data))
-            # What was sent must arrive before the reset does.
-            threading.Event().wait(0.2)
-            raise _Cut
+            self.close_connection = True
+            return
         self.wfile.write(data)
         self.sent = len(data)
 
@@ -435,10 +454,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._content(data, {**common, "ETag": f'"{_oid(path, data)}"'})
                 return
             sha = hashlib.sha256(data).hexdigest()
-            self.server_hub.blobs[sha] = data
+            self.server_hub.blobs.setdefault(sha, data)
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{sha}"'}
             self._send(
-                302, None, {**common, **linked, "ETag": '"pointer"', "Location": f"{self.server_hub.url}/cdn/{sha}"}
+                302, None, {**common, **linked, "ETag": '"pointer"', "Location": f"{self.server_hub.store}/cdn/{sha}"}
             )
 
     def cdn(self, body: bytes, sha: str) -> None:

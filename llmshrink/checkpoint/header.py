@@ -76,12 +76,22 @@ def read_header(file: Path) -> Header:
             size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
-                raise _broken(file, f"the header claims {length:,} bytes and the file has {size:,}")
-            text = stream.read(length)
+            if length <= HEADER_LIMIT:
+                start += stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: can't be read: {error.strerror or error}") from error
-    described = _parse(file, text)
+    return parse_header(file, start, size)
+
+
+def parse_header(file: Path, start: bytes, size: int) -> Header:
+    """The header of `file`, which has `size` bytes, from `start`, its first bytes as far as the header goes or further.
+
+    Raises CheckpointError as read_header does.
+    """
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
+        raise _broken(file, f"the header claims {length:,} bytes and the file has {size:,}")
+    described = _parse(file, start[8 : 8 + length])
     raw_metadata = described.pop("__metadata__", None)
     metadata = {str(k): str(v) for k, v in raw_metadata.items()} if isinstance(raw_metadata, dict) else {}
     entries = sorted(

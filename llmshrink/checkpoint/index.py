@@ -22,7 +22,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from llmshrink.checkpoint.header import TensorEntry, read_header
+from llmshrink.checkpoint.arrival import Arriving
+from llmshrink.checkpoint.header import Header, TensorEntry, read_header
 from llmshrink.errors import CheckpointError, SourceError
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorEntry", "check_finite"]
@@ -44,7 +45,14 @@ class CheckpointIndex:
     `reads` counts how often each key's bytes were read in full. Open files are closed by `close` (or `with`).
     """
 
-    def __init__(self, folder: Path, entries: Sequence[TensorEntry], metadata: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: Sequence[TensorEntry],
+        metadata: dict[str, str],
+        arriving: Arriving | None = None,
+    ) -> None:
+        self._arriving = arriving
         self.folder = folder
         self.metadata = metadata
         self.reads: Counter[str] = Counter()
@@ -52,31 +60,33 @@ class CheckpointIndex:
         self._descriptors: dict[Path, int] = {}
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> CheckpointIndex:
+    def open(cls, folder: str | os.PathLike[str], arriving: Arriving | None = None) -> CheckpointIndex:
         """Find and check the checkpoint in `folder`: `model.safetensors`, or the shards its index names.
 
-        Raises SourceError when there are no safetensors, CheckpointError when a file is missing, damaged, or named
-        outside the folder, or when the index and the shards disagree.
+        arriving: shards that aren't there yet; a read waits for the one that it needs. Raises SourceError when there
+        are no safetensors, CheckpointError when a file is missing, damaged, or named outside the folder, or when the
+        index and the shards disagree.
         """
         folder = Path(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-        if single.exists() or (single.is_symlink() and not index.exists()):
-            header = read_header(single)
-            return cls(folder, header.entries, header.metadata)
+        coming = arriving is not None and single in arriving
+        if coming or single.exists() or (single.is_symlink() and not index.exists()):
+            header = _header(single, arriving)
+            return cls(folder, header.entries, header.metadata, arriving)
         if not index.exists():
             raise _no_safetensors(folder)
-        weight_map = _read_weight_map(index)
+        weight_map = read_weight_map(index)
         entries: list[TensorEntry] = []
         metadata: dict[str, str] = {}
         for name in sorted(set(weight_map.values())):
             file = folder / name
-            if not file.exists():
+            if not file.exists() and (arriving is None or file not in arriving):
                 raise CheckpointError(f"{file}: missing, though {INDEX_FILE} names it; download or copy it again")
-            header = read_header(file)
+            header = _header(file, arriving)
             metadata.update(header.metadata)
             entries.extend(header.entries)
         _check_agreement(index, weight_map, entries)
-        return cls(folder, entries, metadata)
+        return cls(folder, entries, metadata, arriving)
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries
@@ -159,11 +169,14 @@ class CheckpointIndex:
         """Compare each shard of a Hub snapshot with the sha256 that the Hub gave it; returns how many were compared.
 
         In the Hub's cache a snapshot's file is a link to a blob that is named by its content's sha256. Shards that
-        aren't such links (a plain folder) have no promise to check and are not read. Raises CheckpointError naming
+        aren't such links (a plain folder) have no promise to check and are not read; those that are still to come are
+        compared when they do. Raises CheckpointError naming
         the blob that doesn't match.
         """
         checked = 0
         for file in self.files():
+            if self._arriving is not None and file in self._arriving:
+                continue
             blob = file.resolve()
             if not file.is_symlink() or blob.parent.name != "blobs" or not _BLOB_NAME.fullmatch(blob.name):
                 continue
@@ -180,6 +193,8 @@ class CheckpointIndex:
     def _fill(self, entry: TensorEntry, into: memoryview, start: int) -> None:
         """Read len(into) bytes of the tensor from its byte `start` on."""
         descriptor = self._descriptors.get(entry.file)
+        if descriptor is None and self._arriving is not None:
+            self._arriving.wait(entry.file)
         try:
             if descriptor is None:
                 descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -194,6 +209,10 @@ class CheckpointIndex:
             raise CheckpointError(
                 f"{entry.file}: {entry.key} can't be read: {error.strerror or error}; check the disk, or copy it again"
             ) from error
+
+
+def _header(file: Path, arriving: Arriving | None) -> Header:
+    return arriving.header(file) if arriving is not None and file in arriving else read_header(file)
 
 
 def _fresh(nbytes: int) -> Tensor:
@@ -235,7 +254,8 @@ def _position(flat: int, tensor: Tensor) -> str:
     return str(index[::-1])
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Key -> shard, as an index file has it. Raises CheckpointError for one that can't be read or leaves the folder."""
     try:
         described = json.loads(index.read_bytes())
         weight_map = described["weight_map"]

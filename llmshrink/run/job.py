@@ -204,9 +204,9 @@ def prepare(options: Options) -> Job:
     """Resolve and check everything. Raises LlmshrinkError subclasses; writes nothing."""
     recipe = _recipe(options)
     require_tools(recipe)
-    source = resolve(options.model, trust_remote_code=options.trust_remote_code)
+    source = resolve(options.model, trust_remote_code=options.trust_remote_code, stream=True)
     check_source(source, trust_remote_code=options.trust_remote_code)
-    index = CheckpointIndex.open(source.folder)
+    index = CheckpointIndex.open(source.folder, source.arriving)
     index.verify_blobs()
 
     def survey(chain: Chain, calibration: TokenWindows) -> list[list[Stage]]:

@@ -63,11 +63,13 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         self.snapshot = folder / "snapshots" / COMMIT
+        self.snapshot.mkdir(parents=True)
+        (self.snapshot / "model.safetensors").touch()
         self.files = ["config.json", "model.safetensors"]
         self.info_error: Exception | None = None
         self.download_error: Exception | None = None
         self.calls: list[tuple[Any, ...]] = []
-        self.patterns: dict[str, Any] = {}
+        self.patterns: list[Any] = []
 
     def model_info(self, name: str, *, revision: str | None, timeout: float) -> Any:
         self.calls.append(("info", name, revision))
@@ -77,7 +79,7 @@ class Hub:
 
     def snapshot_download(self, name: str, *, revision: str | None, local_files_only: bool, **patterns: Any) -> str:
         self.calls.append(("download", name, revision, local_files_only))
-        self.patterns = patterns
+        self.patterns.append(patterns["allow_patterns"])
         if self.download_error:
             raise self.download_error
         return str(self.snapshot)
@@ -108,15 +110,16 @@ def answer(kind: type[Exception], status: int) -> Exception:
 def test_a_hub_model_is_pinned_to_a_commit_before_it_is_downloaded(hub: Hub, name: str, asked: str | None) -> None:
     bare = name.partition("@")[0]
     assert resolve(name) == Source(bare, hub.snapshot, COMMIT, "hub")
-    assert hub.calls == [("info", bare, asked), ("download", bare, COMMIT, False)]
+    downloads = [("download", bare, COMMIT, False)] * 2  # what is small, and then the weights
+    assert hub.calls == [("info", bare, asked), *downloads]
 
 
 def test_pickles_never_come_down_and_python_only_when_it_is_trusted(hub: Hub) -> None:
     resolve("owner/name")
-    assert "*.safetensors" in hub.patterns["allow_patterns"] and "*.py" not in hub.patterns["allow_patterns"]
     resolve("owner/name", trust_remote_code=True)
-    assert "*.py" in hub.patterns["allow_patterns"]
-    assert not any("bin" in pattern or pattern == "*" for pattern in hub.patterns["allow_patterns"])
+    small, weights, trusted, _ = hub.patterns
+    assert "*.py" not in small and "*.py" in trusted and weights == ["model.safetensors"]
+    assert not any(kind in pattern or pattern == "*" for pattern in trusted for kind in ("bin", "safetensors"))
 
 
 def test_a_repository_of_pickles_is_refused_before_a_download(hub: Hub) -> None:
@@ -130,7 +133,7 @@ def test_a_repository_of_pickles_is_refused_before_a_download(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (answer(errors.GatedRepoError, 403), "gated: accept its terms"),
+        (answer(errors.GatedRepoError, 403), "accept its terms at huggingface.co/owner/name"),
         (answer(errors.RepositoryNotFoundError, 404), "no such model on the Hub"),
         (answer(errors.RevisionNotFoundError, 404), "has no revision v2"),
         (answer(errors.HfHubHTTPError, 500), "the download failed"),
