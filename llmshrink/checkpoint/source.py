@@ -146,8 +146,8 @@ def _check_whole(name: str, folder: Path, weights: list[str]) -> None:
     missing = [file for file in weights if not (folder / file).is_file()]
     if missing:
         raise SourceError(
-            f"{name}: the Hub can't be reached, and the local cache lacks {len(missing)} of its {len(weights)} files of "
-            f"weights ({missing[0]}); connect to the network (unset HF_HUB_OFFLINE) and run again"
+            f"{name}: the Hub can't be reached, and the local cache lacks {len(missing)} of its {len(weights)} files "
+            f"of weights ({missing[0]}); connect to the network (unset HF_HUB_OFFLINE) and run again"
         )
 
 

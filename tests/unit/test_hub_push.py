@@ -9,14 +9,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from eval_example import example
 from hub_server import READER, TOKEN, HubServer, use
 from huggingface_hub import ModelCard
+from llmshrink_eval.fingerprint import fingerprint_folder
+from llmshrink_eval.results import Results
 
 import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.cli import run
+from llmshrink.errors import LlmshrinkError
 from llmshrink.hub.push import Asked, push
 from llmshrink.hub.upload import Target, upload
+from llmshrink.run.card import card
 from llmshrink.run.progress import Silent
 
 PART = 1 << 14
@@ -341,7 +346,6 @@ def test_a_public_repository_does_not_become_private(
 
 
 def test_a_file_that_changes_under_the_push_is_told(hub: HubServer, out: Path) -> None:
-    from llmshrink.errors import LlmshrinkError
     from llmshrink.hub.upload import Item
 
     text = out / "recipe.yaml"
@@ -379,24 +383,60 @@ def test_a_run_pushes_its_result_when_it_is_done(
 # The card's evaluation.
 
 
-def test_an_evaluation_of_these_weights_goes_into_the_card(
-    hub: HubServer, made: Path, story: Path, tmp_path: Path
-) -> None:
-    report = tmp_path / "report"
-    baseline = made.parent / "model"
-    settings = {"cache": tmp_path / "cache", "speed": "none", "window": 64, "max_tokens": 512}
-    llmshrink.eval(made, baseline=baseline, text=story, output=report, **settings)
-    push(made, Asked("user/name", report=report), Silent())
+def test_an_evaluation_of_these_weights_goes_into_the_card(hub: HubServer, made: Path, tmp_path: Path) -> None:
+    found = example(models=2)
+    ours = found.models[1].model_copy(update={"fingerprint": fingerprint_folder(made, tmp_path / "cache")})
+    results = found.model_copy(update={"models": (found.models[0], ours, found.models[2])})
+    assert "has nothing of these weights" in refused_report(made, found, tmp_path / "theirs")
+    results.write(tmp_path / "results.json")
+    push(made, Asked("user/name", report=tmp_path), Silent())
     text = hub.files("user/name")["README.md"].decode()
-    assert "| this checkpoint |" in text and "KL, nats/token" in text and str(tmp_path) not in text
-    kinds = [(result.dataset_name, result.metric_type) for result in ModelCard(text).data.eval_results]
-    assert kinds[:2] == [("story.txt", "perplexity"), ("story.txt", "kl_divergence")] and len(kinds) == 4
+    rows = [line for line in text.splitlines() if line.startswith(("| model |", "| this checkpoint |"))]
+    assert len(rows) == 2 and "±" in rows[1] and "wiki7m" not in text and "No tasks were run" not in text
+    assert "KL, nats/token" in text and "Intervals are 95 %." in text
+    figures = {(one.dataset_name, one.metric_type): one.metric_value for one in ModelCard(text).data.eval_results}
+    assert ours.perplexity is not None and results.text is not None
+    assert figures[results.text.name, "perplexity"] == ours.perplexity.token
+    assert all(figures[name, task.metric.partition(",")[0]] == task.score for name, task in ours.tasks.items())
 
 
-def test_an_evaluation_of_other_weights_is_refused(
+def refused_report(folder: Path, results: Results, place: Path) -> str:
+    place.mkdir()
+    results.write(place / "results.json")
+    with pytest.raises(LlmshrinkError) as caught:
+        push(folder, Asked("user/name", report=place, dry_run=True), Silent())
+    return str(caught.value)
+
+
+def test_a_report_that_is_none_is_refused(
     hub: HubServer, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no results.json that can be read" in refused(capsys, made, "user/name", "--report", tmp_path)
+
+
+def test_an_edited_card_is_not_written_over(hub: HubServer, out: Path, tmp_path: Path) -> None:
+    (out / "README.md").write_text("---\nlicense: mit\n---\n# My own\n")
+    report = push(out, Asked("user/name"), Silent())
+    assert hub.files("user/name")["README.md"].endswith(b"# My own\n")
+    assert "README.md was edited, and goes as it is" in report.notes
+    (out / "README.md").write_text("---\nlicense: [mit\n---\n# My own\n")
+    with pytest.raises(LlmshrinkError, match="its metadata can't be read"):
+        push(out, Asked("user/name"), Silent())
+
+
+def test_the_card_is_a_function_of_the_folder_and_says_what_matters(made: Path) -> None:
+    text = (made / "README.md").read_text()
+    assert text == card(made) == card(made) and str(made.parent) not in text
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "mit" and data["library_name"] == "transformers" and "base_model" not in data
+    assert {"llmshrink", "quantized", "compressed-tensors"} == set(data["tags"])
+    (figures,) = data["model-index"][0]["results"]
+    assert [metric["type"] for metric in figures["metrics"]] == ["perplexity", "kl_divergence"]
+    headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["What it costs", "Recipe", "How to use it", "Made and verified with", "Known limits"]
+    assert (made / "recipe.yaml").read_text().strip() in text
+    assert text.count("| model.layers.") == 14 and "<details>" in text
+    assert "Licence: mit (says the original's README.md)" in text
 
 
 def test_the_record_has_the_sums_of_all_weights(made: Path) -> None:
