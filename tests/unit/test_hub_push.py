@@ -135,7 +135,7 @@ def test_weights_of_another_model_are_not_mixed_with_these(
     [
         (GENERATION, '{\n "note": "hf_' + "a" * 34 + '"}', "generation_config.json, line 2: a token of the Hub"),
         (GENERATION, '{"note": "my secret token"}', "generation_config.json, line 1: your token of the Hub"),
-        (GENERATION, '{"_name_or_path": "/home/ann/models/x"}', "line 1: a path of this machine (/home/ann/)"),
+        (GENERATION, '{"_name_or_path": "/home/ann/models/x"}', "line 1: a path of this machine (/home/ann)"),
         ("tokenizer_config.json", "-----BEGIN RSA PRIVATE KEY-----", "tokenizer_config.json, line 1: a private key"),
     ],
 )  # fmt: skip
@@ -151,11 +151,17 @@ def test_tokens_keys_and_paths_are_found_by_file_and_line(
     assert "a" * 34 not in line and "my secret token" not in line
 
 
-def test_this_folders_own_path_is_found_anywhere(hub: HubServer, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (out / "SOURCE_README.md").write_text(f"---\nlicense: mit\n---\nfrom {out.resolve()}\n")
-    assert f"SOURCE_README.md, line 4: a path of this machine ({out.resolve()})" in refused(
-        capsys, out, "user/name", "--yes"
-    )
+def test_a_path_of_this_machine_is_found_in_any_text_and_what_anybody_may_write_is_not(
+    hub: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/root")
+    text = "---\nlicense: mit\n---\nrun it as /root/x, /home/you/y, in /tmp/z\n"
+    (out / "SOURCE_README.md").write_text(text)
+    assert pushed(out, "user/name", "--yes", "--dry-run") == 0
+    capsys.readouterr()
+    (out / "SOURCE_README.md").write_text(f"{text}from {out.resolve()}\n")
+    place = out.resolve().parent
+    assert f"SOURCE_README.md, line 5: a path of this machine ({place}/)" in refused(capsys, out, "user/name", "--yes")
 
 
 def test_damaged_weights_do_not_leave(hub: HubServer, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
