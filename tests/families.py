@@ -2,7 +2,7 @@
 
     python tests/families.py
 
-runs the test of every cell and writes the table into README.md when all of them pass. A column
+runs the test of every cell, the real engine's too, and writes the table into README.md when all of them pass. A column
 is a line in SCHEMES, a row one in FAMILIES; a cell that can't be is one in REFUSED, with what the refusal says.
 """
 
@@ -16,12 +16,15 @@ from typing import Any, Literal
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- families: written by `python tests/families.py` -->", "<!-- families: end -->"
-TESTS = ("tests/unit/test_families.py",)
+TESTS = ("tests/unit/test_families.py", "tests/engine/test_families.py")
+ENGINE = "4 bit in vLLM"
+SERVABLE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+"""The smallest shapes that vLLM's CPU build serves."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model of a `model_type`. changes: of its config. served: further ones, with which the engine takes it."""
+    """A tiny model of a `model_type`. changes: of its config. served: further ones in the shapes of SERVABLE."""
 
     model_type: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +100,7 @@ REFUSED: dict[tuple[str, str], str] = {
 
 def table() -> str:
     """The README's table, as markdown: rows are families, `yes` is a test that passes, a number is a reason below."""
-    columns = [*SCHEMES]
+    columns = [*SCHEMES, ENGINE]
     reasons = list(dict.fromkeys(REFUSED.values()))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for title in FAMILIES:

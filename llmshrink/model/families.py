@@ -38,6 +38,7 @@ class Family:
     in words, why it can't have fewer KV groups. merged: linears that the checkpoint has in one. channels_field: what
     config.json calls the FFN's channels.
     head_dim_in_vllm: whether vLLM reads the width of a head from the config; else it divides hidden_size by the heads.
+    float16_in_vllm: whether vLLM computes the architecture in float16; else in bfloat16 alone, of the 16-bit dtypes.
     """
 
     fused: dict[str, tuple[str, ...]]
@@ -47,6 +48,7 @@ class Family:
     merged: Mapping[str, Merged] = field(default_factory=dict)
     channels_field: str = "intermediate_size"
     head_dim_in_vllm: bool = True
+    float16_in_vllm: bool = True
 
     def fused_name(self, site: str) -> str | None:
         """The engine layer that holds `site` together with others, by full name, or None."""
@@ -82,6 +84,8 @@ _LLAMA = Family(
     attention=Narrowing(("q_proj", "k_proj", "v_proj"), "o_proj"),
 )
 
+_GEMMA = replace(_LLAMA, float16_in_vllm=False)
+
 _PHI3 = Family(
     fused={},
     row_parallel=("o_proj", "down_proj"),
@@ -101,8 +105,8 @@ _OPT = Family(
 _NORM_OVER_HEADS = "q_norm and k_norm take the mean over all heads together, so fewer heads change what the rest become"
 
 FAMILIES: dict[str, Family] = {
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -6,8 +6,8 @@ log-probabilities), tasks by lm-eval's own class for vLLM. The original is run b
 models and not the engines, and the KL of a model with itself is 0.
 
 On a CPU a plain checkpoint computes in float32, as everything here does; vLLM's 4-bit kernels don't run in float32, so
-a compressed one computes in float16, which costs about 3e-6 nats of KL (bfloat16: 2e-4). On CUDA the dtype is that
-asked for, or the config's own.
+a compressed one computes in float16, which costs about 3e-6 nats of KL, or in bfloat16 (2e-4) where vLLM refuses the
+architecture in float16. On CUDA the dtype is that asked for, or the config's own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ CACHE_BYTES = 1 << 30
 SLACK = 256
 """Tokens: the cache comes in blocks, the largest of which are of 128."""
 DTYPES = ("float32", "bfloat16", "float16")
+NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+"""Architectures that vLLM refuses to compute in float16, which their numbers outgrow."""
 
 
 class VllmEngine:
@@ -179,7 +181,7 @@ class VllmEngine:
         if asked not in DTYPES:
             raise EvalError(f"--dtype {asked}: {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
         if compressed and (asked == "float32" or self._running.device == "cpu"):
-            return "float16"
+            return "bfloat16" if self._config.model_type in NOT_IN_FLOAT16 else "float16"
         return "float32" if self._running.device == "cpu" else asked
 
     def _stops(self) -> list[int]:

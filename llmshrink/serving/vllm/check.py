@@ -62,13 +62,13 @@ def compare_with_transformers(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int = 8,
-    dtype: str = "float16",
+    dtype: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> EngineReport:
     """Run vLLM on a checkpoint and hold it to transformers on the same one.
 
-    prompts: token ids, each not empty. Needs the compressed-tensors library, which vLLM brings. Raises EngineError when
-    the engine doesn't serve the checkpoint.
+    prompts: token ids, each not empty. dtype: as `engine_logprobs`'. Needs the compressed-tensors library, which vLLM
+    brings. Raises EngineError when the engine doesn't serve the checkpoint.
     """
     result = engine_logprobs(checkpoint, prompts, max_tokens=max_tokens, dtype=dtype)
     return compare(result, prompts, transformers_logits(checkpoint), tolerance=tolerance)

@@ -23,6 +23,7 @@ from typing import Any, TypedDict
 
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
+from llmshrink.model.families import FAMILIES
 from llmshrink.serving.launch import AS_MEASURED, Installed, install_line, installed
 from llmshrink.serving.preflight import BNB_PLUGIN, NO_BNB, plugin_here
 
@@ -73,13 +74,14 @@ def engine_logprobs(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int = 8,
-    dtype: str = "float16",
+    dtype: str | None = None,
     timeout: float = TIMEOUT,
 ) -> EngineResult:
     """Generate `max_tokens` tokens greedily after each prompt (token ids), in one engine.
 
-    dtype: the engine's; float16 is the closest to float32 in which int4 kernels run. timeout: seconds. Raises
-    EngineError, one line, when vLLM isn't installed, doesn't start, or doesn't serve the checkpoint.
+    dtype: the engine's; None is the closest to float32 in which int4 kernels run: float16, or bfloat16 for an
+    architecture that vLLM refuses in float16. timeout: seconds. Raises EngineError, one line, when vLLM isn't
+    installed, doesn't start, or doesn't serve the checkpoint.
     """
     assert prompts and all(prompts) and max_tokens >= 1, (len(prompts), max_tokens)
     engine = installed()
@@ -93,7 +95,7 @@ def engine_logprobs(
         _refuse_bits_without_cpu_kernel(checkpoint)
     request = {
         "model": os.fspath(checkpoint),
-        "dtype": dtype,
+        "dtype": dtype or closest_dtype(checkpoint),
         "prompts": [list(prompt) for prompt in prompts],
         "max_tokens": max_tokens,
         "top": TOP,
@@ -111,14 +113,23 @@ def engine_logprobs(
     )
 
 
-def _quantization(checkpoint: Path) -> dict[str, Any]:
-    """The quantization_config of config.json; empty where there is none."""
+def _config(checkpoint: Path) -> dict[str, Any]:
     try:
-        config = json.loads((checkpoint / "config.json").read_text())
+        config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise EngineError(f"{checkpoint}: no readable config.json there; name a checkpoint's folder") from error
-    found: dict[str, Any] = config.get("quantization_config") or {}
+    return config
+
+
+def _quantization(checkpoint: Path) -> dict[str, Any]:
+    """The quantization_config of config.json; empty where there is none."""
+    found: dict[str, Any] = _config(checkpoint).get("quantization_config") or {}
     return found
+
+
+def closest_dtype(checkpoint: Path) -> str:
+    family = FAMILIES.get(str(_config(checkpoint).get("model_type")))
+    return "float16" if family is None or family.float16_in_vllm else "bfloat16"
 
 
 def _refuse_bitsandbytes(checkpoint: Path) -> None:
