@@ -29,6 +29,8 @@ from llmshrink.run.workspace import narrowing, solving
 LIBRARIES = 15_000_000
 """Bytes that the mathematical libraries take when the first large batch is computed: code, threads' buffers."""
 FLOAT = 4
+DECODING = 14
+"""Bytes that a weight takes while it is brought back from a format: packed, as codes, in float32, and as it's used."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class _Activations:
 
 
 def _at_the_ends(job: Job, sizes: _Activations) -> Iterator[tuple[int, int]]:
-    """(in memory as stored, on the device) while the model is read first, while batches are embedded, at the head."""
+    """(in memory as stored, on the device) while the model is read first, while batches are embedded, at the head, and
+    while the result is read back."""
     chain, index = job.chain, job.index
     dtype = chain.skeleton.dtype
     outside = [index.entry(key) for key in outside_keys(job)]
@@ -109,6 +112,9 @@ def _at_the_ends(job: Job, sizes: _Activations) -> Iterator[tuple[int, int]]:
     # Both streams begin as one.
     tokens = sizes.calibration * sizes.any + sizes.held_out
     yield here, there + (sizes.batch if sizes.in_files else tokens) * sizes.at_rest
+    if job.options.verify:
+        largest = max((site.out_features * site.in_features for site in job.sites), default=0)
+        yield of_block[0] + DECODING * largest, of_block[1] + here
     head = chain.skeleton.model.get_output_embeddings().weight
     rows = head.shape[0] * head.shape[1]
     held_out = 2 * sizes.held_out * sizes.at_rest

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -119,8 +120,8 @@ def _of_cgroup() -> int | None:
     for folder, most, used, files in _groups():
         try:
             limit, current = ((folder / name).read_text().strip() for name in (most, used))
-            said = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
+            said = dict(re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE))
+        except OSError:
             continue
         if limit.isdigit():
             left.append(int(limit) - int(current) + int(said.get(files, 0)))

@@ -27,6 +27,7 @@ from llmshrink.model.chain import Chain
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run import by_transformers, heldout
 from llmshrink.run.journal import RECORD
+from llmshrink.run.memory import give_back
 from llmshrink.run.report import VerifyReport, rows_of
 from llmshrink.run.storage import format_of
 
@@ -101,6 +102,7 @@ def recompute(
         with torch.no_grad():
             hidden = [chain.calls(batch)[number].run(block, h) for batch, h in zip(batches, hidden, strict=True)]
         chain.skeleton.release(chain.name(number))
+        give_back()
     chain.load_tail()
     return heldout.merge([heldout.reference(batch, h, chain.logits) for batch, h in zip(batches, hidden, strict=True)])
 

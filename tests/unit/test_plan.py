@@ -1,0 +1,179 @@
+"""What a plan says before a run is what the run then is: bytes exactly, memory near enough, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmshrink
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.source import Source
+from llmshrink.errors import LlmshrinkError, NoRoomError, OutputError, RecipeError
+from llmshrink.model.outline import outlined_stages
+from llmshrink.run import fits, memory, quantize
+from llmshrink.run.job import Options, outline, prepare
+from llmshrink.run.sizes import sizes_of
+
+ModelOf = Callable[..., Path]
+FEW = {"samples": 4, "seq_len": 32}
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+
+
+def options(model: Path, story: Path, **more: Any) -> Options:
+    return Options(model=str(model), output=Path("nowhere"), verb="compress", calibration=str(story), **FEW, **more)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "more"),
+    [
+        ("llama", "rtn-w4a16", {"bits": 3, "group_size": 64, "asymmetric": True, "max_shard_size": "8kB"}),
+        ("llama", "magnitude-2of4", {"format": "llmshrink"}),
+        ("qwen2", "width-prune", {"set": ["steps.0.width.channels=0.5", "steps.0.width.kv_groups=1"]}),
+        ("qwen2", "depth-prune", {"set": "steps.0.depth.drop=1"}),
+    ],
+)
+def test_every_file_of_weights_is_known_to_the_byte(
+    model_of: ModelOf, story: Path, tmp_path: Path, family: str, recipe: str, more: dict[str, Any]
+) -> None:
+    asked = {"recipe": recipe, "calibration": story, **FEW, **more}
+    made = llmshrink.plan(model_of(family), measured=False, **asked)
+    llmshrink.compress(model_of(family), output=tmp_path / "out", verify=False, **asked)
+    assert made.output_bytes == sum(files(tmp_path / "out").values())
+    assert ("max_shard_size" in more) == (len(files(tmp_path / "out")) > 4)
+    said = llmshrink.inspect(tmp_path / "out")
+    assert made.bits_per_weight == pytest.approx(said.bits_per_weight, rel=1e-12)
+    assert made.linear_bits_per_weight == pytest.approx(said.linear_bits_per_weight, rel=1e-12)
+    taken = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert made.disk_bytes == pytest.approx(taken, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_an_outline_finds_the_stages_that_the_analysis_finds(model_of: ModelOf, story: Path, family: str) -> None:
+    folder = model_of(family)
+    whole = prepare(options(folder, story, recipe="rtn-w4a16"))
+    index = CheckpointIndex.open(folder)
+    source = Source(str(folder), folder, None, "folder")
+    again = outline(options(folder, story, recipe="rtn-w4a16"), source, index, text_here=True)
+    assert again.stages == whole.stages == outlined_stages(again.chain, 8)
+    assert not index.reads
+    assert {name: one.spec for name, one in again.assigned.items()} == {
+        name: one.spec for name, one in whole.assigned.items()
+    }
+
+
+def test_a_plan_reads_no_text_from_elsewhere_and_writes_nothing(
+    model_of: ModelOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = llmshrink.plan(model_of("llama"), output="out", **FEW)  # the public mix, which would be fetched
+    assert made.ok and made.seconds is not None and made.seconds > 0 and not list(tmp_path.iterdir())
+    assert set(made.to_dict()) >= {
+        "peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "output_bytes", "bits_per_weight", "seconds", "engines",
+        "download_bytes",
+    }  # fmt: skip
+    assert json.loads(json.dumps(made.to_dict()))["engines"]["transformers"]["serves"] is True
+    assert made.seconds == pytest.approx(sum(made.parts.values()))
+
+
+def test_what_no_engine_serves_is_said(model_of: ModelOf, story: Path) -> None:
+    made = llmshrink.plan(model_of("llama"), recipe="rtn-w4a16", bits=3, calibration=story, measured=False, **FEW)
+    assert not made.engines["vllm-cpu"].serves or made.engines["vllm-cpu"].needs is not None
+    own = llmshrink.plan(
+        model_of("llama"), recipe="magnitude-2of4", format="llmshrink", calibration=story, measured=False, **FEW
+    )
+    assert own.engines["vllm-cuda"].needs == "llmshrink's plugin"
+
+
+def test_a_plan_refuses_what_the_run_would(model_of: ModelOf, story: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="use llmshrink prune"):
+        llmshrink.plan(model_of("llama"), recipe="alps-2of4", verb="quantize", calibration=story, **FEW)
+    with pytest.raises(RecipeError, match="distill TEACHER STUDENT"):
+        llmshrink.plan(model_of("llama"), recipe="distill-recover", calibration=story, **FEW)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(OutputError, match="wasn't written by llmshrink"):
+        llmshrink.plan(model_of("llama"), output=tmp_path / "out", calibration=story, **FEW)
+    with pytest.raises(LlmshrinkError, match="are needed"):
+        llmshrink.plan(model_of("llama"), calibration=story, samples=10**6)
+
+
+def test_a_run_that_cannot_fit_stops_before_it_starts(
+    model_of: ModelOf, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fits, "free_memory", lambda device: 1_000_000)
+    with pytest.raises(NoRoomError, match=r"MB of memory more, 1\.00 MB are free; fewer --samples than 4"):
+        llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **FEW)
+    assert not list(tmp_path.iterdir())
+    made = llmshrink.plan(model_of("llama"), calibration=story, measured=False, **FEW)
+    assert not made.ok and "--samples" in made.faults[0] and made.faults[0] in made.lines()[-1]
+
+
+def test_activations_in_files_need_room_beside_the_output(
+    model_of: ModelOf, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    placement = quantize.Placement(tmp_path / "spill", False)
+    monkeypatch.setattr(quantize.Placement, "choose", lambda job, folder: placement)
+    monkeypatch.setattr(quantize, "check_room", lambda folder, needed: asked.append(needed))
+    job = prepare(options(model_of("llama"), story, recipe="gptq-w4a16"))
+    quantize.check_fits(job, tmp_path)
+    sizes, width = sizes_of(job), job.chain.skeleton.model.config.hidden_size
+    tokens = [batch.input_ids.numel() for batch in job.batches]
+    streams = 2 * sum(tokens) * width * job.chain.skeleton.dtype.itemsize
+    assert asked == [sizes.output + sizes.beside + streams]
+
+
+def test_control_groups_and_limits_of_address_space_are_limits_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = memory.free_memory(torch.device("cpu"))
+    for name, text in {
+        "memory.max": "300000000", "memory.current": "250000000", "memory.stat": "anon 1\ninactive_file 50000000\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert memory.free_memory(torch.device("cpu")) == 100_000_000 < free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory(torch.device("cpu")) > 100_000_000
+    limit = memory.psutil.Process().memory_info().vms + 50_000_000
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (limit, resource.RLIM_INFINITY))
+    assert 0 < memory.free_memory(torch.device("cpu")) <= 50_000_000
+
+
+PEAK = """
+import re, sys
+import llmshrink
+asked = {"samples": 64, "recipe": sys.argv[1]}
+if sys.argv[2] == "plan":
+    print(llmshrink.plan("demo", measured=False, **asked).peak_ram_bytes)
+else:
+    llmshrink.compress("demo", output=sys.argv[3], verify=False, **asked)
+    # Not getrusage's: a child's begins with that of the process that started it.
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_foretold_within_15_percent(tmp_path: Path) -> None:
+    said = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PEAK, "gptq-w4a16", work, str(tmp_path / "out")],
+                check=True, capture_output=True, text=True,
+            ).stdout.splitlines()[-1]
+        )
+        for work in ("plan", "run")
+    ]  # fmt: skip
+    assert 0.85 < said[0] / said[1] < 1.15, said
