@@ -15,11 +15,24 @@ if TYPE_CHECKING:
     from llmshrink.planning.report import Plan
     from llmshrink.run.report import QuantizeReport
 
+
+def shipped_recipes(incomplete: str) -> list[str]:
+    """What a shell may complete the name of a recipe to; a file, where it is none of these."""
+    from llmshrink.recipe.read import shipped_names
+
+    return [name for name in shipped_names() if name.startswith(incomplete)]
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hub id (owner/name or owner/name@revision), a folder, or `demo`.")
 ]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write; it appears whole.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe (`llmshrink recipes`) or a YAML file.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe", help="A shipped recipe (`llmshrink recipes`) or a YAML file.", autocompletion=shipped_recipes
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="A name from `datasets`, a .txt, .jsonl or .parquet file, or `demo`; else a public mix."),
