@@ -10,6 +10,7 @@ from llmshrink.checkpoint.preflight import check_room
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.errors import OutputError
 from llmshrink.planning.report import Plan
+from llmshrink.run.fits import on_one_disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +28,10 @@ class Found:
 
 
 def find(model: str, *, trust_remote_code: bool) -> Found:
-    """The model without its weights, none of which is fetched or read. Raises SourceError as a run does."""
-    source = resolve(model, trust_remote_code=trust_remote_code)
-    return Found(source, CheckpointIndex.open(source.folder), 0)
+    """The model without its weights, of which only headers are fetched or read. Raises SourceError as a run does."""
+    source = resolve(model, trust_remote_code=trust_remote_code, stream=True)
+    index = CheckpointIndex.open(source.folder, source.arriving)
+    return Found(source, index, 0 if source.arriving is None else source.arriving.nbytes())
 
 
 def text_here(spec: str | None, source: Source) -> bool:
@@ -40,9 +42,19 @@ def text_here(spec: str | None, source: Source) -> bool:
 
 
 def fitting(made: Plan, output: Path) -> Plan:
-    """With a fault where the disk at OUT has too little room."""
-    try:
-        check_room(output, made.disk_bytes)
-    except OutputError as error:
-        return replace(made, faults=(*made.faults, str(error)))
-    return made
+    """With a fault where the disk at OUT, or the one of the Hub's cache, has too little room."""
+    needed = [(output, made.disk_bytes, "the output")]
+    if made.download_bytes:
+        from huggingface_hub import constants
+
+        cache, together = Path(constants.HF_HUB_CACHE), 0
+        if on_one_disk(cache, output):
+            together = made.disk_bytes
+        needed.append((cache, made.download_bytes + together, "the download" + (" and the output" if together else "")))
+    faults = []
+    for folder, count, what in needed:
+        try:
+            check_room(folder, count, what)
+        except OutputError as error:
+            faults.append(str(error))
+    return replace(made, faults=(*made.faults, *faults))

@@ -18,7 +18,7 @@ from llmshrink.planning.spent import now
 from llmshrink.recipe.read import load_recipe
 from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
-from llmshrink.run.job import Options, outline
+from llmshrink.run.job import Job, Options, outline
 from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import give_back, lean_imports, resident
 from llmshrink.run.quantize import Placement
@@ -66,7 +66,7 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
         parts={},
         activations=_where(placement),
         engines=engines(job.notes, job.format),
-        notes=tuple(job.notes),
+        notes=(*job.notes, *unknown(job, found.download)),
         faults=tuple(faults),
         probe_seconds=0.0,
     )
@@ -74,6 +74,18 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
     if recipe.distill is not None:
         made = taught(made, job, recipe.distill, measured=measured and found.here)
     return fitting(made, options.output)
+
+
+def unknown(job: Job, download: int) -> list[str]:
+    """What the plan doesn't know."""
+    found = []
+    if download:
+        found.append("how long the download takes depends on the network: it isn't in the time")
+    if job.recipe.tune is not None:
+        found.append("what its tune step takes, of memory and of time, isn't in these figures")
+    if any(spec.prune is not None and spec.prune.by_error for spec in job.specs.values()):
+        found.append("the pass that finds ratios by error isn't in the time")
+    return found
 
 
 def _where(placement: Placement) -> str:

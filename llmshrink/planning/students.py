@@ -38,7 +38,10 @@ def plan(asked: Options, *, measured: bool = True) -> Plan:
         return fitting(_cut(asked, asked.student_from, measured=measured), asked.output)
     assert asked.student is not None
     found = find(asked.student, trust_remote_code=asked.trust_remote_code)
-    return fitting(with_teaching(_as_it_is(found), asked, None, measured=measured, smaller=1.0), asked.output)
+    teacher = find(asked.teacher, trust_remote_code=asked.trust_remote_code)
+    made = replace(_as_it_is(found), download_bytes=found.download + teacher.download)
+    here = found.here and teacher.here
+    return fitting(with_teaching(made, asked, None, measured=measured and here, smaller=1.0), asked.output)
 
 
 def _as_it_is(found: Found) -> Plan:
@@ -110,7 +113,8 @@ def _cut(asked: Options, student_from: str, *, measured: bool) -> Plan:
         )
     bytes_after = round(made.source_bytes * share)
     made = replace(made, recipe="distill", output_bytes=bytes_after, disk_bytes=made.disk_bytes + bytes_after)
-    return with_teaching(made, replace(asked, student=asked.teacher), None, measured=measured, smaller=share)
+    asked = replace(asked, student=asked.teacher)
+    return with_teaching(made, asked, None, measured=measured and teacher.here, smaller=share)
 
 
 def taught(made: Plan, job: Job, step: Distill, *, measured: bool) -> Plan:

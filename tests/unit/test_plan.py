@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer, use
 
 import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
@@ -84,6 +85,22 @@ def test_a_plan_reads_no_text_from_elsewhere_and_writes_nothing(
     }  # fmt: skip
     assert json.loads(json.dumps(made.to_dict()))["engines"]["transformers"]["serves"] is True
     assert made.seconds == pytest.approx(sum(made.parts.values()))
+
+
+def test_of_a_model_on_the_hub_only_headers_come(
+    model_of: ModelOf, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as hub:
+        use(hub, monkeypatch, tmp_path / "home")
+        hub.publish("owner/name", model_of("llama"))
+        asked = {"recipe": "rtn-w4a16", "group_size": 32, "calibration": story, **FEW}
+        made = llmshrink.plan("owner/name", **asked)
+        whole = [one.path for one in hub.asked("GET", "/cdn/") if one.range is None]
+    local = llmshrink.plan(model_of("llama"), measured=False, **asked)
+    assert not whole and not list((tmp_path / "home").rglob("*.safetensors"))
+    assert made.download_bytes == sum(files(model_of("llama")).values()) and local.download_bytes == 0
+    assert made.output_bytes == local.output_bytes and made.seconds is not None
+    assert any("download" in note for note in made.notes) and "download    " in made.lines()[1]
 
 
 def test_what_no_engine_serves_is_said(model_of: ModelOf, story: Path) -> None:
