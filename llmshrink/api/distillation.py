@@ -38,6 +38,7 @@ class RunSettings(DistillSettings, total=False):
     """And what is this run's own."""
 
     student_from: str | None
+    teacher_cache_tokens: int | None
     accumulate: int
     seq_len: int | None
     optim: str

@@ -25,7 +25,13 @@ def distill(
     recipe: Annotated[
         str, typer.Option("--recipe", help="A recipe of one distill step: a shipped one or a YAML file.")
     ] = "distill-recover",
-    data: Annotated[str | None, typer.Option(help="A .txt, .jsonl or .parquet, a `datasets` name, or `demo`.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A .txt, .jsonl or .parquet, a `datasets` name, or `demo` (left out: the demo's own for `demo`, else "
+            "a public mix)."
+        ),
+    ] = None,
     generated_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens of text that the teacher writes, beside the data.")
     ] = None,
@@ -38,6 +44,10 @@ def distill(
     ] = None,
     teacher_cache: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Keep the teacher's outputs there, or find them there.")
+    ] = None,
+    teacher_cache_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Tokens that it keeps of every position, the rest as one (left out: 64)."),
     ] = None,
     teacher_quant: Annotated[
         Literal["nf4", "int8"] | None, typer.Option(help="Hold the teacher in so few bits (bitsandbytes).")
@@ -86,6 +96,7 @@ def distill(
         "data": data,
         "generated_tokens": generated_tokens,
         "teacher_cache": teacher_cache,
+        "teacher_cache_tokens": teacher_cache_tokens,
         "teacher_quant": teacher_quant,
         "steps": steps,
         "batch_size": batch_size,

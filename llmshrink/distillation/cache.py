@@ -4,10 +4,11 @@
     FOLDER/windows-00000.safetensors ids [windows, length, k], logprobs float16 likewise, tail float16 [windows, length]
     FOLDER/held_out.safetensors      the teacher's hidden states on the held-out windows, and its output layer
 
-Ids are 2 bytes where the vocabulary allows, else 4. So a token takes 4 k + 2 bytes, or 6 k + 2: 258 or 386 with the
-usual k of 64. Log-probabilities in float16 are off by at most 2^-11 of themselves, and p |log p| is at most 1/e: the
-divergence of a position is off by less than 2e-4 nats for it. What the bucket leaves out is the divergence within it,
-which only a student that differs from the teacher in what both find unlikely ever sees.
+Ids are 2 bytes where the vocabulary allows, else 4 (`bytes_per_token`). Log-probabilities in float16 are off by at most
+2^-11 of themselves, and p |log p| is at most 1/e: the divergence of a position is off by less than 2e-4 nats for it.
+What the bucket leaves out is the divergence within it: its probability times the KL between the two models'
+distributions inside it, exactly, as KL adds up along a tree. The cached loss is too small by that, the less the larger
+k is.
 
 A cache grows file by file; one that was interrupted goes on, and one of another teacher, text or temperature is
 refused.
@@ -26,18 +27,41 @@ from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
 from llmshrink.calibration.tokens import TokenWindows
+from llmshrink.checkpoint.preflight import check_room
 from llmshrink.distillation.chunked import Tail, chunk_rows
 from llmshrink.distillation.objective import TopK
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import LlmshrinkError
 from llmshrink.run import disk
-from llmshrink.run.progress import Progress
+from llmshrink.run.progress import Progress, size
 
 MANIFEST = "manifest.json"
 HELD_OUT = "held_out.safetensors"
 LIKELIEST = 64
-FILE_TOKENS = 1 << 17
-"""Positions in a file: some 34 MB."""
+"""Tokens that are kept unless the user says otherwise."""
+FILE_BYTES = 1 << 25
+"""Of a file, about."""
+
+NARROW_IDS = 1 << 16
+"""The largest vocabulary whose ids are 2 bytes."""
+SAID: dict[str, str] = {
+    "data": "text, window length or mask",
+    "held_out": "held-out text",
+    "temperature": "--temperature",
+    "quant": "--teacher-quant",
+    "likeliest": "--teacher-cache-tokens",
+    "batch_size": "--batch-size",
+}
+"""Fields of a key -> what a user calls them, where that differs."""
+
+
+def bytes_per_token(likeliest: int, vocabulary: int) -> int:
+    """What one position takes on disk: `likeliest` ids and log-probabilities, and the bucket's."""
+    return likeliest * (_id_dtype(vocabulary).itemsize + torch.float16.itemsize) + torch.float16.itemsize
+
+
+def _id_dtype(vocabulary: int) -> torch.dtype:
+    return torch.int16 if vocabulary <= NARROW_IDS else torch.int32
 
 
 @dataclass(frozen=True)
@@ -75,7 +99,8 @@ class CachedTeacher:
         ids, logprobs, tail = (torch.stack([part[i] for part in parts]).to(self._device)[where] for i in range(3))
 
         def rows(part: slice) -> TopK:
-            return TopK(ids[part], logprobs[part], tail[part])
+            wide = ids[part].int() & 0xFFFF if ids.dtype == torch.int16 else ids[part]
+            return TopK(wide.long(), logprobs[part].float(), tail[part].float())
 
         return rows
 
@@ -86,8 +111,7 @@ class CachedTeacher:
         if file not in self._open:
             self._open[file] = safe_open(self._folder / _file(file), framework="pt")
         ids, logprobs, tail = (self._open[file].get_slice(name)[row] for name in ("ids", "logprobs", "tail"))
-        wide = (ids.int() & 0xFFFF if ids.dtype == torch.int16 else ids).long()
-        return wide, logprobs.float(), tail.float()
+        return ids, logprobs, tail
 
 
 class HeldOutTeacher:
@@ -130,8 +154,8 @@ def is_whole(folder: Path, key: CacheKey) -> bool:
     differs = key.difference(manifest["key"])
     if differs is not None:
         raise LlmshrinkError(
-            f"{folder}: holds a teacher's outputs for another {differs} ({manifest['key'].get(differs)}, here "
-            f"{getattr(key, differs)}); name another folder with --teacher-cache"
+            f"{folder}: holds a teacher's outputs for another {SAID.get(differs, differs)} "
+            f"({manifest['key'].get(differs)}, here {getattr(key, differs)}); name another folder with --teacher-cache"
         )
     wanted = [_file(number) for number in range(manifest["files"])] + [HELD_OUT]
     for name in wanted:
@@ -149,14 +173,20 @@ def make(
     """Ask the teacher about all windows and write it down, or what of it isn't there yet.
 
     key: of an absent, empty or unfinished cache (see `is_whole`). Each file appears whole, the manifest after it.
+    Raises OutputError where the disk has no room for it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     length = windows.input_ids.shape[1]
-    a_file = max(key.batch_size, FILE_TOKENS // length // key.batch_size * key.batch_size)
+    each, tokens = bytes_per_token(key.likeliest, split.weight.shape[0]), windows.input_ids.numel()
+    there = sum(path.stat().st_size for path in folder.glob("windows-*.safetensors"))
+    check_room(folder, max(0, tokens * each - there), "the teacher's outputs")
+    progress.note(f"teacher     {tokens:,} tokens, {each:,} bytes of each to keep: {size(tokens * each)} in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    a_file = max(key.batch_size, FILE_BYTES // each // length // key.batch_size * key.batch_size)
     count = -(-len(windows.input_ids) // a_file)
     manifest: dict[str, Any] = {"key": vars(key), "windows_a_file": a_file, "files": count, "sha256": {}}
     if (folder / MANIFEST).is_file():
         manifest = _read_manifest(folder)
+        a_file, count = manifest["windows_a_file"], manifest["files"]
     else:  # before any file: a folder that was left after the first would be nobody's
         disk.write_json(folder / MANIFEST, manifest)
     for number in range(count):
@@ -178,20 +208,21 @@ def _add(folder: Path, name: str, tensors: dict[str, Tensor], manifest: dict[str
 def _ask(split: SplitModel, ids: Tensor, mask: Tensor, key: CacheKey) -> dict[str, Tensor]:
     device = split.weight.device
     kept: list[list[Tensor]] = []
-    narrow = torch.int16 if split.weight.shape[0] <= 1 << 16 else torch.int32
+    narrow = _id_dtype(split.weight.shape[0])
     for start in range(0, len(ids), key.batch_size):
         part = slice(start, start + key.batch_size)
         padded = None if bool(mask[part].all()) else mask[part].to(device)
         with torch.no_grad():
             hidden = split.hidden(ids[part].to(device), padded)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        found = [TopK.of(split.logits(rows), key.likeliest, key.temperature) for rows in _chunks(flat, split)]
-        shape = (*hidden.shape[:2], -1)
-        columns = [torch.cat([getattr(each, name) for each in found]) for name in ("ids", "logprobs", "tail")]
-        kept.append(
-            [columns[0].to(narrow).view(shape), columns[1].half().view(shape), columns[2].half().view(shape[:2])]
-        )
-    ids_, logprobs, tail = (torch.cat([each[i] for each in kept]).cpu() for i in range(3))
+        shape = hidden.shape[:2]
+        found = []
+        for rows in _chunks(flat, split):
+            said = TopK.of(split.logits(rows), key.likeliest, key.temperature)
+            found.append((said.ids.to(narrow).cpu(), said.logprobs.half().cpu(), said.tail.half().cpu()))
+        columns = [torch.cat(column) for column in zip(*found, strict=True)]
+        kept.append([column.view(*shape, *column.shape[1:]) for column in columns])
+    ids_, logprobs, tail = (torch.cat([each[i] for each in kept]) for i in range(3))
     return {"ids": ids_, "logprobs": logprobs, "tail": tail}
 
 

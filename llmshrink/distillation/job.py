@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from importlib.util import find_spec
@@ -26,12 +26,14 @@ from llmshrink.distillation.narrow import TeacherQuant, check_narrow, load_narro
 from llmshrink.distillation.objective import Divergence, Objective
 from llmshrink.distillation.processes import Processes
 from llmshrink.distillation.smaller import Smaller, make_student
-from llmshrink.distillation.student import Student, Train, open_student
+from llmshrink.distillation.student import Student, Train, open_student, schemes_of
 from llmshrink.distillation.teacher import SplitModel
-from llmshrink.errors import LlmshrinkError, SourceError
+from llmshrink.errors import CalibrationError, LlmshrinkError, SourceError
+from llmshrink.methods.bnb import require
 from llmshrink.model.blocks import find_blocks
 from llmshrink.run.job import check_vocabulary, here, pick_device
 from llmshrink.run.journal import RECORD
+from llmshrink.run.memory import fast_bfloat16
 from llmshrink.run.progress import Progress
 from llmshrink.runtime.load import config_of, load
 
@@ -51,6 +53,7 @@ class Options:
     data: str | None = None
     generated_tokens: int = 0
     teacher_cache: Path | None = None
+    teacher_cache_tokens: int | None = None
     mask_prompts: bool | None = None
     teacher_quant: TeacherQuant | None = None
     steps: int = 400
@@ -136,6 +139,11 @@ class Job:
         with CheckpointIndex.open(self.teacher_source.folder) as index:
             return index.fingerprint()
 
+    @property
+    def likeliest(self) -> int:
+        """Tokens that a cache of the teacher's outputs keeps of every position."""
+        return min(self.options.teacher_cache_tokens or LIKELIEST, self.split.weight.shape[0])
+
     def cache_key(self, training: TokenWindows) -> CacheKey:
         """What a teacher's outputs on these windows depend on."""
         return CacheKey(
@@ -144,16 +152,19 @@ class Job:
             held_out=self.held_out.fingerprint,
             temperature=self.objective.temperature,
             quant=self.options.teacher_quant,
-            likeliest=min(LIKELIEST, self.split.weight.shape[0]),
+            likeliest=self.likeliest,
             batch_size=self.options.batch_size,
         )
 
     def identity(self) -> dict[str, Any]:
         """Everything that the result depends on, in words that a person can compare."""
-        elsewhere = ("output", "overwrite", "teacher", "student", "data", "device", "teacher_cache")
+        elsewhere = (
+            "output", "overwrite", "teacher", "student", "data", "device", "teacher_cache", "teacher_cache_tokens",
+        )  # fmt: skip
+        cached = self.options.teacher_cache is not None
         asked = {name: value for name, value in asdict(self.options).items() if name not in elsewhere}
         return {
-            "distill": {**asked, "dtype": str(self.dtype), "cached": self.options.teacher_cache is not None},
+            "distill": {**asked, "dtype": str(self.dtype), "cached": self.likeliest if cached else None},
             "teacher": self.teacher_fingerprint,
             "student": self.student.index.fingerprint(),
             "data": self.real.fingerprint,
@@ -182,6 +193,8 @@ def prepare(options: Options, progress: Progress) -> Job:
     device, trusted = pick_device(options.device), options.trust_remote_code
     teacher_source = resolve(options.teacher, trust_remote_code=trusted)
     source = teacher_source if options.student is None else resolve(options.student, trust_remote_code=trusted)
+    if options.student is not None:
+        schemes_of(source)
     config, teacher_config = (config_of(each, trusted) for each in (source, teacher_source))
     tokenizer, other = (load_tokenizer(each, trusted) for each in (source, teacher_source))
     sizes = [each.get_text_config().vocab_size for each in (config, teacher_config)]
@@ -190,21 +203,17 @@ def prepare(options: Options, progress: Progress) -> Job:
             f"{source.name} ({sizes[0]} tokens) and {teacher_source.name} ({sizes[1]}) have other tokenizers, so one's "
             "probabilities say nothing of the other's tokens; distill from the model that the student was made from"
         )
+    _check_cache(options, sizes[1])
     limits = [limit for limit in (model_limit(config), model_limit(teacher_config)) if limit is not None]
     seq_len = _length(options.seq_len, min(limits, default=None))
-    real, held_out = build_windows(
-        load_documents(options.data, source_kind=source.kind),
-        tokenizer,
-        samples=options.steps * options.batch_size * options.accumulate,
-        seq_len=seq_len,
-        held_out=max(1, HELD_OUT_TOKENS // seq_len),
-        seed=options.seed,
-        fewer=True,
-        mask_prompts=options.mask_prompts,
-    )
+    # The student of a run is a folder whatever it was made of: which text is the default, the teacher says.
+    data = "demo" if options.data is None and teacher_source.kind == "demo" else options.data
+    real, held_out = _windows(options, data, tokenizer, seq_len)
     check_vocabulary(real, sizes[0], source)
     if smaller is not None:
-        _make_student(smaller, options, teacher_config, len(real.input_ids), seq_len, processes, progress)
+        _make_student(
+            smaller, replace(options, data=data), teacher_config, len(real.input_ids), seq_len, processes, progress
+        )
         processes.wait(device)
         source = resolve(str(student_folder(options.output)))
         config = config_of(source, trusted)
@@ -222,6 +231,25 @@ def prepare(options: Options, progress: Progress) -> Job:
         dtype=_compute_dtype(options.dtype, device),
         processes=processes,
     )
+
+
+def _windows(options: Options, data: str | None, tokenizer: Any, seq_len: int) -> tuple[TokenWindows, TokenWindows]:
+    """(the text's windows, those that are held out). Raises CalibrationError, which names the option of this verb."""
+    try:
+        return build_windows(
+            load_documents(data),
+            tokenizer,
+            samples=options.steps * options.batch_size * options.accumulate,
+            seq_len=seq_len,
+            held_out=max(1, HELD_OUT_TOKENS // seq_len),
+            seed=options.seed,
+            fewer=True,
+            mask_prompts=options.mask_prompts,
+        )
+    except CalibrationError as error:
+        # Who reads text serves verbs whose option is --calibration, and which can be told how many windows to take.
+        said = str(error).replace("--calibration", "--data").replace("calibration data", "data")
+        raise CalibrationError(said.replace("--samples 1 --seq-len", "--seq-len")) from error
 
 
 def _make_student(
@@ -270,6 +298,16 @@ def _objective(options: Options) -> Objective:
         raise LlmshrinkError(f"--{error}") from error
 
 
+def _check_cache(options: Options, vocabulary: int) -> None:
+    count = options.teacher_cache_tokens
+    if count is None:
+        return
+    if options.teacher_cache is None:
+        raise LlmshrinkError(f"--teacher-cache-tokens {count}: is of a --teacher-cache; give one, or leave it out")
+    if not 1 <= count <= vocabulary:
+        raise LlmshrinkError(f"--teacher-cache-tokens {count}: must be 1 to {vocabulary}, which is the vocabulary")
+
+
 def _check_optimizer(name: str) -> None:
     from transformers.training_args import OptimizerNames
 
@@ -277,8 +315,8 @@ def _check_optimizer(name: str) -> None:
     if name not in known:
         near = get_close_matches(name, known, 3) or ["adamw_torch", "adamw_bnb_8bit"]
         raise LlmshrinkError(f"--optim {name}: transformers has no such optimizer; it has {', '.join(near)} and others")
-    if ("bnb" in name or "8bit" in name) and find_spec("bitsandbytes") is None:
-        raise LlmshrinkError(f"--optim {name}: needs bitsandbytes: pip install 'llmshrink[bnb]', or take adamw_torch")
+    if "bnb" in name or "8bit" in name:
+        require(f"--optim {name}", "take adamw_torch")
 
 
 def _length(seq_len: int | None, limit: int | None) -> int:
@@ -294,13 +332,7 @@ def _length(seq_len: int | None, limit: int | None) -> int:
 def _compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """What forwards and backwards compute in, weights and their optimizer being float32."""
     if name is None or name == "auto":
-        fast = device.type == "cuda" or "avx512_bf16" in _cpu_flags()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     if name not in ("float32", "bfloat16"):
         raise LlmshrinkError(f"--dtype {name}: choose float32 or bfloat16, or auto")
     return torch.float32 if name == "float32" else torch.bfloat16
-
-
-def _cpu_flags() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text() if cpuinfo.is_file() else ""

@@ -6,13 +6,13 @@ and a student learns that too; it is for teachers that don't fit otherwise.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import LlmshrinkError, SourceError
+from llmshrink.methods.bnb import require
 from llmshrink.runtime.load import one_line, quantization_of
 
 TeacherQuant = Literal["nf4", "int8"]
@@ -25,17 +25,7 @@ def check_narrow(quant: str | None) -> None:
         return
     if quant not in QUANTS:
         raise LlmshrinkError(f"--teacher-quant {quant}: choose {' or '.join(QUANTS)}, or leave it out")
-    if find_spec("bitsandbytes") is None:
-        raise LlmshrinkError(
-            f"--teacher-quant {quant}: needs bitsandbytes, which isn't installed: pip install 'llmshrink[bnb]', or "
-            "leave it out"
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:  # a build for another machine fails in its own ways
-        raise LlmshrinkError(
-            f"--teacher-quant {quant}: bitsandbytes doesn't run here ({one_line(error)}); leave it out"
-        ) from error
+    require(f"--teacher-quant {quant}", "leave it out")
 
 
 def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust_remote_code: bool) -> Any:

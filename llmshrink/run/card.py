@@ -330,9 +330,14 @@ def _machine(identity: dict[str, Any]) -> str:
     return f"{where} with {', '.join(f'{name} {version}' for name, version in identity['versions'].items())}"
 
 
+def _begun(note: str) -> str:
+    """As a sentence begins; a name stays as its owners write it."""
+    return note if re.match(r"vllm|llmshrink", note, re.IGNORECASE) else note[:1].upper() + note[1:]
+
+
 def _limits(record: dict[str, Any], evaluation: Evaluation | None) -> list[str]:
     notes: Sequence[str] = record["notes"]
-    found = [f"- {note[:1].upper()}{note[1:].rstrip('.')}." for note in notes]
+    found = [f"- {_begun(note).rstrip('.')}." for note in notes]
     found.append(
         f"- It was held to the original on text like {record['held_out']}: on text unlike that it may lose more."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 
 import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.demo import model_folder
 from llmshrink.distillation.chunked import chunked_loss
+from llmshrink.distillation.job import Options, prepare
 from llmshrink.distillation.objective import Objective, TopK
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import stored
@@ -205,8 +208,10 @@ def test_a_cached_teacher_teaches_the_same(teacher: Path, sparse: Path, story: P
     assert first.before.kl_mean == pytest.approx(live.before.kl_mean, rel=1e-5)
     assert first.quality.kl_mean == pytest.approx(live.quality.kl_mean, rel=0.05)
     assert again.quality == first.quality
-    with pytest.raises(LlmshrinkError, match="another temperature"):
+    with pytest.raises(LlmshrinkError, match="another --temperature"):
         llmshrink.distill(teacher, sparse, output=tmp_path / "hot", data=story, **made, temperature=2.0)
+    with pytest.raises(LlmshrinkError, match=r"another --teacher-cache-tokens \(64, here 65\)"):
+        llmshrink.distill(teacher, sparse, output=tmp_path / "k", data=story, **made, teacher_cache_tokens=65)
     with pytest.raises(LlmshrinkError, match="another teacher"):
         llmshrink.distill(sparse, sparse, output=tmp_path / "other", data=story, **made)
     # Stopped after the first file, before it was entered: it goes on.
@@ -276,11 +281,47 @@ def test_a_teacher_may_be_held_in_few_bits(
 def test_bitsandbytes_is_asked_for_only_where_it_is_needed(
     teacher: Path, sparse: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmshrink.distillation.narrow.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it weren't installed
     settings = {**SHORT, "steps": 1}
     assert llmshrink.distill(teacher, sparse, output=tmp_path / "without", data=story, **settings).ok
-    with pytest.raises(LlmshrinkError, match="needs bitsandbytes"):
-        llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **settings, teacher_quant="nf4")
+    for option, instead in (
+        ({"teacher_quant": "nf4"}, "leave it out"),
+        ({"teacher_quant": "int8"}, "leave it out"),
+        ({"optim": "adamw_bnb_8bit"}, "take adamw_torch"),
+    ):
+        (name, value) = next(iter(option.items()))
+        says = f"--{name.replace('_', '-')} {value}: needs bitsandbytes, .*: pip install '.*', or {instead}$"
+        with pytest.raises(LlmshrinkError, match=says):
+            llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **settings, **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_optimizer_of_bitsandbytes_trains(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {**SHORT, "optim": "adamw_bnb_8bit"}
+    report = llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **settings)
+    assert report.ok and report.quality.kl_mean < report.before.kl_mean
+
+
+def test_a_student_of_bitsandbytes_is_refused_at_once(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    teacher = model_of("llama", intermediate_size=192)
+    made = llmshrink.quantize(teacher, output=tmp_path / "nf4", recipe="bnb-nf4", calibration=story, **CALIBRATED)
+    with pytest.raises(LlmshrinkError, match="nf4: can't be a student: quantized by bitsandbytes") as refused:
+        llmshrink.distill(teacher, made.output, output=tmp_path / "out", data=tmp_path / "nowhere.txt", **SHORT)
+    assert "\n" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"nf4"}
+
+
+def test_the_demo_teaches_with_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever folder its student is, as in a recipe's last step; and one that is cut twice is cut with it too."""
+    monkeypatch.setattr("llmshrink.calibration.text._public_mix", lambda seed: iter([]))
+    short: dict[str, Any] = {"output": tmp_path / "out", "steps": 1, "batch_size": 1, "seq_len": 16}
+    for student in ({"student": str(model_folder())}, {"student": None, "student_from": "depth=3,width=256"}):
+        job = prepare(Options(teacher="demo", **student, **short), Silent())
+        assert (job.real.name, job.held_out.name) == ("demo", "demo")
 
 
 @pytest.mark.parametrize(
@@ -294,6 +335,12 @@ def test_bitsandbytes_is_asked_for_only_where_it_is_needed(
         ({"generated_tokens": -1}, "--generated-tokens -1"),
         ({"dtype": "float16"}, "--dtype float16"),
         ({"train": "scales"}, "isn't quantized"),
+        ({"teacher_cache_tokens": 8}, "--teacher-cache-tokens 8: is of a --teacher-cache; give one"),
+        ({"teacher_cache": Path("cache"), "teacher_cache_tokens": 0}, "--teacher-cache-tokens 0: must be 1 to"),
+        (
+            {"teacher_cache": Path("cache"), "teacher_cache_tokens": 10**6},
+            "1000000: must be 1 to 512, which is the vocabulary",
+        ),
         ({"optim": "adamw_bnb_8bits"}, "--optim adamw_bnb_8bits: .* it has adamw_bnb_8bit"),
     ],
 )

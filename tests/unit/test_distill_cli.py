@@ -65,7 +65,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         (("--hidden-weight", "-1"), "--hidden-weight -1.0: must be 0 (none) or a number above it"),
         (("--hidden-weight", "inf"), "--hidden-weight inf"),
         (("--hidden-weight", "1", "--teacher-cache", "cache"), "--hidden-weight 1.0: a --teacher-cache has no hidden"),
-        (("--mask-prompts",), "--mask-prompts: calibration data story.txt has no turns"),
+        (("--mask-prompts",), "--mask-prompts: data story.txt has no turns"),
         (("--teacher-quant", "int3"), "--teacher-quant"),
     ],
 )
@@ -76,6 +76,17 @@ def test_a_bad_option_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, teacher, student, "-o", "out", "--data", story, *SHORT, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_explains_every_option_and_counts_as_the_cache_does() -> None:
+    from llmshrink.distillation.cache import LIKELIEST, bytes_per_token
+
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
+    named = [name.replace("_", "-") for name in inspect.signature(command).parameters]
+    assert [name for name in named if f"`--{name}" not in page and name not in ("teacher", "student")] == []
+    for likeliest in (LIKELIEST, 256, 1024):
+        bytes_ = [f"{bytes_per_token(likeliest, vocabulary):,}" for vocabulary in (1 << 16, (1 << 16) + 1)]
+        assert f"| {likeliest} | {bytes_[0]} | {bytes_[1]} |" in page
 
 
 def test_sharded_parameters_are_refused(
@@ -99,16 +110,18 @@ def test_what_does_not_fit_together_is_one_line(
     other.save_pretrained(tokens)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "short.txt").write_text("a few words")
     for who, data, says in (
         (vocabulary, story, "have other tokenizers"),
         (tokens, story, "have other tokenizers"),
         (short, story, "--seq-len 32: teacher and student allow 24 positions; give at most that"),
-        (student, tmp_path / "empty.txt", "is empty or white space"),
-        (student, tmp_path / "empty.jsonl", "is empty"),
-        (student, tmp_path / "missing.txt", "no such file"),
+        (student, tmp_path / "empty.txt", "data empty.txt is empty or white space"),
+        (student, tmp_path / "empty.jsonl", "data empty.jsonl is empty"),
+        (student, tmp_path / "short.txt", "are needed; give more text, or --seq-len "),
+        (student, tmp_path / "missing.txt", "missing.txt: no such file; give --data FILE.txt, .jsonl or .parquet"),
     ):
-        assert says in refused(capsys, teacher, who, "-o", tmp_path / "out", "--data", data, *SHORT)
-    assert says in refused(capsys, teacher, student, "-o", tmp_path / "out", "--data", data, *SHORT)
+        said = refused(capsys, teacher, who, "-o", tmp_path / "out", "--data", data, *SHORT)
+        assert says in said and "calibration" not in said and "--samples" not in said
     assert not list(tmp_path.glob("out*"))
 
 

@@ -178,6 +178,27 @@ def test_the_tail_bucket_removes_the_bias_of_the_likeliest_tokens() -> None:
     assert abs(float(ends[1][0]) - 4 / 7) < 1e-2
 
 
+def test_what_the_bucket_leaves_out_is_the_divergence_within_it_and_less_the_more_is_kept() -> None:
+    """A teacher that is unsure (a Zipf law over 300 tokens), and a student elsewhere: the cached loss is too small by
+    the bucket's probability times the KL inside it, and its gradient differs by the less."""
+    g = torch.Generator().manual_seed(0)
+    teacher = (1.0 / torch.arange(1, 301, dtype=torch.float64)).log()[None]
+    student = torch.randn(1, 300, dtype=torch.float64, generator=g)
+    _, exact, slope = row_losses(Objective(), student, teacher, None)
+    p_t, p_s = teacher.softmax(-1)[0], student.softmax(-1)[0]
+    short, off = [], []
+    for k in (1, 16, 64, 128, 299, 300):
+        _, cached, bucketed = row_losses(Objective(), student, TopK.of(teacher, k), None)
+        t, s = p_t[k:].sum(), p_s[k:].sum()
+        within = (p_t[k:] * (p_t[k:] / t / (p_s[k:] / s)).log()).sum()
+        torch.testing.assert_close(exact - cached, within[None], atol=1e-12, rtol=0)
+        short.append(float(exact - cached))
+        off.append(float((slope - bucketed).abs().sum()))
+    assert short == sorted(short, reverse=True) and off == sorted(off, reverse=True)
+    assert short[2] > 0.1 and short[2] < 0.6 * short[0]  # with 64 of 300 tokens kept it is far from nothing
+    assert max(short[-2:]) < 1e-12 and max(off[-2:]) < 1e-12  # a bucket of one token, or of none, leaves nothing out
+
+
 def test_chunks_hold_a_fixed_number_of_logits() -> None:
     assert chunk_rows(128_256) == 32
     assert chunk_rows(1 << 23) == 1
