@@ -17,6 +17,15 @@ INSIDE = 0.499
 """How far a latent may be from the code that it rounds to."""
 
 
+def offsets(residual: Tensor, scale: Tensor) -> Tensor:
+    """How far from its code a weight was, in units of the code, as far as it then still rounds to it.
+
+    residual: float32 [out_features, in_features], as in `Solved`. scale: [out_features, groups].
+    """
+    groups = residual.view(*scale.shape, -1) / scale.float().unsqueeze(-1)
+    return groups.view(residual.shape).clamp(-INSIDE, INSIDE)
+
+
 class ScaledLinear(nn.Module):
     """x -> x (scale * (codes - zero_point))^T + bias, the scale a parameter: what is stored, times `gain`.
 
@@ -49,9 +58,20 @@ class ScaledLinear(nn.Module):
         """
         if self.latent is None:
             raise ValueError("codes that are frozen have no latents to put anywhere")
+        self.offset(offsets(residual, self.base))
+
+    def offset(self, offset: Tensor) -> None:
+        """Put the latents so far from the codes. offset: as `offsets` gives it, any float dtype."""
+        assert self.latent is not None, "codes that are frozen"
         with torch.no_grad():
-            groups = residual.view(*self.base.shape, self.group_size) / self.base.unsqueeze(-1)
-            self.latent.copy_(self.codes + groups.view(self.codes.shape).clamp(-INSIDE, INSIDE))
+            self.latent.copy_(self.codes + offset.float().clamp(-INSIDE, INSIDE))
+
+    def residual(self) -> Tensor:
+        """What rounding the latents leaves now, as in `Solved`: float32 [out_features, in_features]."""
+        assert self.latent is not None, "codes that are frozen"
+        with torch.no_grad():
+            left = (self.latent - self._rounded()).view(*self.base.shape, self.group_size)
+            return (left * self._scale().unsqueeze(-1)).view(self.codes.shape)
 
     @property
     def weight(self) -> Tensor:

@@ -145,6 +145,11 @@ class Recipe(Frozen):
         return self.steps[0].width
 
     @property
+    def teaches_codes(self) -> bool:
+        """Whether codes that it finds are trained on at the end, so that what they were rounded from has to be kept."""
+        return self.quantize is not None and self.distill is not None and self.distill.train == "weights"
+
+    @property
     def structured(self) -> bool:
         """Whether the result is a model of another shape."""
         return self.depth is not None or self.width is not None

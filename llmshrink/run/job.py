@@ -111,7 +111,8 @@ class Job:
     def specs(self) -> dict[str, SiteSpec]:
         """Site name -> what happens to it; the others stay."""
         found = {name: a.spec for name, a in self.assigned.items() if a.spec is not None}
-        return {name: spec.to_tune() for name, spec in found.items()} if self.recipe.tune is not None else found
+        trained = self.recipe.tune is not None or self.recipe.teaches_codes
+        return {name: spec.to_tune() for name, spec in found.items()} if trained else found
 
     @property
     def reads(self) -> dict[str, frozenset[str]]:

@@ -26,7 +26,7 @@ from llmshrink.errors import CheckpointError
 from llmshrink.methods.learned import ScaledLinear
 from llmshrink.run.memory import fast_bfloat16, give_back
 from llmshrink.run.transform import SolvedSite, Walk, install, shared_twin
-from llmshrink.weights import GroupedInt, Solvable
+from llmshrink.weights import GroupedInt
 
 BETAS = (0.9, 0.95)
 WARMUP = 10
@@ -70,11 +70,11 @@ class BlockTuning:
         after = trained.error()
         if not after < before:
             line = f"tuning its block made it no better on held-out windows ({before:.3g}, then {after:.3g}): not used"
-            found = {key: replace(site, events=(*site.events, line), residual=None) for key, site in solved.items()}
+            found = {key: replace(site, events=(*site.events, line)) for key, site in solved.items()}
         else:
-            weights: dict[str, Solvable] = {key: module.stored() for key, module in trained.learned.items()}
             found = {
-                key: replace(site, weight=weights.get(key, site.weight), residual=None) for key, site in solved.items()
+                key: replace(site, weight=module.stored(), residual=module.residual()) if module else site
+                for key, site, module in ((key, site, trained.learned.get(key)) for key, site in solved.items())
             }
         del trained
         give_back()

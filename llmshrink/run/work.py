@@ -17,7 +17,9 @@ from torch import Tensor
 from llmshrink.checkpoint.conserve import Ledger
 from llmshrink.formats import stored
 from llmshrink.formats.stored import Scheme
+from llmshrink.methods.learned import offsets
 from llmshrink.model.sites import Site, sites_of
+from llmshrink.run import disk
 from llmshrink.run.job import Job
 from llmshrink.run.journal import Part
 from llmshrink.run.report import SiteRow
@@ -68,6 +70,8 @@ class SiteWork:
     def solve(self, walk: Walk, number: int) -> Finished:
         sites = sites_of(self._job.stages[number])
         block = transform_block(walk, number, self._job.stages[number])
+        if self._job.recipe.teaches_codes:
+            _keep_offsets(self._checkpoint / OFFSETS, number, block)
         tensors = block_tensors(block, {site.key: self._schemes[site.name] for site in sites})
         rows = [self._row(site, block.solved.get(site.key), tensors) for site in sites]
         errors = [solved.error for solved in block.solved.values()]
@@ -130,6 +134,20 @@ class SiteWork:
             pruned=f"{prune.method} {prune.pattern}" if prune else None,
             zeros=zeros_of(solved.weight) if solved and prune else None,
         )
+
+
+def _keep_offsets(folder: Path, number: int, block: SolvedBlock) -> None:
+    """Beside the checkpoint, how far each weight was from its code: where training them goes on from.
+
+    By site, float16 [out_features, in_features], in units of the code. A block that is solved again writes the same.
+    """
+    folder.mkdir(exist_ok=True)
+    found = {
+        each.site.name: offsets(each.residual, each.weight.scale).half()
+        for each in block.solved.values()
+        if each.residual is not None and isinstance(each.weight, GroupedInt)
+    }
+    disk.write_tensors(folder / f"block-{number:05}.safetensors", found)
 
 
 def bytes_of(key: str, tensors: Mapping[str, Tensor], scheme: Scheme | None = None) -> int:
