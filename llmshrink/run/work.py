@@ -25,7 +25,10 @@ from llmshrink.run.journal import Part
 from llmshrink.run.report import SiteRow
 from llmshrink.run.shards import open_shards
 from llmshrink.run.transform import SolvedBlock, SolvedSite, Walk, replay_block, transform_block
-from llmshrink.weights import Dense, Solvable
+from llmshrink.weights import Dense, GroupedInt, Solvable
+
+OFFSETS = "offsets"
+"""The folder, in a checkpoint that is to be taught, of what its codes were rounded from."""
 
 
 @dataclass(frozen=True, eq=False)
