@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from llmshrink.checkpoint.source import resolve
 from llmshrink.distillation.job import Options
 from llmshrink.distillation.made import check_room_for, made, remove, student_folder
 from llmshrink.distillation.report import DistillReport
+from llmshrink.distillation.room import check_memory
 from llmshrink.distillation.run import distill
 from llmshrink.errors import RecipeError
 from llmshrink.recipe.schema import Recipe
@@ -25,6 +27,8 @@ def compress(options: job.Options, recipe: Recipe, progress: Progress) -> Distil
             [f"{recipe.name}: it only distills: llmshrink distill TEACHER STUDENT --recipe {options.recipe}"]
         )
     check_room_for(options.output, overwrite=options.overwrite)
+    original = resolve(options.model, trust_remote_code=options.trust_remote_code, stream=True)
+    check_memory(original, None if recipe.structured else original, device=options.device, quant=None)
     student = student_folder(options.output)
     made(replace(options, output=student), progress)
     report = distill(

@@ -25,6 +25,7 @@ from llmshrink.distillation.match import matched_blocks
 from llmshrink.distillation.narrow import TeacherQuant, check_narrow, load_narrow
 from llmshrink.distillation.objective import Divergence, Objective
 from llmshrink.distillation.processes import Processes
+from llmshrink.distillation.room import check_memory
 from llmshrink.distillation.smaller import Smaller, make_student
 from llmshrink.distillation.student import Student, Train, open_student, schemes_of
 from llmshrink.distillation.teacher import SplitModel
@@ -217,6 +218,8 @@ def prepare(options: Options, progress: Progress) -> Job:
         processes.wait(device)
         source = resolve(str(student_folder(options.output)))
         config = config_of(source, trusted)
+    if options.teacher_cache is None:
+        check_memory(teacher_source, source, device=options.device, quant=options.teacher_quant)
     student = open_student(source, train=options.train, device=device, config=config)
     return Job(
         options=options,

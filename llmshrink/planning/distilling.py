@@ -7,29 +7,24 @@ and scales of the same groups. One that will be smaller costs that much less.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.checkpoint.source import resolve
 from llmshrink.distillation.job import Job, Options, prepare
 from llmshrink.distillation.judge import judge
 from llmshrink.distillation.student import choose
 from llmshrink.distillation.teacher import LiveTeacher
 from llmshrink.distillation.train import EVALUATIONS
 from llmshrink.distillation.trainer import Distiller, Windows
-from llmshrink.errors import NoRoomError
 from llmshrink.methods import QuantizeSpec, SiteSpec, solver
 from llmshrink.methods.learned import ScaledLinear
 from llmshrink.planning.probe import writing
 from llmshrink.planning.spent import Measured, Spent, now, once
 from llmshrink.run import job as compressing
-from llmshrink.run.memory import free_memory
-from llmshrink.run.progress import Silent, peak_memory, size
+from llmshrink.run.progress import Silent, peak_memory
 from llmshrink.weights import GroupedInt
 
 FLOAT = 4
@@ -51,22 +46,6 @@ class Teaching:
     weights: int
 
 
-def check_memory(options: Options) -> None:
-    """Raise NoRoomError where not even the teacher and the student fit, before either is read."""
-    elements = []
-    for name in (options.teacher, options.student or options.teacher):
-        with CheckpointIndex.open(resolve(name, trust_remote_code=options.trust_remote_code).folder) as index:
-            elements.append(sum(math.prod(index.entry(key).shape) for key in index))
-    needed = FLOAT * sum(elements)
-    device = compressing.pick_device(options.device)
-    free = free_memory(device)
-    if needed > free:
-        raise NoRoomError(
-            f"{options.teacher}: teaching takes over {size(needed)} of memory, for teacher and student in float32, "
-            f"{size(free)} are free; take a smaller model, --teacher-quant nf4, or a machine with more"
-        )
-
-
 def teaching(options: Options, made: compressing.Job | None = None, *, smaller: float = 1.0) -> Teaching:
     """Measure a step. made: the job that makes the student, where it isn't there yet; `options.student` is then any.
 
@@ -75,7 +54,6 @@ def teaching(options: Options, made: compressing.Job | None = None, *, smaller: 
     begun = now()
     found = Measured()
     options = replace(options, student_from=None)
-    check_memory(options)
     reading, job = once(lambda: prepare(replace(options, train=None if made else options.train), Silent()))
     if made is not None:
         _as_made(job, made, options.train)

@@ -7,6 +7,7 @@ activations. From there sizes are computed, memory too, and time is measured (`p
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 from llmshrink.errors import RecipeError
@@ -43,6 +44,8 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
         job = outline(options, found.source, found.index, text_here=text_here(options.calibration, found.source))
     text = now() - begun
     sizes, placement = sizes_of(job), Placement.choose(job, partial)
+    if job.format == "bitsandbytes":  # which the first weight brings
+        import_module("bitsandbytes")
     give_back()
     before = resident()
     memory = footprint(job, keep_paused=placement.keep_paused, in_files=placement.spill is not None)

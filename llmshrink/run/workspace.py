@@ -7,7 +7,7 @@ take.
 
 from __future__ import annotations
 
-from llmshrink.methods import NarrowSpec, QuantizeSpec, SiteSpec
+from llmshrink.methods import NarrowSpec, QuantizeSpec, SiteSpec, solver
 from llmshrink.methods.pruning import PruneSpec
 from llmshrink.methods.pruning.repair import BATCH_BYTES
 from llmshrink.methods.trial import BUFFER, MULTIPLES, OPPOSITE
@@ -28,7 +28,7 @@ def solving(spec: SiteSpec, rows: int, inputs: int, cross: bool) -> int:
             found = max(found, weight * 5 + rows * inputs * 4 + 3 * square + _trying(spec.quantize, rows, inputs))
         return max(found, 4 * weight + measuring)
     assert spec.quantize is not None, "a site that nothing happens to isn't solved"
-    if spec.quantize.method == "rtn":
+    if not solver(spec.quantize.method).reads:
         return 2 * weight + rows * inputs + max(measuring, 5 * FLOAT * min(rows * inputs, 1 << 22))
     factorising = weight + 3 * square
     moved = 0 if not cross else 3 * weight + 4 * square if rows > inputs else 6 * weight + square

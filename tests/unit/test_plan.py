@@ -17,6 +17,7 @@ from hub_server import HubServer, use
 import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
+from llmshrink.distillation import room
 from llmshrink.errors import LlmshrinkError, NoRoomError, OutputError, RecipeError
 from llmshrink.model.outline import outlined_stages
 from llmshrink.run import fits, memory, quantize
@@ -134,6 +135,18 @@ def test_a_run_that_cannot_fit_stops_before_it_starts(
     assert not list(tmp_path.iterdir())
     made = llmshrink.plan(model_of("llama"), calibration=story, measured=False, **FEW)
     assert not made.ok and "--samples" in made.faults[0] and made.faults[0] in made.lines()[-1]
+
+
+def test_teaching_that_cannot_fit_stops_before_its_first_step(
+    model_of: ModelOf, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "free_memory", lambda device: 1000)
+    asked = {"recipe": "w2-distill", "calibration": story, **FEW}
+    with pytest.raises(NoRoomError, match=r"of weights on cpu, 1\.00 kB are free; take --teacher-quant"):
+        llmshrink.compress(model_of("llama"), output=tmp_path / "out", **asked)
+    assert not list(tmp_path.iterdir())
+    made = llmshrink.plan(model_of("llama"), **asked, device="cpu")
+    assert not made.ok and made.seconds is None and "teaching holds" in made.faults[0]
 
 
 def test_activations_in_files_need_room_beside_the_output(
