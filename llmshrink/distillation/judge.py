@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,8 +21,6 @@ def judge(student: SplitModel, teacher: TeacherRows, batches: Sequence[Batch], l
     """
     device = student.weight.device
     columns: list[list[Tensor]] = []
-    training = student.model.training
-    student.model.eval()
     counted = iter(labels.split([len(batch.input_ids) for batch in batches]))
     for batch in batches:
         ids = batch.input_ids.to(device)
@@ -29,7 +28,7 @@ def judge(student: SplitModel, teacher: TeacherRows, batches: Sequence[Batch], l
         where = torch.zeros_like(ids, dtype=torch.bool)
         where[:, :-1] = next(counted)[:, 1:].to(device)
         said = teacher.rows(ids, mask, where)
-        with torch.no_grad():
+        with _as_published(student):
             hidden = student.hidden(ids, mask)[where]
         targets = ids.roll(-1, 1)[where]
         rows = max(1, LOGITS // student.weight.shape[0])
@@ -37,8 +36,19 @@ def judge(student: SplitModel, teacher: TeacherRows, batches: Sequence[Batch], l
             part = slice(start, min(start + rows, len(hidden)))
             after = student.logits(hidden[part]).log_softmax(-1)
             columns.append(_compare(said(part).log_softmax(-1), after, targets[part]))
-    student.model.train(training)
     return Quality.over(*(torch.cat([each[i] for each in columns]).double().cpu() for i in range(4)))
+
+
+@contextmanager
+def _as_published(student: SplitModel) -> Iterator[None]:
+    """Meanwhile nothing has a gradient, and what only training does (OPT's dropout) isn't done."""
+    training = student.model.training
+    student.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        student.model.train(training)
 
 
 def _compare(before: Tensor, after: Tensor, target: Tensor) -> list[Tensor]:
@@ -49,7 +59,7 @@ def _compare(before: Tensor, after: Tensor, target: Tensor) -> list[Tensor]:
 
 def reference(student: SplitModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """What `verify` will hold a reload to; see `run.heldout.reference`."""
-    with torch.no_grad():
+    with _as_published(student):
         return heldout.merge(
             [heldout.reference(batch, student.hidden(batch.input_ids, batch.mask), student.logits) for batch in batches]
         )

@@ -141,7 +141,7 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
         fewer = _fewer(recipe, recipe.width, stages, cuts)
     groups = next((each.count for each in fewer if each.what == KV_GROUPS), None)
     left = heads if groups is None else heads // groups.before * groups.after
-    return Structure(
+    structure = Structure(
         sites=tuple(site for each in stages for site in sites_of(each)),
         blocks=Count(blocks, blocks - drop),
         heads=Count(heads, left),
@@ -153,6 +153,21 @@ def structure_of(recipe: Recipe, chain: Chain, stages: Sequence[Sequence[Stage]]
         and config.hidden_size != left * head_dim,
         channels_field=chain.family.channels_field,
     )
+    if fewer:
+        _check_config(chain.skeleton.model.config, structure)
+    return structure
+
+
+def _check_config(config: Any, structure: Structure) -> None:
+    """Raise UnsupportedModelError where the architecture's class has no config for the narrower shape."""
+    try:
+        type(config).from_dict(structure.config(config.to_dict()))
+    except Exception as error:  # whatever a class checks its fields with
+        said = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{structure.record()['summary']}: transformers takes no such {config.model_type} ({said}); nothing was "
+            "touched; depth-prune drops whole blocks of it"
+        ) from error
 
 
 def _dropped(recipe: Recipe, depth: Depth, blocks: int) -> int:

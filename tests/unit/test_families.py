@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,44 @@ def test_the_parts_of_a_merged_parameter_are_split_over_ranks_one_by_one(
     source = model_of("phi3", num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
     with pytest.raises(LlmshrinkError, match=r"qkv_proj.*48 outputs can't be split over 32 ranks"):
         run(SCHEMES["8 bit"], source, tmp_path / "out", story, serve_tp=32, strict=True)
+
+
+def test_a_narrower_shape_that_the_class_takes_no_config_for_is_refused(story: Path, tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    source = make_model(tmp_path / "model", "phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    with pytest.raises(
+        UnsupportedModelError, match=r"KV groups 2 -> 1.*takes no such phi3 .*must have length 16, got 8"
+    ):
+        run(SCHEMES["KV groups"], source, tmp_path / "out", story)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert run(SCHEMES["FFN channels"], source, tmp_path / "out", story).verification.mean_difference == 0.0
+
+
+@pytest.mark.parametrize("title", ["OPT-350m", "Gemma 2"])
+def test_a_family_is_taught_by_its_original(
+    title: str, model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    """Through what comes after its blocks (a projection, a cap), and without the dropout that training would do."""
+    family = FAMILIES[title]
+    source = model_of(family.model_type, **family.changes)
+    student = run(SCHEMES["2 bit"], source, tmp_path / "student", story).output
+    short = {"steps": 3, "batch_size": 4, "seq_len": 32, "warmup": 1, "generated_tokens": 0, "dtype": "float32"}
+    report = llmshrink.distill(source, student, output=tmp_path / "out", data=story, **short)
+    assert report is not None and report.verification.mean_difference == 0.0
+
+
+@pytest.mark.parametrize("title", ["OPT-350m", "Phi-4-mini"])
+def test_a_smaller_student_is_cut_from_a_family(
+    title: str, model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    family = FAMILIES[title]
+    source = model_of(family.model_type, **family.changes)
+    short = {"steps": 2, "batch_size": 4, "seq_len": 32, "warmup": 1, "generated_tokens": 0, "dtype": "float32"}
+    report = llmshrink.distill(source, output=tmp_path / "out", data=story, student_from="depth=1,width=64", **short)
+    assert report is not None and report.verification.mean_difference == 0.0
+    field = covered.FAMILIES[family.model_type].channels_field
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[field] == 64
 
 
 UNEVEN: dict[str, Any] = {
