@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +32,7 @@ from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.stored import Scheme
 from llmshrink.methods.learned import ScaledLinear
 from llmshrink.model.skeleton import Skeleton
+from llmshrink.run.work import OFFSETS
 from llmshrink.weights import GroupedInt
 
 Train = Literal["weights", "scales"]
@@ -96,9 +98,16 @@ def schemes_of(source: Source) -> dict[str, Scheme]:
     """How the linears of a checkpoint are stored. Raises SourceError for a form that can't be trained."""
     config = json.loads((source.folder / "config.json").read_text())
     try:
-        return dict(stored.schemes(config.get("quantization_config")))
+        found = dict(stored.schemes(config.get("quantization_config")))
     except CheckpointError as error:
         raise SourceError(f"{source.name}: can't be a student: {error}") from error
+    rounded = next((name for name, scheme in found.items() if stored.activations_of(scheme)), None)
+    if rounded is not None:
+        raise SourceError(
+            f"{source.name}: can't be a student: {rounded} rounds its inputs to 8 bits, which nothing can be trained "
+            "through; quantize the taught model instead"
+        )
+    return found
 
 
 def open_student(source: Source, *, train: Train | None, device: torch.device, config: Any) -> Student:
@@ -118,15 +127,25 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
             f"{source.name}: isn't quantized, so it has no scales to train; leave --train out, or weights"
         )
     student = Student(source, index, skeleton.model, dict(skeleton.key_of), schemes)
+    offsets = _offsets(source.folder / OFFSETS) if chosen == "weights" else {}
     for name, scheme in quantized.items():
         whole = stored.whole(stored.read(name, index.read, scheme))
         assert isinstance(whole, GroupedInt)
         module = skeleton.model.get_submodule(name)
         sparse = not isinstance(scheme, GroupedIntScheme) or _is_two_of_four(whole.codes)
         scaled = ScaledLinear(whole, module.bias, latent=chosen == "weights", sparse=sparse).to(device)
+        if name in offsets:
+            scaled.offset(offsets[name].to(device))
         skeleton.model.set_submodule(name, scaled)
     choose(student, quantized=bool(quantized))
     return student
+
+
+def _offsets(folder: Path) -> dict[str, Tensor]:
+    """Linear -> what its codes were rounded from, as the run that made the student kept it; else they start there."""
+    from safetensors.torch import load_file
+
+    return {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
 
 
 def _is_two_of_four(codes: Tensor) -> bool:
