@@ -184,7 +184,7 @@ def test_control_groups_and_limits_of_address_space_are_limits_of_memory(
 PEAK = """
 import re, sys
 import llmshrink
-asked = {"samples": 64, "recipe": sys.argv[1]}
+asked = {"samples": 32, "recipe": sys.argv[1]}
 if sys.argv[2] == "plan":
     print(llmshrink.plan("demo", measured=False, **asked).peak_ram_bytes)
 else:
