@@ -79,6 +79,7 @@ def load(original: Path, compressed: Path, *, own_reader: bool) -> tuple[Any, bo
     for key, parameter in model.named_parameters():
         if key in keys:
             parameter.data.copy_(reader.read(key))
+    reader.round_inputs(model)
     return model, True
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     compressed, own = load(arguments.original, arguments.compressed, own_reader=arguments.own_reader)
     found = divergence(original, compressed, ids)
     print(
-        f"KL {found.kl:.4f} nats/token, perplexity {found.original:.2f} -> {found.compressed:.2f}"
+        f"KL {found.kl:.5f} nats/token, perplexity {found.original:.2f} -> {found.compressed:.2f}"
         f" over {found.tokens:,} tokens, read by {'our own reader' if own else 'transformers'}"
     )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.errors import CheckpointError
 from llmshrink.formats import compressed_tensors, sparse24
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def reader_of(folder: Path, *, offload: bool) -> Callable[[str, LoadOptions], An
 
 
 def packed(folder: Path) -> bool:
-    """Whether `folder` holds `pack-quantized` weights, which our reader reads."""
-    return _quantization(folder).get("format") == "pack-quantized"
+    """Whether `folder` holds `pack-quantized` weights, some at least, which our reader reads."""
+    return _quantization(folder).get("format") in (compressed_tensors.FORMAT, compressed_tensors.MIXED)
 
 
 def needed(folder: Path) -> bool:
@@ -83,6 +84,7 @@ def load(path: str, options: LoadOptions) -> Any:
     for name, module in list(skeleton.model.named_modules()):
         if any(parameter is not None for parameter in module._parameters.values()):
             skeleton.load(name)
+    reader.round_inputs(skeleton.model)
     skeleton.model.tie_weights()
     skeleton.model.config.use_cache = True
     return skeleton.model
@@ -100,6 +102,10 @@ def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_
     from safetensors.torch import save_file
 
     config, reader = _opened(folder, dtype, trust_remote_code=trust_remote_code)
+    if reader.rounds_inputs:
+        raise CheckpointError(
+            f"{folder}: rounds the inputs of its linears to 8 bits, which no dense copy of it does; leave --offload out"
+        )
     target.mkdir(parents=True, exist_ok=True)
     index: dict[str, str] = {}
     size = 0

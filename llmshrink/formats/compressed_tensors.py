@@ -1,4 +1,6 @@
-"""compressed-tensors' `pack-quantized`: grouped integers as transformers and vLLM load them, written without either.
+"""compressed-tensors: its config, and `pack-quantized`, grouped integers as transformers and vLLM load them.
+
+Written without either; the formats of 8-bit products are `eight_bit`'s.
 
 A linear called `name` with N outputs, K inputs, b bits and groups of g inputs has, in place of `name.weight`,
 
@@ -22,11 +24,16 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import CheckpointError
+from llmshrink.formats import eight_bit
 from llmshrink.formats.bitpack import BITS, pack, unpack, words_for
+from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.groups import by_scheme, checked, literal
 from llmshrink.weights import GroupedInt
 
 FORMAT = "pack-quantized"
+MIXED = "mixed-precision"
+"""Where groups have different formats, each says its own."""
+FORMATS = (FORMAT, *eight_bit.FORMATS, MIXED)
 VERSION = "0.17.0"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 """What may stand in place of a linear's `weight`."""
@@ -46,6 +53,15 @@ class GroupedIntScheme:
         """The scheme that `weight` was quantized by."""
         whole_row = weight.group_size == weight.shape[1]
         return cls(weight.bits, -1 if whole_row else weight.group_size, weight.zero_point is None)
+
+    @property
+    def format(self) -> str:
+        """compressed-tensors' name of it."""
+        return FORMAT
+
+
+StandardScheme = GroupedIntScheme | EightBitScheme
+"""What a standard checkpoint may have."""
 
 
 def tensors(name: str, weight: GroupedInt) -> dict[str, Tensor]:
@@ -109,24 +125,25 @@ def read(name: str, get: Callable[[str], Tensor], scheme: GroupedIntScheme) -> G
     return GroupedInt(unpack(packed, scheme.bits, in_features), scale, zero_point, scheme.bits, group_size)
 
 
-def quantization_config(sites: Mapping[str, GroupedIntScheme | None], ignore: Iterable[str]) -> dict[str, object]:
+def quantization_config(sites: Mapping[str, StandardScheme | None], ignore: Iterable[str]) -> dict[str, object]:
     """The `quantization_config` of config.json.
 
     sites: module path of every linear inside the blocks -> its scheme, or None when it stays as it is. ignore: further
     linears that stay as they are (`lm_head`). One config group for each distinct scheme, in the order met.
     """
+    targets: dict[StandardScheme, list[str]]
     targets, ignored = by_scheme(sites, ignore)
+    formats = list(dict.fromkeys(scheme.format for scheme in targets))
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": formats[0] if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{number}": {
                 "targets": names,
-                "weights": _weights(scheme),
-                "input_activations": None,
+                **_numbers(scheme),
                 "output_activations": None,
-                "format": FORMAT,
+                "format": scheme.format,
             }
             for number, (scheme, names) in enumerate(targets.items())
         },
@@ -137,17 +154,23 @@ def quantization_config(sites: Mapping[str, GroupedIntScheme | None], ignore: It
     }
 
 
-def schemes(config: Mapping[str, object]) -> dict[str, GroupedIntScheme]:
+def schemes(config: Mapping[str, object]) -> dict[str, StandardScheme]:
     """Module path -> scheme, from a `quantization_config` of literal names (what this module writes).
 
     Raises CheckpointError for another format, another kind of scheme, or targets that are patterns or classes.
     """
-    if config.get("quant_method") != "compressed-tensors" or config.get("format") != FORMAT:
+    if config.get("quant_method") != "compressed-tensors" or config.get("format") not in FORMATS:
         raise CheckpointError(
             f"quantization_config is {config.get('quant_method')!r}, format {config.get('format')!r}; only"
-            f" compressed-tensors {FORMAT} can be read here"
+            f" compressed-tensors {', '.join(FORMATS)} can be read here"
         )
     return literal(config, _scheme)
+
+
+def _numbers(scheme: StandardScheme) -> dict[str, object]:
+    if isinstance(scheme, EightBitScheme):
+        return eight_bit.group(scheme)
+    return {"weights": _weights(scheme), "input_activations": None}
 
 
 def _weights(scheme: GroupedIntScheme) -> dict[str, object]:
@@ -166,14 +189,17 @@ def _weights(scheme: GroupedIntScheme) -> dict[str, object]:
     }
 
 
-def _scheme(label: str, group: object) -> GroupedIntScheme:
-    """The scheme of one config group; CheckpointError when it isn't weight-only grouped integers."""
+def _scheme(label: str, group: object) -> StandardScheme:
+    """The scheme of one config group; CheckpointError when it is neither grouped integers nor 8-bit products."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(group, dict) or not isinstance(weights, dict):
         raise CheckpointError(f"quantization_config {label} describes no weights; the checkpoint is damaged")
+    rounded = eight_bit.scheme_of(label, group)
+    if rounded is not None:
+        return rounded
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     group_size = {"channel": -1, "group": weights.get("group_size")}.get(str(strategy))
-    readable = weights.get("type") == "int" and group.get("input_activations") is None
+    readable = weights.get("type") == "int" and group.get("format", FORMAT) in (FORMAT, None)
     if not (readable and isinstance(bits, int) and bits in BITS and isinstance(group_size, int)):
         raise CheckpointError(
             f"quantization_config {label} is {weights.get('type')} of {bits} bits, strategy {strategy}; only"

@@ -19,6 +19,12 @@ the checkpoint is served, so they aren't counted when a checkpoint is made.
     wna16       2, 3, 4, 8 bit; group 32, 64, 128, 256 or whole row; any shape that the group divides
     sparse24    2:4 of 4, 8, 16 bit; groups that are multiples of 32, or whole row; in % 4 = 0 (% 8 for a rank's share)
 
+Products of 8 bits, weights and inputs (`eight_bit`), have kernels of their own for any shape that can be cut:
+
+    vllm-cpu    int8 (oneDNN, or its own for AMX); FP8 by channel has none
+    vllm-cuda   int8 on compute capability 7.5 to 9.0 (Turing to Hopper); FP8 from 8.9 (Ada), and before that, from 8.0,
+                as FP8 weights with inputs of 16 bits
+
 Attention is asked about too, once for a model: the CPU build's takes heads of some widths only, and every engine splits
 heads evenly over ranks.
 
@@ -35,12 +41,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmshrink.formats.bitpack import BITS, WORD
+from llmshrink.weights import Activations
 
 Parallel = Literal["column", "row"]
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of a head that the attention of vLLM's CPU build takes."""
 HUMMING = "vLLM's optional Humming kernels"
+FP8_ON_CPU = "the CPU build has no kernel for FP8 with a scale a row; a GPU of compute capability 8.9 or more has"
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,17 @@ def _cuda(piece: _Piece) -> tuple[str | None, str | None]:
     kind = "symmetric" if piece.symmetric else "asymmetric"
     group = "one group a row" if piece.group == -1 else f"group {piece.group}"
     return f"no kernel takes {piece.bits} bits, {kind}, {group}, for {piece.inputs} -> {piece.outputs}", None
+
+
+def eight_bit(
+    activations: Activations, shards: Sequence[tuple[int, int]], tp: int = 1, parallel: Parallel | None = None
+) -> Verdict:
+    """The engines' verdict on a layer of 8-bit products; the other arguments are `servable`'s."""
+    cuts = [(1, tp), (tp, 1)] if parallel is None and tp > 1 and len(shards) == 1 else [_splits(tp, parallel)]
+    faults = [_cut(8, -1, True, shards, row_split, column_split) for row_split, column_split in cuts]
+    fault = next((fault for fault in faults if fault is not None), None)
+    cpu = fault or (FP8_ON_CPU if activations == "fp8" else None)
+    return Verdict({"vllm-cpu": cpu, "vllm-cuda": fault})
 
 
 def plugin_kernel(

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import CheckpointError
-from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
+from llmshrink.formats import bitsandbytes, compressed_tensors, eight_bit, sparse24
 from llmshrink.formats.bitsandbytes import BitsAndBytesScheme
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.sparse24 import Sparse24Scheme
-from llmshrink.weights import Dense, GroupedInt, NormalFloat4, RowInt8, Solvable, Sparse24
+from llmshrink.weights import Activations, Dense, EightBit, GroupedInt, NormalFloat4, RowInt8, Solvable, Sparse24
 
 Format = Literal["compressed-tensors", "llmshrink", "bitsandbytes"]
 FORMATS: tuple[Format, ...] = ("compressed-tensors", "llmshrink")
 """Those that a user may ask for by name; `bitsandbytes` is what its own methods make, and nothing else."""
-Scheme = GroupedIntScheme | Sparse24Scheme | BitsAndBytesScheme
+Scheme = GroupedIntScheme | EightBitScheme | Sparse24Scheme | BitsAndBytesScheme
 Weight = Solvable | Sparse24
 S = TypeVar("S", bound=Scheme)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -35,12 +36,19 @@ def as_stored(weight: Solvable, scheme: Scheme | None) -> Weight:
     if isinstance(scheme, Sparse24Scheme):
         assert isinstance(weight, Dense | GroupedInt), weight
         return Sparse24.of(weight)
+    if isinstance(scheme, EightBitScheme) and isinstance(weight, GroupedInt):
+        return EightBit.of(weight)
     return weight
 
 
 def whole(weight: Weight) -> Solvable:
-    """The inverse: the weight with its zeros."""
-    return weight.whole() if isinstance(weight, Sparse24) else weight
+    """The inverse: the weight as its method made it, with its zeros."""
+    return weight.whole() if isinstance(weight, Sparse24 | EightBit) else weight
+
+
+def activations_of(scheme: Scheme | None) -> Activations | None:
+    """What a linear's inputs are rounded to where it is computed; None where they aren't."""
+    return scheme.activations if isinstance(scheme, EightBitScheme) else None
 
 
 def tensors(name: str, weight: Weight) -> dict[str, Tensor]:
@@ -49,6 +57,8 @@ def tensors(name: str, weight: Weight) -> dict[str, Tensor]:
         return sparse24.tensors(name, weight)
     if isinstance(weight, GroupedInt):
         return compressed_tensors.tensors(name, weight)
+    if isinstance(weight, EightBit):
+        return eight_bit.tensors(name, weight)
     if isinstance(weight, NormalFloat4 | RowInt8):
         return bitsandbytes.tensors(name, weight)
     return {f"{name}.weight": weight.weight}
@@ -60,6 +70,8 @@ def names(name: str, scheme: Scheme | None) -> list[str]:
         return sparse24.names(name, scheme)
     if isinstance(scheme, BitsAndBytesScheme):
         return bitsandbytes.names(name, scheme)
+    if isinstance(scheme, EightBitScheme):
+        return eight_bit.names(name)
     return [f"{name}.weight"] if scheme is None else compressed_tensors.names(name, symmetric=scheme.symmetric)
 
 
@@ -72,6 +84,8 @@ def layout(name: str, scheme: Scheme | None, shape: tuple[int, int], dtype: torc
         return sparse24.layout(name, scheme, shape, dtype)
     if isinstance(scheme, BitsAndBytesScheme):
         return bitsandbytes.layout(name, scheme, shape, dtype)
+    if isinstance(scheme, EightBitScheme):
+        return eight_bit.layout(name, scheme, shape, dtype)
     return (
         {f"{name}.weight": (dtype, shape)} if scheme is None else compressed_tensors.layout(name, scheme, shape, dtype)
     )
@@ -88,6 +102,8 @@ def read(name: str, get: Callable[[str], Tensor], scheme: Scheme | None) -> Weig
         return sparse24.read(name, get, scheme)
     if isinstance(scheme, BitsAndBytesScheme):
         return bitsandbytes.read(name, get, scheme)
+    if isinstance(scheme, EightBitScheme):
+        return eight_bit.read(name, get, scheme)
     return Dense(get(f"{name}.weight")) if scheme is None else compressed_tensors.read(name, get, scheme)
 
 
@@ -104,7 +120,11 @@ def quantization_config(
         return sparse24.quantization_config(_of(Sparse24Scheme, sites), ignore)
     if format == "bitsandbytes":
         return bitsandbytes.quantization_config(_of(BitsAndBytesScheme, sites), ignore)
-    return compressed_tensors.quantization_config(_of(GroupedIntScheme, sites), ignore)
+    standard: dict[str, GroupedIntScheme | EightBitScheme | None] = {}
+    for name, scheme in sites.items():
+        assert scheme is None or isinstance(scheme, GroupedIntScheme | EightBitScheme), "one checkpoint has one format"
+        standard[name] = scheme
+    return compressed_tensors.quantization_config(standard, ignore)
 
 
 def _of(kind: type[S], sites: Mapping[str, Scheme | None]) -> dict[str, S | None]:

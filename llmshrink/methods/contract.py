@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import LlmshrinkError
-from llmshrink.weights import Dense, GroupedInt, Solvable
+from llmshrink.weights import Dense, EightBit, GroupedInt, Solvable
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 
@@ -35,6 +35,8 @@ class QuantizeSpec:
     corrected: how much of the error of earlier layers this one makes good, 0 (one stream) to 1.
     damp: damping as a fraction of the Hessian's mean diagonal. block_size: columns between two lazy updates.
     descent: sweeps of coordinate descent over the codes at the end.
+    activations: what inputs are rounded to where the weight is computed with, "none", "int8" or "fp8" (then weights are
+        FP8 too, with one scale a row, and the grid's other fields say nothing).
     residual: keep what rounding left, for whoever goes on training from there.
     """
 
@@ -49,6 +51,7 @@ class QuantizeSpec:
     damp: float = 0.01
     block_size: int = 128
     descent: int = 0
+    activations: Literal["none", "int8", "fp8"] = "none"
     residual: bool = False
 
 
@@ -107,7 +110,7 @@ def check_finite(name: str, values: Tensor) -> None:
         raise SolveError(f"{name} holds NaN or infinity: check the checkpoint, or run the model in float32")
 
 
-def measure(weight: Tensor, quantized: GroupedInt | Dense, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
+def measure(weight: Tensor, quantized: GroupedInt | EightBit | Dense, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
     """What quantizing cost and what there was to lose, by row: ((W-Q) H (W-Q)^T, W H W^T)'s diagonals.
 
     weight: float32 [out, in]. Returns two float32 [out]; without a Hessian, squared Euclidean norms.

@@ -21,7 +21,7 @@ from llmshrink.methods.contract import (
 )
 from llmshrink.methods.registry import site_solver
 from llmshrink.methods.scales import Grid, fit, minmax
-from llmshrink.weights import GroupedInt, code_range
+from llmshrink.weights import FP8, FP8_MOST, SMALLEST_SCALE, EightBit, GroupedInt, code_range
 
 CHUNK = 1 << 22
 
@@ -36,6 +36,8 @@ def rtn(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, s
     check_finite("the weight", weight)
     size = resolve_group_size(weight.shape[1], spec.group_size)
     hessian = None if statistics is None else statistics.hessian
+    if spec.activations == "fp8":
+        return _solved(weight.to(torch.float32), _fp8(weight.to(torch.float32), scale_dtype), spec, hessian)
     importance = None
     if spec.scale_search == "hessian" and hessian is not None:
         importance = hessian.diagonal().float().view(-1, size)
@@ -54,10 +56,21 @@ def rtn(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, s
         spec.bits,
         size,
     )
-    original = weight.to(torch.float32)
+    return _solved(weight.to(torch.float32), quantized, spec, hessian)
+
+
+def _solved(original: Tensor, quantized: GroupedInt | EightBit, spec: QuantizeSpec, hessian: Tensor | None) -> Solved:
     error, energy = measure(original, quantized, hessian)
     residual = original - quantized.dequantize() if spec.residual else None
     return Solved(quantized, relative(error, energy), error, energy, 0.0, (), residual)
+
+
+def _fp8(weight: Tensor, dtype: torch.dtype) -> EightBit:
+    """weight: float32 [out, in]. The largest of a row becomes FP8's largest; a better scale would gain little, since
+    rounding is relative to each number."""
+    scale = (weight.abs().amax(1, keepdim=True) / FP8_MOST).clamp_(min=SMALLEST_SCALE).to(dtype)
+    codes = (weight / scale.to(torch.float32)).clamp_(-FP8_MOST, FP8_MOST)
+    return EightBit(codes.to(FP8), scale)
 
 
 def _round(grouped: Tensor, grid: Grid, spec: QuantizeSpec, dtype: torch.dtype) -> GroupedInt:

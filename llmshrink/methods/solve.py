@@ -16,7 +16,7 @@ from llmshrink.methods.contract import QuantizeSpec, SiteStatistics, Solved, Sol
 from llmshrink.methods.gptq import gptq_on
 from llmshrink.methods.pruning import Pruned, PruneSpec, prune
 from llmshrink.methods.registry import solver
-from llmshrink.weights import Dense, GroupedInt
+from llmshrink.weights import Activations, Dense, EightBit, GroupedInt
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class SiteSpec:
     def to_tune(self) -> SiteSpec:
         """The same, with what rounding left kept for training."""
         return self if self.quantize is None else replace(self, quantize=replace(self.quantize, residual=True))
+
+    @property
+    def activations(self) -> Activations | None:
+        """What the site's inputs are rounded to where it is computed; None where they aren't."""
+        kind = "none" if self.quantize is None else self.quantize.activations
+        return None if kind == "none" else kind
 
     @property
     def reads(self) -> frozenset[str]:
@@ -71,13 +77,13 @@ def solve(weight: Tensor, statistics: SiteStatistics | None, spec: SiteSpec, dty
 
 def _on_mask(
     pruned: Pruned, statistics: SiteStatistics, spec: QuantizeSpec, dtype: torch.dtype
-) -> tuple[GroupedInt, Tensor | None]:
+) -> tuple[GroupedInt | EightBit, Tensor | None]:
     if spec.method == "gptq":
         return gptq_on(pruned.weight, pruned.mask, statistics, spec, dtype)
     if spec.method == "rtn":
         # Zero is a code of every grid, the nearest one to itself.
         found = solver("rtn").solve(pruned.weight, statistics, spec, dtype)
-        assert isinstance(found.weight, GroupedInt)
+        assert isinstance(found.weight, GroupedInt | EightBit)
         return found.weight, found.residual
     raise SolveError(f"method {spec.method} knows nothing of a mask: quantize pruned weights by gptq or rtn")
 

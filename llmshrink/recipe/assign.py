@@ -19,13 +19,13 @@ from fnmatch import fnmatchcase
 from pydantic import ValidationError
 
 from llmshrink.errors import RecipeError
-from llmshrink.formats.servable import Parallel, Verdict, plugin_kernel, servable, sparse24_kernel
+from llmshrink.formats.servable import Parallel, Verdict, eight_bit, plugin_kernel, servable, sparse24_kernel
 from llmshrink.formats.stored import Format
 from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
 from llmshrink.recipe.schema import Override, Recipe
 from llmshrink.recipe.steps import BITSANDBYTES, Prune, Quantize
 
-SCHEME = {"bits", "group_size", "symmetric"}
+SCHEME = {"bits", "group_size", "symmetric", "activations"}
 """What an engine's layer has one of; how its shards' codes were found may differ."""
 PLUGIN = "llmshrink's plugin (llmshrink installed in vLLM's environment)"
 HEAD = "lm_head"
@@ -278,6 +278,8 @@ def _decide(layer: Sequence[SiteShape], asked: dict[str, Asked], tp: int, format
 
 def _engines(layer: Sequence[SiteShape], spec: QuantizeSpec, tp: int) -> tuple[Verdict, bool]:
     """(what the engines say of a layer, whether the plugin has a kernel for it), as a standard checkpoint stores it."""
+    if spec.activations != "none":
+        return eight_bit(spec.activations, _shards(layer), tp, layer[0].parallel), False
     asked = (spec.bits, spec.group_size, spec.symmetric, _shards(layer), tp, layer[0].parallel)
     return servable(*asked), plugin_kernel(*asked) is None
 
@@ -321,6 +323,11 @@ def _quantized(
             )
         # No kernel of an engine's is asked about its blocks.
         return QuantizeSpec(**asked.model_dump() | {"group_size": wanted}), None
+    if asked.activations != "none":
+        verdict = eight_bit(asked.activations, _shards(layer), tp, layer[0].parallel)
+        if not verdict.served:
+            return None, f"stays as it is: {_reason(verdict.engines)}"
+        return QuantizeSpec(**asked.model_dump() | {"group_size": width}), None
     sizes = [size for size in range(min(wanted, width), 0, -1) if width % size == 0]
     # The largest of those that most of them take: `max` takes the first.
     refusals = {size: _refusals(layer, asked, size, tp, format) for size in sizes}

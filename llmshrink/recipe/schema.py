@@ -104,6 +104,7 @@ class Recipe(Frozen):
                 "method {method} has a fixed grid, which can't be tuned; leave `tune` out, or take method gptq",
                 {"method": self.quantize.method},
             )
+        self._check_products()
         for number, override in enumerate(self.overrides):
             for kind in ("quantize", "prune"):
                 if getattr(override, kind) is not None and getattr(self, kind) is None:
@@ -113,6 +114,19 @@ class Recipe(Frozen):
                         {"number": number, "kind": kind},
                     )
         return self
+
+    def _check_products(self) -> None:
+        """8-bit products aren't trained: what trains multiplies by weights of 16 bits."""
+        trains = "tune" if self.tune is not None else "distill" if self.distill is not None else None
+        patches = [override.quantize for override in self.overrides if override.quantize is not None]
+        kinds = [each.activations for each in (self.quantize, *patches) if each is not None]
+        rounded = next((kind for kind in kinds if kind in ("int8", "fp8")), None)
+        if trains is not None and rounded is not None:
+            raise PydanticCustomError(
+                "activations",
+                "activations {kind} can't be trained by a {trains} step; leave one of the two out",
+                {"kind": rounded, "trains": trains},
+            )
 
     @property
     def quantize(self) -> Quantize | None:
@@ -135,6 +149,11 @@ class Recipe(Frozen):
         return self.steps[-1].distill
 
     @property
+    def teaches_codes(self) -> bool:
+        """Whether codes that it finds are trained on at the end, so that what they were rounded from has to be kept."""
+        return self.quantize is not None and self.distill is not None and self.distill.train == "weights"
+
+    @property
     def depth(self) -> Depth | None:
         """What the recipe's depth step says, if it has one."""
         return self.steps[0].depth
@@ -143,11 +162,6 @@ class Recipe(Frozen):
     def width(self) -> Width | None:
         """What the recipe's width step says, if it has one."""
         return self.steps[0].width
-
-    @property
-    def teaches_codes(self) -> bool:
-        """Whether codes that it finds are trained on at the end, so that what they were rounded from has to be kept."""
-        return self.quantize is not None and self.distill is not None and self.distill.train == "weights"
 
     @property
     def structured(self) -> bool:

@@ -25,6 +25,7 @@ BUILT_IN = (*BITSANDBYTES, "gptq", "rtn")
 PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
 """The same of the ways to prune."""
 
+Activations = Literal["none", "int8", "fp8"]
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 Importance = Literal["activations", "magnitude"]
 DropBy = Literal["angular", "loss"]
@@ -103,6 +104,8 @@ class Quantize(Frozen):
     damp: share of the mean of the Hessian's diagonal that is added to it.
     block_size: columns that the sweep solves before it updates the rest.
     descent: times that every code is chosen again afterwards, with all others in place (coordinate descent).
+    activations: what a linear's inputs are rounded to, token by token, where the result is computed: `none`, or `int8`
+        (weights are 8-bit integers, one scale a row), or `fp8` (weights are FP8 E4M3 too; by rtn).
     """
 
     method: Annotated[str, Field(validate_default=True)] = "gptq"
@@ -116,6 +119,7 @@ class Quantize(Frozen):
     damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     block_size: PositiveInt = 128
     descent: NonNegativeInt = 0
+    activations: Activations = "none"
 
     _bits = field_validator("bits")(_known_bits)
     _group = field_validator("group_size")(_known_group)
@@ -124,7 +128,9 @@ class Quantize(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, data: object) -> object:
-        """rtn has neither a Hessian nor a sweep, so its defaults differ from gptq's."""
+        """rtn has neither a Hessian nor a sweep, and 8-bit products have one grid, so their defaults differ."""
+        if isinstance(data, dict) and data.get("activations", "none") in ("int8", "fp8"):
+            data = {**_of_eight_bits(data["activations"]), **data}
         if isinstance(data, dict) and data.get("method") == "rtn":
             return {"scale_search": "mse", "act_order": False, "corrected": 0.0, **data}
         if isinstance(data, dict) and data.get("method") in BITSANDBYTES:
@@ -147,6 +153,8 @@ class Quantize(Frozen):
                     },
                 )
             return self
+        if self.activations != "none":
+            self._check_eight_bits()
         if self.method != "rtn":
             return self
         unread = [
@@ -168,12 +176,32 @@ class Quantize(Frozen):
             )
         return self
 
+    def _check_eight_bits(self) -> None:
+        fixed = _of_eight_bits(self.activations)
+        other = [f"{name}: {_said(getattr(self, name))}" for name in fixed if getattr(self, name) != fixed[name]]
+        if other:
+            raise PydanticCustomError(
+                "activations",
+                "activations {kind} takes {fixed}, so it can't follow {other}; leave these out, or activations",
+                {
+                    "kind": self.activations,
+                    "fixed": ", ".join(f"{name} {_said(value)}" for name, value in fixed.items()),
+                    "other": ", ".join(other),
+                },
+            )
+
+
+def _of_eight_bits(activations: object) -> dict[str, object]:
+    """The fields that products of 8 bits fix."""
+    grid: dict[str, object] = {"bits": 8, "group_size": -1, "symmetric": True, "signed": False}
+    return grid if activations == "int8" else {**grid, "method": "rtn", "scale_search": "minmax"}
+
 
 def _of_bitsandbytes(method: str) -> dict[str, object]:
     """The fields that one of its methods fixes."""
     bits, group_size = (8, -1) if method == "bnb-int8" else (4, 64)
     grid = {"bits": bits, "group_size": group_size, "symmetric": True, "signed": False, "scale_search": "minmax"}
-    return {**grid, "act_order": False, "corrected": 0.0, "descent": 0}
+    return {**grid, "act_order": False, "corrected": 0.0, "descent": 0, "activations": "none"}
 
 
 def _said(value: object) -> str:
@@ -194,6 +222,7 @@ class QuantizePatch(Frozen):
     damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
     block_size: PositiveInt | None = None
     descent: NonNegativeInt | None = None
+    activations: Activations | None = None
 
     _bits = field_validator("bits")(_known_bits)
     _group = field_validator("group_size")(_known_group)
@@ -202,7 +231,16 @@ class QuantizePatch(Frozen):
     def onto(self, base: Quantize) -> Quantize:
         """`base` with this patch's fields; a change of method brings the new method's defaults with it."""
         patch = self.model_dump(exclude_none=True)
-        return Quantize.model_validate(switch_method(base.model_dump(), patch.get("method")) | patch)
+        fields = switch_method(base.model_dump(), patch.get("method"))
+        if patch.get("activations", base.activations) != base.activations:
+            # Products of 8 bits have one grid, which is nothing that others should keep, nor the other way round.
+            idle = (
+                *GRID_FIELDS,
+                "scale_search",
+                *(("method",) if "fp8" in (patch["activations"], base.activations) else ()),
+            )
+            fields = {name: value for name, value in fields.items() if name not in idle}
+        return Quantize.model_validate(fields | patch)
 
 
 class Prune(Frozen):

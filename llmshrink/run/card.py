@@ -26,7 +26,7 @@ HERE = "<this folder>"
 INTERVAL = 1.96
 """Standard errors to either side of a mean, for 95 %."""
 LAYOUTS: dict[str, str] = {
-    "compressed-tensors": "compressed-tensors `pack-quantized`",
+    "compressed-tensors": "compressed-tensors {formats}",
     "llmshrink": "llmshrink `sparse24`: 2:4 without its zeros",
     "bitsandbytes": "bitsandbytes' own, as transformers saves it",
 }
@@ -153,7 +153,9 @@ def _what(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str
     schemes = "; ".join(sorted({_scheme(row) for row in quantized}))
     format = format_of(record)
     plain = format == "compressed-tensors" and not quantized
-    layout = "plain safetensors, in the original's dtype" if plain else LAYOUTS[format]
+    names = {None: "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
+    formats = ", ".join(f"`{names[kind]}`" for kind in dict.fromkeys(row.activations for row in quantized))
+    layout = "plain safetensors, in the original's dtype" if plain else LAYOUTS[format].format(formats=formats)
     base = f"[{record['model']}](https://huggingface.co/{record['model']})" if record["revision"] else record["model"]
     revision = f" at revision `{record['revision']}`" if record["revision"] else ""
     others = "embeddings and the head are as they were" if "distill" in record else "all else is as it was"
@@ -188,6 +190,9 @@ def _distilled(record: dict[str, Any]) -> list[str]:
 def _scheme(row: SiteRow) -> str:
     names = {"bnb-nf4": "NF4", "bnb-nf4-double": "NF4, their absmax in 8 bits", "bnb-int8": "LLM.int8"}
     method = names.get(row.method or "")
+    if row.activations is not None:
+        kind = "8-bit integers" if row.activations == "int8" else "FP8 (E4M3)"
+        return f"{kind} with one scale a row, activations rounded to the same token by token"
     return f"{row.bits}-bit, groups of {row.group_size}" + (f", {method}" if method else "")
 
 

@@ -143,6 +143,12 @@ class Conversion:
     def of(cls, record: dict[str, Any], config: dict[str, Any], index: CheckpointIndex, format: Format) -> Conversion:
         """Every changed linear, read once to see that the format can hold it. Raises CheckpointError where not."""
         schemes = stored.schemes(config.get("quantization_config"))
+        rounded = next((name for name, scheme in schemes.items() if stored.activations_of(scheme)), None)
+        if rounded is not None:
+            raise CheckpointError(
+                f"{rounded}: rounds its inputs to 8 bits, which the {format} format knows nothing of; quantize the "
+                "original by a recipe without activations"
+            )
         rows = {row.name: row for row in rows_of(record["sites"]) if row.changed or row.name in schemes}
         if not rows:
             raise CheckpointError(f"{index.folder}: no linear in it was changed; there is nothing to convert")

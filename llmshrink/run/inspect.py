@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +54,16 @@ class InspectReport:
             "",
             f"{self.model}, {self.recipe}: {size(self.bytes)} of weights",
             *([f"structure    {self.structure}"] if self.structure else []),
+            *(f"activations  {said}" for said in _rounded(self.sites)),
             f"bits/weight  {self.linear_bits_per_weight:.3f} in the blocks' linears, "
             f"{self.bits_per_weight:.3f} over all {self.weights} weights",
         ]
         return found + [f"note         {note}" for note in self.notes]
+
+
+def _rounded(rows: Iterable[SiteRow]) -> list[str]:
+    counts = Counter(row.activations for row in rows if row.activations is not None)
+    return [f"inputs of {count} sites are rounded to {kind}, token by token" for kind, count in counts.items()]
 
 
 def _stored_bits(row: SiteRow) -> str:

@@ -23,6 +23,7 @@ class SiteRow:
     pruned: how, as "alps 2:4"; None where it isn't. zeros: share of its weights that are zero, where it is.
     block_error: of its whole block's output on held-out windows, before and after the block was tuned, where it was;
         `error` is then of the site's own output on those windows.
+    activations: what its inputs are rounded to where it is computed; None where they aren't.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SiteRow:
     pruned: str | None = None
     zeros: float | None = None
     block_error: tuple[float, float] | None = None
+    activations: str | None = None
 
     @property
     def changed(self) -> bool:

@@ -16,13 +16,14 @@ import torch
 from llmshrink.errors import RecipeError
 from llmshrink.formats.bitsandbytes import DTYPES, BitsAndBytesScheme
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Scheme
-from llmshrink.methods import SiteSpec
+from llmshrink.methods import QuantizeSpec, SiteSpec
 from llmshrink.methods.bnb import require
 from llmshrink.recipe.assign import Assigned, serving_notes
 from llmshrink.recipe.schema import Recipe
-from llmshrink.recipe.steps import BITSANDBYTES, Prune
+from llmshrink.recipe.steps import BITSANDBYTES, Prune, Quantize
 from llmshrink.weights.sparse24 import VALUE_DTYPES
 
 FLAG = "--format llmshrink"
@@ -62,6 +63,8 @@ def scheme_of(spec: SiteSpec | None, in_features: int, format: Format, dtype: to
         return None if spec is None else Sparse24Scheme(16 if quantize is None else quantize.bits, group_size)
     if quantize is None or group_size is None:
         return None
+    if quantize.activations != "none":
+        return EightBitScheme(quantize.activations)
     return GroupedIntScheme(quantize.bits, group_size, quantize.symmetric)
 
 
@@ -125,7 +128,7 @@ def check_recipe(recipe: Recipe) -> None:
     elif recipe.prune.pattern != PATTERN:
         faults.append(_other_pattern(recipe.prune))
     if recipe.quantize is not None:
-        faults += _quantize_faults(recipe.quantize.bits, recipe.quantize.symmetric)
+        faults += _quantize_faults(recipe.quantize)
         if 0 < recipe.quantize.group_size < GROUP_STEP:
             faults.append(
                 f"groups of {recipe.quantize.group_size}: {FLAG} takes multiples of {GROUP_STEP} or whole rows; "
@@ -140,11 +143,13 @@ def _other_pattern(prune: Prune) -> str:
     return f'it prunes {asked}, and {FLAG} stores {PATTERN} alone; prune by pattern: "{PATTERN}", {INSTEAD}'
 
 
-def _quantize_faults(bits: int, symmetric: bool) -> list[str]:
+def _quantize_faults(asked: Quantize | QuantizeSpec) -> list[str]:
     faults = []
-    if bits not in BITS:
-        faults.append(f"{bits} bits: {FLAG} stores integers of 4 or 8; take one of them, {INSTEAD}")
-    if not symmetric:
+    if asked.activations != "none":
+        faults.append(f"activations {asked.activations}: {FLAG} stores weights alone; leave them out, {INSTEAD}")
+    if asked.bits not in BITS:
+        faults.append(f"{asked.bits} bits: {FLAG} stores integers of 4 or 8; take one of them, {INSTEAD}")
+    if not asked.symmetric:
         faults.append(f"asymmetric: {FLAG} stores symmetric integers, whose zero is no weight; take those, {INSTEAD}")
     return faults
 
@@ -188,7 +193,7 @@ def _site_fault(one: Assigned, dtype: torch.dtype) -> str | None:
             f"stored in {str(dtype).removeprefix('torch.')}, and {FLAG} stores values of 16 bits as bfloat16 or "
             f"float16: quantize too, bring the model to bfloat16 first, {INSTEAD}"
         )
-    return next(iter(_quantize_faults(spec.quantize.bits, spec.quantize.symmetric)), None)
+    return next(iter(_quantize_faults(spec.quantize)), None)
 
 
 def _mixed_layer(recipe: str, decided: Sequence[Assigned]) -> list[str]:

@@ -25,9 +25,9 @@ from llmshrink.errors import CheckpointError
 from llmshrink.methods import SiteSpec, solve
 from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward, pausing_at
-from llmshrink.model.sites import Site, Stage
+from llmshrink.model.sites import Site, Stage, sites_of
 from llmshrink.run.memory import give_back
-from llmshrink.weights import Solvable
+from llmshrink.weights import Activations, Solvable, round_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +113,11 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     stored = chain.skeleton.load(chain.name(number))
     block = chain.blocks[number]
     twin = shared_twin(block)
+    # Before any tap is set there: a tap's input is then what the compressed model multiplies.
+    for site in sites_of(stages):
+        kind = walk.specs[site.name].activations if site.name in walk.specs else None
+        if kind is not None:
+            round_inputs(twin.get_submodule(site.local), kind)
     solved: dict[str, SolvedSite] = {}
     if walk.tune is not None:
         walk.tune.remember(walk)
@@ -136,14 +141,21 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     return SolvedBlock(solved, stored, tuned)
 
 
-def replay_block(walk: Walk, number: int, weights: Mapping[str, Solvable]) -> None:
-    """Carry both streams through a block that an earlier run solved. weights: by the site's path inside the block."""
+def replay_block(
+    walk: Walk, number: int, weights: Mapping[str, Solvable], activations: Mapping[str, Activations] | None = None
+) -> None:
+    """Carry both streams through a block that an earlier run solved. weights: by the site's path inside the block.
+
+    activations: what the inputs of some are rounded to.
+    """
     chain = walk.chain
     chain.skeleton.load(chain.name(number))
     block = chain.blocks[number]
     twin = shared_twin(block)
     for local, weight in weights.items():
         install(twin, local, weight)
+    for local, kind in (activations or {}).items():
+        round_inputs(twin.get_submodule(local), kind)
     Forwards(walk, number, block, twin).finish_all()
     chain.skeleton.release(chain.name(number))
 

@@ -126,6 +126,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the skeleton is the dense model; the reader decompresses
         chain = Chain(Skeleton(config, reader, device=device, dtype=dtype))
+        reader.round_inputs(chain.skeleton.model)
         chain.load_outside()
         return chain
     except LlmshrinkError as error:

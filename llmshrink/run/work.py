@@ -95,7 +95,9 @@ class SiteWork:
                 for site in sites_of(self._job.stages[number])
                 if site.name in self._specs
             }
-        replay_block(walk, number, weights)
+        sites = [site for site in sites_of(self._job.stages[number]) if site.name in self._specs]
+        rounded = {site.local: self._specs[site.name].activations for site in sites}
+        replay_block(walk, number, weights, {local: kind for local, kind in rounded.items() if kind is not None})
 
     @property
     def inside(self) -> frozenset[str]:
@@ -136,6 +138,7 @@ class SiteWork:
             events=solved.events if solved else (),
             pruned=f"{prune.method} {prune.pattern}" if prune else None,
             zeros=zeros_of(solved.weight) if solved and prune else None,
+            activations=solved.spec.activations if solved else None,
         )
 
 

@@ -52,6 +52,7 @@ def _scheme(label: str, group: Mapping[str, Any]) -> GroupedIntScheme:
     target = f"{label}.weights"
     alone = {"quant_method": "compressed-tensors", "format": FORMAT}
     scheme = compressed_tensors.schemes({**alone, "config_groups": {label: {**group, "targets": [target]}}})[target]
+    assert isinstance(scheme, GroupedIntScheme), "groups that round activations were refused"
     if scheme.bits not in BITS or scheme.group_size not in GROUP_SIZES:
         raise CheckpointError(
             f"quantization_config {label} has {scheme.bits} bits in groups of {scheme.group_size}; only bits"

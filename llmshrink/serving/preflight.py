@@ -22,7 +22,8 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError
 from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
-from llmshrink.formats.servable import attention, plugin_kernel, servable, sparse24_kernel
+from llmshrink.formats.eight_bit import EightBitScheme
+from llmshrink.formats.servable import Verdict, attention, eight_bit, plugin_kernel, servable, sparse24_kernel
 from llmshrink.formats.sparse24 import Sparse24Scheme
 from llmshrink.model.families import FAMILIES, Family
 from llmshrink.serving.fused import one_scheme
@@ -37,7 +38,7 @@ OLDEST = (0, 32)
 OLDEST_CAPABILITY = (8, 0)
 """Of the plugin's kernels: Ampere."""
 
-Scheme = GroupedIntScheme | Sparse24Scheme
+Scheme = GroupedIntScheme | EightBitScheme | Sparse24Scheme
 
 
 class ServeError(LlmshrinkError):
@@ -152,7 +153,7 @@ def check_layers(
     own = method == sparse24.METHOD
     if method == bitsandbytes.METHOD and importlib.util.find_spec(BNB_PLUGIN) is None:
         raise ServeError(f"{checkpoint}: {NO_BNB}; run it with llmshrink generate, or compress the original again")
-    if not own and (method, form) != ("compressed-tensors", compressed_tensors.FORMAT):
+    if not own and (method != "compressed-tensors" or form not in compressed_tensors.FORMATS):
         return [f"quantized by {method}{f', format {form}' if form else ''}: whether vLLM serves that wasn't checked"]
     if own and plugin.why is not None:
         raise ServeError(f"{checkpoint} is in llmshrink's own format, and {plugin.why}")
@@ -208,11 +209,11 @@ class _Layers:
         """vLLM's layers, each with the shapes of its parts."""
         layers: dict[str, list[tuple[int, int]]] = {}
         with CheckpointIndex.open(self.checkpoint) as index:
-            for name in self.schemes:
-                key = f"{name}.weight_shape"
+            for name, scheme in self.schemes.items():
+                key = f"{name}.weight" if isinstance(scheme, EightBitScheme) else f"{name}.weight_shape"
                 if key not in index:
                     raise ServeError(f"{self.checkpoint}: no {key} there, which config.json promises; copy it again")
-                rows, columns = index.read(key).tolist()
+                rows, columns = index.entry(key).shape if key.endswith(".weight") else index.read(key).tolist()
                 layer = (self.family.fused_name(name) if self.family else None) or name
                 layers.setdefault(layer, []).append((rows, columns))
         return layers
@@ -222,7 +223,7 @@ class _Layers:
         parallel = self.family.parallel(layer) if self.family else None
         if isinstance(scheme, Sparse24Scheme):
             return sparse24_kernel(scheme.group_size, parts, self.tp, parallel), None
-        verdict = servable(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel)
+        verdict = self._verdict(scheme, layer, parts)
         why = verdict.engines[self.target]
         if why is None and verdict.needs is None:
             return None, None
@@ -232,7 +233,17 @@ class _Layers:
             return f"{scheme.bits} bits need {verdict.needs}, which aren't installed", None
         return why, verdict.needs
 
-    def _plugin_takes(self, scheme: GroupedIntScheme, layer: str, parts: list[tuple[int, int]]) -> bool:
+    def _verdict(self, scheme: GroupedIntScheme | EightBitScheme, layer: str, parts: list[tuple[int, int]]) -> Verdict:
+        parallel = self.family.parallel(layer) if self.family else None
+        if isinstance(scheme, EightBitScheme):
+            return eight_bit(scheme.activations, parts, self.tp, parallel)
+        return servable(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel)
+
+    def _plugin_takes(
+        self, scheme: GroupedIntScheme | EightBitScheme, layer: str, parts: list[tuple[int, int]]
+    ) -> bool:
+        if isinstance(scheme, EightBitScheme):
+            return False
         parallel = self.family.parallel(layer) if self.family else None
         return plugin_kernel(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel) is None
 
@@ -240,8 +251,7 @@ class _Layers:
         """What a user can do about a layer that no kernel takes."""
         if isinstance(scheme, Sparse24Scheme):
             return _ways_out(self.target, self.tp, cuda=False)
-        parallel = self.family.parallel(layer) if self.family else None
-        verdict = servable(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel)
+        verdict = self._verdict(scheme, layer, parts)
         ways = _ways_out(self.target, self.tp, cuda=verdict.engines["vllm-cuda"] is None)
         if not self.plugin.kernel and self._plugin_takes(scheme, layer, parts):
             return f"llmshrink's kernel takes it: {self.plugin.why or f'unset {KERNELS}'}; or {ways}"

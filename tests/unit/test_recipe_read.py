@@ -89,6 +89,10 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
         assert "distill" in file.stem or "taught" in recipe.summary
     elif recipe.quantize is not None and recipe.quantize.method in BITSANDBYTES:
         assert file.stem == recipe.quantize.method and f"{recipe.quantize.bits}-bit" in recipe.summary
+    elif recipe.quantize is not None and recipe.quantize.activations != "none":
+        kind = recipe.quantize.activations
+        assert file.stem == {"int8": f"{recipe.quantize.method}-w8a8", "fp8": "fp8-dynamic"}[kind]
+        assert {"int8": "8-bit integers", "fp8": "FP8"}[kind] in recipe.summary
     elif recipe.quantize is not None:
         assert f"w{recipe.quantize.bits}a16" in file.stem and str(recipe.quantize.bits) in recipe.summary
         assert f"{recipe.quantize.method}-w" in file.stem

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.checkpoint.decompressed import Decompressed
-from llmshrink.formats import compressed_tensors, sparse24
+from llmshrink.formats import sparse24
 from llmshrink.formats.bitpack import WORD
 from llmshrink.serving.vllm.engine import EngineError, EngineResult, Generation, engine_logprobs
 
@@ -104,7 +104,7 @@ def only_we_read(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == sparse24.METHOD:
         return True
-    if quantization.get("format") != compressed_tensors.FORMAT:
+    if quantization.get("quant_method") != "compressed-tensors":
         return False
     groups = (quantization.get("config_groups") or {}).values()
     return any(WORD % int((group.get("weights") or {}).get("num_bits", WORD)) for group in groups)
@@ -118,6 +118,7 @@ def _decompressed(checkpoint: Path) -> Any:
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    reader.round_inputs(model)
     weights = {key: reader.read(key) for key in list(reader.keys())}
     missing, unknown = model.load_state_dict(weights, strict=False)
     absent = set(missing) - set(model.all_tied_weights_keys)

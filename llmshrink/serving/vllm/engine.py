@@ -23,6 +23,9 @@ from typing import Any, TypedDict
 
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
+from llmshrink.formats.compressed_tensors import GroupedIntScheme
+from llmshrink.formats.eight_bit import EightBitScheme
+from llmshrink.formats.servable import FP8_ON_CPU
 from llmshrink.model.families import FAMILIES
 from llmshrink.serving.launch import AS_MEASURED, Installed, install_line, installed
 from llmshrink.serving.preflight import BNB_PLUGIN, NO_BNB, plugin_here
@@ -142,8 +145,11 @@ def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
     quantization = _quantization(checkpoint)
     if not quantization or quantization.get("quant_method") in (sparse24.METHOD, bitsandbytes.METHOD):
         return
+    schemes = list(compressed_tensors.schemes(quantization).values())
+    if any(isinstance(scheme, EightBitScheme) and scheme.activations == "fp8" for scheme in schemes):
+        raise EngineError(f"{checkpoint}: {FP8_ON_CPU}; verify it there, or with --engine transformers")
     served = {4, 2, 3, 8} if plugin_here(os.environ).kernel else {4}
-    others = sorted({scheme.bits for scheme in compressed_tensors.schemes(quantization).values()} - served)
+    others = sorted({scheme.bits for scheme in schemes if isinstance(scheme, GroupedIntScheme)} - served)
     if others:
         bits, here = " and ".join(map(str, others)), ", ".join(map(str, sorted(served)))
         raise EngineError(

@@ -1,0 +1,270 @@
+"""Weights of 8 bits with inputs of 8 bits: what is stored, read, computed, and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor, IntQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from safetensors.torch import load_file
+
+import llmshrink
+from llmshrink.errors import CheckpointError, LlmshrinkError, RecipeError
+from llmshrink.formats import stored
+from llmshrink.formats.compressed_tensors import MIXED, GroupedIntScheme, quantization_config, schemes
+from llmshrink.formats.eight_bit import EightBitScheme, read, tensors
+from llmshrink.formats.servable import eight_bit
+from llmshrink.methods import QuantizeSpec, SiteSpec, solve
+from llmshrink.recipe.schema import Recipe
+from llmshrink.weights import FP8, Activations, EightBit, GroupedInt, by_token, coded
+
+KINDS: list[Activations] = ["int8", "fp8"]
+RECIPES = {"int8": "gptq-w8a8", "fp8": "fp8-dynamic"}
+WINDOWS = {"samples": 6, "seq_len": 32}
+
+
+def random_weight(kind: str, dtype: torch.dtype = torch.bfloat16) -> EightBit:
+    """Codes take every value that there is."""
+    generator = torch.Generator().manual_seed(0)
+    every = torch.arange(256, dtype=torch.uint8)
+    bytes_ = torch.cat([every, torch.randint(0, 256, (24 * 40 - 256,), dtype=torch.uint8, generator=generator)])
+    codes = bytes_[torch.randperm(24 * 40, generator=generator)].view(24, 40)
+    scale = (torch.rand(24, 1, generator=generator) + 0.01).to(dtype)
+    if kind == "int8":
+        return EightBit(codes.view(torch.int8), scale)
+    codes = torch.where((codes & 127) == 127, torch.zeros_like(codes), codes)  # NaN
+    return EightBit(codes.view(FP8), scale)
+
+
+def library_scheme(kind: Activations) -> Any:
+    config = quantization_config({"a.b": EightBitScheme(kind)}, ["lm_head"])
+    return QuantizationConfig.model_validate(config).config_groups["group_0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_library_decompresses_to_our_weight_bit_by_bit(kind: Activations, dtype: torch.dtype) -> None:
+    weight = random_weight(kind, dtype)
+    state = {key.removeprefix("a.b."): value for key, value in tensors("a.b", weight).items()}
+    compressor = IntQuantizationCompressor if kind == "int8" else FloatQuantizationCompressor
+    theirs = compressor.decompress(state, library_scheme(kind))["weight"]
+    assert torch.equal(theirs.float(), weight.dequantize(dtype).float())
+    back = read("a.b", tensors("a.b", weight).__getitem__, EightBitScheme(kind))
+    assert torch.equal(back.codes.view(torch.uint8), weight.codes.view(torch.uint8))
+    exact = weight.codes.double() * weight.scale.double()
+    assert torch.equal(weight.dequantize(torch.float64), exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_library_compresses_reads_back(kind: Activations) -> None:
+    weight = random_weight(kind, torch.float32)
+    compressor = IntQuantizationCompressor if kind == "int8" else FloatQuantizationCompressor
+    state = {"weight": weight.dequantize(), "weight_scale": weight.scale}
+    theirs = compressor.compress(state, library_scheme(kind))
+    found = read("a.b", lambda key: theirs[key.removeprefix("a.b.")], EightBitScheme(kind))
+    assert torch.equal(found.dequantize(), weight.dequantize())
+
+
+def test_inputs_are_rounded_as_engines_do_it() -> None:
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 300.0]).view(
+        3, 1, 1
+    )
+    x[0, 0] = 0
+    module = torch.nn.Linear(64, 8)
+    module.quantization_status = QuantizationStatus.INITIALIZED  # type: ignore[assignment]
+    fp8 = library_scheme("fp8").input_activations
+    assert torch.equal(by_token(x[:, 1:], "fp8"), forward_quantize(module, x[:, 1:], "input", fp8))
+    codes, scale = coded(x, "int8")
+    assert codes.dtype == torch.int8 and scale.shape == (3, 5, 1)
+    assert torch.equal(codes[0, 0], torch.zeros(64, dtype=torch.int8))
+    largest = codes[x.abs().amax(-1) > 0].abs().amax(-1)
+    assert torch.equal(largest, torch.full_like(largest, 127))
+    assert bool(((by_token(x, "int8") - x).abs() <= 0.5001 * scale).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_go_to_the_nearest_code(kind: Activations) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[3] = 0
+    grid = {"bits": 8, "group_size": -1, "signed": False, "scale_search": "minmax", "act_order": False}
+    spec = SiteSpec(None, QuantizeSpec("rtn", **grid, corrected=0.0, activations=kind))
+    solved = solve(weight, None, spec, torch.float32)
+    found = stored.as_stored(solved.weight, EightBitScheme(kind))
+    assert isinstance(found, EightBit)
+    grid_of = torch.arange(-127, 128) if kind == "int8" else torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    levels = grid_of[~grid_of.isnan()].double()
+    nearest = (weight.double().unsqueeze(-1) - levels * found.scale.double().unsqueeze(-1)).abs().amin(-1)
+    ours = (weight.double() - found.dequantize(torch.float64)).abs()
+    assert bool((ours <= nearest + 1e-9).all()) and not bool(found.codes[3].float().any())
+    whole = stored.whole(found)
+    assert isinstance(whole, GroupedInt if kind == "int8" else EightBit)
+    assert torch.equal(whole.dequantize(), solved.weight.dequantize())
+
+
+def test_one_config_holds_both_kinds_and_packed_integers() -> None:
+    sites = {
+        "a.b": EightBitScheme("int8"),
+        "a.c": GroupedIntScheme(4, 32, False),
+        "a.d": EightBitScheme("fp8"),
+        "e.f": None,
+    }
+    config = json.loads(json.dumps(quantization_config(sites, ["lm_head"])))
+    assert config["format"] == MIXED
+    assert schemes(config) == {name: scheme for name, scheme in sites.items() if scheme is not None}
+    library = QuantizationConfig.model_validate(config)
+    assert [group.format for group in library.config_groups.values()] == [
+        "int-quantized", "pack-quantized", "float-quantized",
+    ]  # fmt: skip
+    config["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
+    with pytest.raises(CheckpointError, match="group_0 rounds activations in another way"):
+        schemes(config)
+
+
+def test_who_serves_it() -> None:
+    shards = [(64, 48), (32, 48)]
+    assert eight_bit("int8", shards).engines == {"vllm-cpu": None, "vllm-cuda": None}
+    assert "FP8" in (eight_bit("fp8", shards).engines["vllm-cpu"] or "") and eight_bit("fp8", shards).served
+    assert not eight_bit("int8", [(33, 48)], tp=2, parallel="column").served
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    return {"name": "x", "steps": [{"quantize": {"method": "rtn", "activations": "int8", **changes}}]}
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        (recipe(bits=4), "takes bits 8, group_size -1, symmetric true, signed false, so it can't follow bits: 4"),
+        (recipe(activations="fp8", method="gptq"), "can't follow method: gptq"),
+        (recipe(group_size=64, symmetric=False), "group_size: 64, symmetric: false"),
+        ({"name": "x", "steps": [*recipe()["steps"], {"tune": {}}]}, "can't be trained by a tune step"),
+        ({"name": "x", "steps": [*recipe()["steps"], {"distill": {}}]}, "can't be trained by a distill step"),
+    ],
+)  # fmt: skip
+def test_what_goes_with_8_bit_inputs_is_said(document: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        Recipe.model_validate(document)
+    assert said in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def made(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A kind of activations -> an output of its recipe, made once."""
+    done: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in done:
+            out = tmp_path_factory.mktemp("schemes") / kind
+            report = llmshrink.quantize(
+                model_of("llama"), output=out, recipe=RECIPES[kind], calibration=story, **WINDOWS
+            )
+            assert report.ok and {row.activations for row in report.sites} == {kind}
+            done[kind] = out
+        return done[kind]
+
+    return make
+
+
+def probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits.float().log_softmax(-1)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_rounds_inputs_as_we_do_and_loses_what_the_run_said(
+    kind: str, made: Callable[[str], Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from llmshrink.serving.vllm.check import _decompressed
+
+    folder = made(kind)
+    ids = load_file(folder / "verify" / "held_out.safetensors")["input_ids"][:4]
+    theirs = probabilities(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    own = _decompressed(folder)
+    ours = probabilities(own, ids)
+    for module in own.modules():
+        module._forward_pre_hooks.clear()
+    weights_alone = probabilities(own, ids)
+
+    def kl(other: torch.Tensor) -> float:
+        return float((theirs.exp() * (theirs - other)).sum(-1).mean())
+
+    assert kl(ours) < (1e-9 if kind == "fp8" else 0.7 * kl(weights_alone))
+    assert kl(weights_alone) > 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_done_with_it_is_refused_by_name(kind: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+    from llmshrink.evaluation.loader import write_dense
+
+    folder = made(kind)
+    with pytest.raises(LlmshrinkError, match="inputs to 8 bits"):
+        llmshrink.convert(folder, output=tmp_path / "c", format="llmshrink")
+    with pytest.raises(LlmshrinkError, match="rounds its inputs to 8 bits"):
+        llmshrink.distill(folder, teacher=folder, output=tmp_path / "d", steps=1)
+    with pytest.raises(CheckpointError, match="no dense copy"):
+        write_dense(folder, tmp_path / "e", torch.float32)
+    assert not list(tmp_path.iterdir())
+    found = llmshrink.inspect(folder)
+    assert any("token by token" in line for line in found.lines())
+    # Codes of 8 bits and a float32 scale for each row of 64, 96 or 32 weights.
+    assert 8.3 < found.linear_bits_per_weight < 9.1
+    assert "activations rounded" in (folder / "README.md").read_text()
+
+
+def test_overrides_take_the_activations_away_and_a_killed_run_goes_on(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmshrink.run.work import SiteWork
+
+    document = tmp_path / "mixed.yaml"
+    document.write_text(
+        "name: mixed\nsteps:\n  - quantize: {method: gptq, activations: int8}\noverrides:\n"
+        "  - {match: down_proj, quantize: {activations: none, bits: 4, group_size: 32}}\n"
+        "  - {match: o_proj, quantize: {activations: fp8}}\n"
+    )
+    options: dict[str, Any] = {"recipe": str(document), "calibration": story, **WINDOWS}
+    whole = llmshrink.quantize(model_of("llama"), output=tmp_path / "whole", **options)
+    kinds = {row.name.rpartition(".")[2]: (row.activations, row.bits, row.method) for row in whole.sites}
+    assert kinds["down_proj"] == (None, 4, "gptq") and kinds["o_proj"] == ("fp8", 8, "rtn")
+    assert kinds["q_proj"] == ("int8", 8, "gptq")
+    solve_one, done = SiteWork.solve, []
+
+    def stopping(work: SiteWork, walk: Any, number: int) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(number)
+        return solve_one(work, walk, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteWork, "solve", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            llmshrink.quantize(model_of("llama"), output=tmp_path / "again", **options)
+    report = llmshrink.quantize(model_of("llama"), output=tmp_path / "again", **options)
+    assert report.blocks_kept == 1 and report.quality == whole.quality
+
+
+def test_parts_of_one_layer_must_round_alike(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    document = tmp_path / "apart.yaml"
+    document.write_text(
+        "name: apart\nsteps:\n  - quantize: {method: rtn, activations: int8}\noverrides:\n"
+        "  - {match: k_proj, quantize: {activations: fp8}}\n"
+    )
+    with pytest.raises(RecipeError, match="activations int8 and fp8"):
+        llmshrink.quantize(
+            model_of("llama"), output=tmp_path / "out", recipe=str(document), calibration=story, **WINDOWS
+        )
+    with pytest.raises(RecipeError, match="activations int8"):
+        llmshrink.compress(
+            model_of("llama"), output=tmp_path / "out", recipe="alps-2of4-gptq-w4a16", format="llmshrink",
+            calibration=story, set=["steps.1.quantize={method: gptq, activations: int8}"], **WINDOWS,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
