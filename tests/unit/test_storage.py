@@ -96,7 +96,7 @@ def test_the_room_that_is_asked_for_is_the_room_that_is_taken(
     llmshrink.convert(out, output=tmp_path / "back", format="compressed-tensors")
     for_run, for_conversion = asked
     taken = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    assert taken <= for_run <= 1.1 * taken
+    assert taken <= for_run <= taken + 40_000
     assert for_conversion - 1_000_000 == sum(tensor.nbytes for tensor in weights(tmp_path / "back").values())
 
 
