@@ -22,10 +22,12 @@ from llmshrink.run.job import Job
 from llmshrink.run.shards import file_name, split
 
 OUTSIDE = "outside"
-RECORDS = 6_000
+RECORDS = 10_000
 """Bytes of llmshrink.json, timing.json, recipe.yaml and README.md beside what they say of each site."""
 SITE_RECORD = 420
 """Bytes that these and config.json say of a site."""
+FILE_RECORD = 240
+"""Bytes that these and the seal say of a file of weights."""
 POSITION = 4 + 8 * TOP
 """Bytes that are kept of a held-out position; a token's id and mask are 9 more."""
 
@@ -152,4 +154,12 @@ def _beside(job: Job, where: Mapping[str, str], sites: int) -> int:
     side = sum(path.stat().st_size for path, _ in side_files(source, besides=(job.options.output.absolute(),)))
     config = (source / "config.json").stat().st_size
     held_out = job.held_out.input_ids.numel() * (POSITION + 9)
-    return len(json.dumps(index, indent=2)) + config + side + held_out + RECORDS + SITE_RECORD * sites
+    return (
+        len(json.dumps(index, indent=2))
+        + config
+        + side
+        + held_out
+        + RECORDS
+        + SITE_RECORD * sites
+        + FILE_RECORD * len(set(where.values()))
+    )
