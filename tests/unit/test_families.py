@@ -17,6 +17,7 @@ from torch import Tensor
 import llmshrink
 from llmshrink.errors import LlmshrinkError, UnsupportedModelError
 from llmshrink.model import families as covered
+from llmshrink.recipe.assign import matches
 from llmshrink.run.verify import read_reference
 
 SMALL: dict[str, Any] = {"samples": 6, "seq_len": 32, "dtype": "float32"}
@@ -169,6 +170,12 @@ def test_a_smaller_student_is_cut_from_a_family(
     assert report is not None and report.verification.mean_difference == 0.0
     field = covered.FAMILIES[family.model_type].channels_field
     assert json.loads((tmp_path / "out" / "config.json").read_text())[field] == 64
+
+
+def test_a_pattern_may_be_several() -> None:
+    assert matches("down_proj|fc2", "model.layers.0.mlp.down_proj") and matches("down_proj|fc2", "decoder.layers.1.fc2")
+    assert matches("lm_head|*.layers.0.*", "model.layers.0.mlp.up_proj")
+    assert not matches("down_proj|fc2", "model.layers.0.mlp.up_proj")
 
 
 UNEVEN: dict[str, Any] = {
