@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "Mistral": Family("mistral", {"sliding_window": 8}),
     "Qwen2, 2.5": Family("qwen2"),
     "Qwen3": Family("qwen3", {"tie_word_embeddings": True}),
+    "Gemma": Family("gemma"),
     "Gemma 2": Family("gemma2", {"num_hidden_layers": 3, "sliding_window": 8}, {"query_pre_attn_scalar": 32}),
     "Gemma 3 (text)": Family(
         "gemma3_text",
@@ -72,6 +73,8 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "OLMo 2": Family("olmo2"),
+    "OLMo 3": Family("olmo3", {"num_hidden_layers": 4, "sliding_window": 8}),
+    "StarCoder2": Family("starcoder2", {"sliding_window": 8}),
 }  # fmt: skip
 
 SCHEMES: dict[str, Scheme] = {
@@ -90,10 +93,12 @@ SCHEMES: dict[str, Scheme] = {
 }  # fmt: skip
 
 OPT_HEADS = "its class takes hidden_size / heads for the width of a head"
+NORM_OVER_HEADS = "q_norm and k_norm take the mean over all heads together"
 REFUSED: dict[tuple[str, str], str] = {
     ("OPT", "KV groups"): OPT_HEADS,
     ("OPT-350m", "KV groups"): OPT_HEADS,
-    ("OLMo 2", "KV groups"): "q_norm and k_norm take the mean over all heads together",
+    ("OLMo 2", "KV groups"): NORM_OVER_HEADS,
+    ("OLMo 3", "KV groups"): NORM_OVER_HEADS,
 }
 """(family, column) -> what the refusal says."""
 

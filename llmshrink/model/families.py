@@ -102,20 +102,30 @@ _OPT = Family(
     channels_field="ffn_dim",
 )
 
+_STARCODER2 = replace(
+    _LLAMA,
+    fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
+    row_parallel=("o_proj", "c_proj"),
+    ffn=Narrowing(("c_fc",), "c_proj"),
+)
+
 _NORM_OVER_HEADS = "q_norm and k_norm take the mean over all heads together, so fewer heads change what the rest become"
 
 FAMILIES: dict[str, Family] = {
+    "gemma": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "olmo2": replace(_LLAMA, attention=_NORM_OVER_HEADS),
+    "olmo3": replace(_LLAMA, attention=_NORM_OVER_HEADS),
     "opt": _OPT,
     "phi3": _PHI3,
     "qwen2": replace(_LLAMA, head_dim_in_vllm=False),
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
+    "starcoder2": _STARCODER2,
 }
 
 
