@@ -54,7 +54,8 @@ ALLOWED = (
 )
 OVERRIDE = {
     "match": "Which modules: a full name (`model.layers.0.mlp.down_proj`), a pattern with `*`, `?`, `[...]`,"
-    " or a last part (`down_proj`); several with a bar between them: recipes say `down_proj|fc2|c_proj`, as OPT and StarCoder call it.",
+    " or a last part (`down_proj`); several with a bar between them: recipes say `down_proj|fc2|c_proj`, as OPT and"
+    " StarCoder call it.",
     "quantize": "Fields of the quantize step that differ there.",
     "prune": "Fields of the prune step that differ there.",
     "ignore": "`true`: these modules stay as they are.",
