@@ -125,6 +125,7 @@ def test_a_folder_without_a_config_is_named(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_an_engine_that_dies_is_reported_by_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engine, "installed", lambda: Installed("vllm", "0.33.0"))
+    (tmp_path / "config.json").write_text("{}")
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho out of memory\nexit 7\n")
     python.chmod(0o755)
@@ -135,6 +136,7 @@ def test_an_engine_that_dies_is_reported_by_its_last_words(monkeypatch: pytest.M
 
 def test_an_engine_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engine, "installed", lambda: Installed("vllm", "0.33.0"))
+    (tmp_path / "config.json").write_text("{}")
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nsleep 600\n")
     python.chmod(0o755)
