@@ -90,8 +90,8 @@ def test_each_source_tensor_is_read_at_most_twice(
     opened: list[CheckpointIndex] = []
     open_index = CheckpointIndex.open
 
-    def remember(folder: Path) -> CheckpointIndex:
-        opened.append(open_index(folder))
+    def remember(folder: Path, *arriving: Any) -> CheckpointIndex:
+        opened.append(open_index(folder, *arriving))
         return opened[-1]
 
     monkeypatch.setattr(jobs.CheckpointIndex, "open", remember)
