@@ -131,6 +131,7 @@ def _quantization(checkpoint: Path) -> dict[str, Any]:
 
 
 def closest_dtype(checkpoint: Path) -> str:
+    """The dtype of 16 bits in which vLLM comes closest to float32 for a checkpoint's architecture."""
     family = FAMILIES.get(str(_config(checkpoint).get("model_type")))
     return "float16" if family is None or family.float16_in_vllm else "bfloat16"
 
