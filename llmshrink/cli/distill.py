@@ -52,7 +52,7 @@ def distill(
     teacher_quant: Annotated[
         Literal["nf4", "int8"] | None, typer.Option(help="Hold the teacher in so few bits (bitsandbytes).")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer (400).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer (600).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a batch (8).")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window (1024, or the models' limit).")] = None,

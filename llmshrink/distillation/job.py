@@ -57,7 +57,7 @@ class Options:
     teacher_cache_tokens: int | None = None
     mask_prompts: bool | None = None
     teacher_quant: TeacherQuant | None = None
-    steps: int = 400
+    steps: int = 600
     batch_size: int = 8
     accumulate: int = 1
     seq_len: int | None = None

@@ -385,7 +385,7 @@ class Distill(Frozen):
     lr: learning rate of weights; left out: 0.77 over the width of the hidden states. scale_lr: of scales, relative.
     """
 
-    steps: PositiveInt = 400
+    steps: PositiveInt = 600
     batch_size: PositiveInt = 8
     generated_tokens: NonNegativeInt = 0
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0

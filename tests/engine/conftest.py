@@ -52,6 +52,19 @@ def demo_w4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def taught(demo_w4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, its scales and norms taught by the embedded model for a few steps."""
+    from safetensors.torch import load_file
+
+    out = tmp_path_factory.mktemp("engine") / "taught"
+    llmshrink("distill", "demo", demo_w4, "-o", out, "--steps", "4", "--seq-len", "64", "--warmup", "0")
+    before, after = ((folder / "model-block-00000.safetensors") for folder in (demo_w4, out))
+    scales = {key: scale for key, scale in load_file(before).items() if key.endswith("weight_scale")}
+    assert scales and any((scale != load_file(after)[key]).any() for key, scale in scales.items())
+    return out
+
+
+@pytest.fixture(scope="session")
 def demo(demo_w4: Path, serve_once: Callable[[Path], Served]) -> Served:
     return serve_once(demo_w4)
 

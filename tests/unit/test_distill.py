@@ -454,3 +454,13 @@ def test_a_loss_that_is_no_number_stops_at_its_step(
     assert (tmp_path / "out.partial" / "training" / "checkpoint-2").is_dir()
     monkeypatch.undo()
     assert llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT).ok
+
+
+def test_nothing_is_dropped_while_a_student_learns() -> None:
+    from llmshrink.distillation.student import _without_dropout
+    from transformers import OPTConfig
+
+    config = OPTConfig(dropout=0.1, attention_dropout=0.2, layerdrop=0.3)
+    without = _without_dropout(config)
+    assert (without.dropout, without.attention_dropout, without.layerdrop) == (0.0, 0.0, 0.0)
+    assert (config.dropout, config.attention_dropout) == (0.1, 0.2)
