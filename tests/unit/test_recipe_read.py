@@ -95,7 +95,7 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
         assert {"int8": "8-bit integers", "fp8": "FP8"}[kind] in recipe.summary
     elif recipe.quantize is not None:
         assert f"w{recipe.quantize.bits}a16" in file.stem and str(recipe.quantize.bits) in recipe.summary
-        assert f"{recipe.quantize.method}-w" in file.stem
+        assert f"{'tuned' if recipe.tune is not None else recipe.quantize.method}-w" in file.stem
         assert str(recipe.quantize.group_size) in recipe.summary
     if recipe.prune is not None:
         assert recipe.prune.method == file.stem.partition("-")[0] and recipe.prune.method in recipe.summary
@@ -184,7 +184,7 @@ ignore: lm_head
         ("name: x\nsteps: []", "steps: there are none; a recipe quantizes, prunes, or prunes and then quantizes"),
         (
             "name: x\nsteps: [{}]",
-            "steps[0]: is nothing or two things; give one of quantize: {...}, prune: {...}, depth: {...}, width: {...}",
+            "steps[0]: is nothing or two things; give one of quantize: {...}, prune: {...}, tune: {...}, depth: {...}, width: {...}",
         ),
         ("name: x\nsteps: [4]", "steps[0]: 4 isn't a mapping"),
         ("name: x\nsteps: [{quantize: {bits: '4'}}]", "bits: '4' isn't a whole number; write 4"),
