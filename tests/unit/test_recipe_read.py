@@ -184,7 +184,7 @@ ignore: lm_head
         ("name: x\nsteps: []", "steps: there are none; a recipe quantizes, prunes, or prunes and then quantizes"),
         (
             "name: x\nsteps: [{}]",
-            "steps[0]: is nothing or two things; give one of quantize: {...}, prune: {...}, tune: {...}, depth: {...}, width: {...}",
+            "steps[0]: is nothing or two things; give one of quantize: {...}, prune: {...}, tune: {...}, depth: {...}",
         ),
         ("name: x\nsteps: [4]", "steps[0]: 4 isn't a mapping"),
         ("name: x\nsteps: [{quantize: {bits: '4'}}]", "bits: '4' isn't a whole number; write 4"),
