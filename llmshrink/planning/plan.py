@@ -84,8 +84,6 @@ def unknown(job: Job, download: int) -> list[str]:
     found = []
     if download:
         found.append("how long the download takes depends on the network: it isn't in the time")
-    if job.recipe.tune is not None:
-        found.append("what its tune step takes, of memory and of time, isn't in these figures")
     if any(spec.prune is not None and spec.prune.by_error for spec in job.specs.values()):
         found.append("the pass that finds ratios by error isn't in the time")
     return found

@@ -30,11 +30,12 @@ from llmshrink.formats.stored import Scheme
 from llmshrink.methods import SiteSpec, narrow, solve
 from llmshrink.model.outline import kind_of
 from llmshrink.model.paused import pausing_at
-from llmshrink.model.sites import Site, Stage
+from llmshrink.model.sites import Site, Stage, sites_of
 from llmshrink.planning.spent import Measured, Spent, now, often, once
 from llmshrink.run.depth import LOSS_TOKENS
 from llmshrink.run.heldout import LOGITS, TOP
 from llmshrink.run.job import PROBE_TOKENS, Job
+from llmshrink.run.quantize import block_tuning
 from llmshrink.run.sizes import outside_keys
 from llmshrink.run.transform import Forwards, Walk, gather, shared_twin
 from llmshrink.weights import Solvable
@@ -70,7 +71,7 @@ class _Block:
 
     load: its weights from disk. whole, short: a forward of a batch, and of the few tokens of the analysis. gathered: of
     a batch, its way to the last tap in the streams that it travels in, with all statistics; to_end: from there. solved,
-    packed, unpacked: of all sites. angle: of a batch. nbytes: of its weights.
+    packed, unpacked: of all sites. angle: of a batch. tuned: a step of its training. nbytes: of its weights.
     """
 
     load: Spent
@@ -82,6 +83,7 @@ class _Block:
     packed: Spent
     unpacked: Spent
     angle: Spent
+    tuned: Spent
     nbytes: int
 
 
@@ -121,6 +123,10 @@ class _Timer:
             found.add("choosing", block.load + self._choosing(block, batches))
         found.add("calibration", block.load + (block.gathered + block.to_end) * batches + block.whole * (2 * held))
         found.add("solving", block.solved)
+        if job.recipe.tune is not None:
+            # A step without its gradient is a third of it; the block's result passes once more.
+            held_out = block.tuned * (2 * held * self._a_batch / (3 * self._step_tokens))
+            found.add("tuning", block.tuned * job.recipe.tune.steps + block.whole * (batches + held) + held_out)
         found.add("writing", block.packed + self._flush + self._byte * block.nbytes)
         if job.options.verify:
             found.add("verification", block.load + block.unpacked + block.whole * held)
@@ -185,8 +191,33 @@ class _Timer:
             took = self._solve(stage, each, weights)
             solved, packed, unpacked = solved + took[0], packed + took[1], unpacked + took[2]
         chain.skeleton.release(chain.name(number))
+        tuned = self._tuned(number, active)
         nbytes = sum(each.numel() * each.dtype.itemsize for each in weights.values())
-        return _Block(load, whole, short, gathered, to_end, solved, packed, unpacked, angle, nbytes)
+        return _Block(load, whole, short, gathered, to_end, solved, packed, unpacked, angle, tuned, nbytes)
+
+    @property
+    def _step_tokens(self) -> int:
+        asked = self._job.recipe.tune
+        return 0 if asked is None else asked.windows * self._job.calibration.input_ids.shape[1]
+
+    def _tuned(self, number: int, active: list[Stage]) -> Spent:
+        """A step of a block's tuning, as the run itself measures it."""
+        job = self._job
+        tuning = block_tuning(job, None)
+        if tuning is None:
+            return Spent()
+        walk = Walk(
+            chain=job.chain,
+            batches=self._calibration[:1],
+            original=Stream(None),
+            compressed=Stream(None),
+            specs=job.specs,
+            reads=job.reads,
+            scale_dtype=job.scale_dtype,
+            keep_paused=False,
+        )
+        walk.compressed.put(0, self._hidden)
+        return Spent(*tuning.step_seconds(walk, number, sites_of(active)))
 
     def _forward(self, number: int, batch: Batch, hidden: Tensor) -> Callable[[], object]:
         module, call = self._job.chain.blocks[number], self._job.chain.calls(batch)[number]

@@ -29,6 +29,11 @@ from llmshrink.run.workspace import narrowing, solving
 LIBRARIES = 15_000_000
 """Bytes that the mathematical libraries take when the first large batch is computed: code, threads' buffers."""
 FLOAT = 4
+TRAINING = 30
+"""Bytes of a weight while its block is tuned: its latent, that one's gradient and Adam's two moments, its code, what it
+is multiplied as in float32 and in bfloat16, and the gradient of that."""
+GRAPH = 3
+"""How much of what a forward holds at its fullest, in float32, a step holds until its gradient is known."""
 DECODING = 14
 """Bytes that a weight takes while it is brought back from a format: packed, as codes, in float32, and as it's used."""
 
@@ -55,7 +60,8 @@ def footprint(job: Job, *, keep_paused: bool, in_files: bool) -> Footprint:
 class _Activations:
     """calibration, held_out: tokens in all batches; batch: in one. at_rest: bytes of a token between blocks.
 
-    two: whether calibration travels in both streams; any: whether it travels at all.
+    two: whether calibration travels in both streams; any: whether it travels at all. tuned: whether what enters a block
+    is kept until it is tuned.
     """
 
     calibration: int
@@ -65,6 +71,7 @@ class _Activations:
     itemsize: int
     two: bool
     any: bool
+    tuned: bool
     keep_paused: bool
     in_files: bool
 
@@ -74,14 +81,16 @@ class _Activations:
         held_out = sum(batch.input_ids.numel() for batch in job.batches if batch.held_out)
         itemsize = job.chain.skeleton.dtype.itemsize
         width = job.chain.skeleton.model.config.get_text_config().hidden_size
+        tuned = job.recipe.tune is not None
         return cls(
             calibration=sum(batches) - held_out,
             held_out=held_out,
             batch=max(batches),
             at_rest=width * itemsize,
             itemsize=itemsize,
-            two=any("cross" in reads for reads in job.reads.values()),
-            any=any(job.reads.values()),
+            two=tuned or any("cross" in reads for reads in job.reads.values()),
+            any=tuned or any(job.reads.values()),
+            tuned=tuned,
             keep_paused=keep_paused and job.structure is None,
             in_files=in_files,
         )
@@ -89,7 +98,12 @@ class _Activations:
     @property
     def streams(self) -> int:
         """Bytes of both streams between two blocks."""
-        return ((1 + self.two) * self.any * self.calibration + 2 * self.held_out) * self.at_rest
+        return ((1 + self.two) * self.any * self.calibration + 2 * self.held_out) * self.at_rest + self.entering
+
+    @property
+    def entering(self) -> int:
+        """Bytes of what enters a block, kept beside both streams."""
+        return self.tuned * (self.calibration + self.held_out) * self.at_rest
 
     @property
     def resting(self) -> int:
@@ -178,6 +192,13 @@ def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage
         weights = sum(site.out_features * site.in_features for site in stage.sites if _touched(job, site.name))
         # What the compressed block computes with, and the solution as it will be stored.
         solved += weights * (sizes.itemsize + 1 if job.structure is None else 2 * sizes.itemsize)
+        if sizes.tuned:
+            solved += weights * FLOAT  # what rounding left
+    if job.recipe.tune is not None:
+        weights = sum(s.out_features * s.in_features for stage in active for s in stage.sites if _touched(job, s.name))
+        tokens = job.recipe.tune.windows * job.calibration.input_ids.shape[1]
+        step = int(held.most * FLOAT / sizes.itemsize * GRAPH * tokens)
+        yield here, there + sizes.resting + solved + TRAINING * weights + step
 
 
 def _workspace(job: Job, stage: Stage, cross: bool) -> int:
@@ -217,7 +238,7 @@ def _waiting(active: Sequence[Stage], held: Held, sizes: _Activations, number: i
             ahead = widths[position + 1] <= widths[position]
             original = held.taps[position + ahead]
         most = max(before, compressed + sizes.two * original)
-        found.append(int(most * sizes.calibration) + 2 * sizes.held_out * rest)
+        found.append(int(most * sizes.calibration) + 2 * sizes.held_out * rest + sizes.entering)
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
+from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
 from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
@@ -21,7 +22,7 @@ from llmshrink.run.job import Job, Options, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import free_memory, give_back, lean_imports
 from llmshrink.run.narrow import NarrowWork
-from llmshrink.run.progress import Progress
+from llmshrink.run.progress import Progress, duration
 from llmshrink.run.ratios import RatioWork
 from llmshrink.run.report import QuantizeReport
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
@@ -93,6 +94,8 @@ class _Run:
         kept = len(finished)
         self.progress.begin(len(chain.blocks), kept)
         walk = self._streams()
+        if walk.tune is not None and kept < len(chain.blocks):
+            self.progress.note(f"note: {self._tuning(walk, len(chain.blocks) - kept)}")
         for number, part in enumerate(finished):
             work.replay(walk, number, part)
             self.progress.block(number, "kept")
@@ -104,6 +107,13 @@ class _Run:
             job, work, self.workspace, quality, reference,
             kept=kept, started=self.started, seconds=self.seconds, progress=self.progress,
         )  # fmt: skip
+
+    def _tuning(self, walk: Walk, blocks: int) -> str:
+        """How much longer than without it the blocks to come will take."""
+        assert isinstance(walk.tune, BlockTuning)
+        step, _ = walk.tune.step_seconds(walk, 0, sites_of(self.job.stages[0]))
+        steps = walk.tune.steps
+        return f"tuning takes about {duration(step * steps * blocks)} more: {steps} steps for each of {blocks} blocks"
 
     def clear_spill(self) -> None:
         """Remove the activations that were kept in files."""

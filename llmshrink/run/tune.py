@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 from llmshrink.calibration.activations import Batch, Stream
 from llmshrink.errors import CheckpointError
+from llmshrink.methods import SiteSpec, solve
 from llmshrink.methods.learned import ScaledLinear
+from llmshrink.model.sites import Site
 from llmshrink.run.memory import fast_bfloat16, give_back
 from llmshrink.run.transform import SolvedSite, Walk, install, shared_twin
 from llmshrink.weights import GroupedInt
@@ -62,7 +65,7 @@ class BlockTuning:
 
         stored: every tensor of the block as the source has it. Raises CheckpointError when the loss isn't a number.
         """
-        trained = _Block(walk, number, solved, self.entry)
+        trained = _Block(walk, number, walk.chain.blocks[number], solved, self.entry)
         if not trained.learned:
             return solved, None
         before = trained.error()
@@ -79,6 +82,35 @@ class BlockTuning:
         del trained
         give_back()
         return self._pass_again(walk, number, found, stored), (before, after)
+
+    def step_seconds(self, walk: Walk, number: int, sites: Sequence[Site]) -> tuple[float, float]:
+        """What a step on a block's shapes takes here, measured before the work: a block of noise is trained for two.
+
+        Returns seconds of wall and of this process.
+
+        The compressed stream must hold its first batch. Nothing of the checkpoint is read.
+        """
+        chain, entry = walk.chain, Stream(None)
+        hidden = walk.compressed.get(0)
+        entry.put(0, hidden)
+        trial = replace(walk, batches=walk.batches[:1], original=entry)
+        block = copy.deepcopy(chain.blocks[number]).to_empty(device=chain.skeleton.device)
+        noise = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in block.parameters():
+                wide = parameter.dim() > 1
+                values = torch.randn(parameter.shape, generator=noise) / math.sqrt(parameter.shape[-1])
+                parameter.copy_(values if wide else torch.ones_like(values))
+        solved = {
+            site.key: _rounded(site, walk.specs[site.name], block, walk.scale_dtype)
+            for site in sites
+            if site.name in walk.specs and walk.specs[site.name].quantize is not None
+        }
+        trained = _Block(trial, number, block, solved, entry)
+        trained.train(replace(self, steps=1))
+        started, cpu = time.perf_counter(), time.process_time()
+        trained.train(replace(self, steps=1))
+        return time.perf_counter() - started, time.process_time() - cpu
 
     def _pass_again(
         self, walk: Walk, number: int, solved: dict[str, SolvedSite], stored: Mapping[str, Tensor]
@@ -107,6 +139,17 @@ class BlockTuning:
                 else:
                     walk.compressed.put(i, walk.chain.calls(batch)[number].run(block, hidden))
         return {key: replace(site, error=losses[key].relative) for key, site in solved.items()}
+
+
+def _rounded(site: Site, spec: SiteSpec, block: nn.Module, dtype: torch.dtype) -> SolvedSite:
+    """A site of a block, rounded to nearest in the grid that it will have."""
+    assert spec.quantize is not None, site.name
+    nearest = replace(
+        spec.quantize, method="rtn", scale_search="minmax", act_order=False, corrected=0.0, descent=0, residual=False
+    )
+    weight = block.get_submodule(site.local).get_parameter("weight").detach()
+    solved = solve(weight, None, SiteSpec(None, nearest), dtype)
+    return SolvedSite(site, spec, solved.weight, 0.0, 0.0, (), 0.0)
 
 
 @dataclass
@@ -147,10 +190,12 @@ class _Block:
     learned: checkpoint key -> the layer that learns.
     """
 
-    def __init__(self, walk: Walk, number: int, solved: Mapping[str, SolvedSite], entry: Stream) -> None:
+    def __init__(
+        self, walk: Walk, number: int, block: nn.Module, solved: Mapping[str, SolvedSite], entry: Stream
+    ) -> None:
         self._walk, self._number, self._entry = walk, number, entry
         self._device = walk.chain.skeleton.device
-        self._block = copy.deepcopy(walk.chain.blocks[number]).float()
+        self._block = copy.deepcopy(block).float()
         for parameter in self._block.parameters():
             parameter.requires_grad_(False)
         self.learned: dict[str, ScaledLinear] = {}
