@@ -82,6 +82,7 @@ SCHEMES: dict[str, Scheme] = {
     "4 bit": Scheme("quantize", "gptq-w4a16", {"group_size": 32}),
     "3 bit": Scheme("quantize", "gptq-w3a16", {"group_size": 32}),
     "2 bit": Scheme("quantize", "gptq-w2a16", {"group_size": 32}),
+    "4 bit, tuned": Scheme("quantize", "tuned-w4a16", {"group_size": 32, "set": "steps.1.tune.steps=2"}),
     "2:4": Scheme("prune", "sparsegpt-2of4"),
     "2:4, 4 bit": Scheme("compress", "sparsegpt-2of4-gptq-w4a16", {"group_size": 32, "format": "llmshrink"}),
     "half sparse": Scheme("prune", "sparsegpt-50"),
