@@ -231,14 +231,14 @@ class QuantizePatch(Frozen):
     def onto(self, base: Quantize) -> Quantize:
         """`base` with this patch's fields; a change of method brings the new method's defaults with it."""
         patch = self.model_dump(exclude_none=True)
-        fields = switch_method(base.model_dump(), patch.get("method"))
-        if patch.get("activations", base.activations) != base.activations:
+        kind = patch.get("activations", base.activations)
+        method = patch.get("method", "rtn" if kind == "fp8" else None)
+        fields = switch_method(base.model_dump(), method)
+        if method is not None:
+            fields = {**fields, "method": method}
+        if kind != base.activations:
             # Products of 8 bits have one grid, which is nothing that others should keep, nor the other way round.
-            idle = (
-                *GRID_FIELDS,
-                "scale_search",
-                *(("method",) if "fp8" in (patch["activations"], base.activations) else ()),
-            )
+            idle = (*GRID_FIELDS, "scale_search")
             fields = {name: value for name, value in fields.items() if name not in idle}
         return Quantize.model_validate(fields | patch)
 

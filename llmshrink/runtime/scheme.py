@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmshrink.errors import CheckpointError
-from llmshrink.formats import compressed_tensors
+from llmshrink.formats import compressed_tensors, eight_bit
 from llmshrink.formats.compressed_tensors import FORMAT, GroupedIntScheme
 
 BITS = (2, 3, 4, 8)
@@ -64,6 +64,11 @@ def _scheme(label: str, group: Mapping[str, Any]) -> GroupedIntScheme:
 def _groups(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The config groups by label, each one of packed integers whose columns are in order."""
     method, form = config.get("quant_method"), config.get("format")
+    if method == "compressed-tensors" and form in eight_bit.FORMATS:
+        raise CheckpointError(
+            f"quantized by {method}, format {form}, which rounds inputs to 8 bits too: it has no kernel here; serve it "
+            "with vLLM, or load it with transformers, which computes with it as it is"
+        )
     if method != "compressed-tensors" or form not in (FORMAT, _MIXED):
         raise CheckpointError(
             f"quantized by {method}, format {form}; only compressed-tensors {FORMAT} can be run here: quantize the"

@@ -178,9 +178,7 @@ def probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_rounds_inputs_as_we_do_and_loses_what_the_run_said(
-    kind: str, made: Callable[[str], Path]
-) -> None:
+def test_transformers_rounds_inputs_too(kind: Activations, made: Callable[[str], Path]) -> None:
     from transformers import AutoModelForCausalLM
 
     from llmshrink.serving.vllm.check import _decompressed
@@ -193,30 +191,42 @@ def test_transformers_rounds_inputs_as_we_do_and_loses_what_the_run_said(
     for module in own.modules():
         module._forward_pre_hooks.clear()
     weights_alone = probabilities(own, ids)
+    inputs = library_scheme(kind).input_activations
+    for name, module in own.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.quantization_status = QuantizationStatus.INITIALIZED  # type: ignore[assignment]
+            module.register_forward_pre_hook(lambda m, args: (forward_quantize(m, args[0], "input", inputs),))
+    theirs_on_ours = probabilities(own, ids)
 
     def kl(other: torch.Tensor) -> float:
         return float((theirs.exp() * (theirs - other)).sum(-1).mean())
 
-    assert kl(ours) < (1e-9 if kind == "fp8" else 0.7 * kl(weights_alone))
-    assert kl(weights_alone) > 1e-9
+    # int8: the library's scales are other ones than vLLM's, as weights.activations says.
+    assert kl(theirs_on_ours) < 1e-9 < 1e-6 < kl(weights_alone)
+    assert kl(ours) < (1e-9 if kind == "fp8" else 1e-1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_done_with_it_is_refused_by_name(kind: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_cannot_be_done_with_it_is_refused_by_name(
+    kind: str, made: Callable[[str], Path], model_of: Callable[..., Path], tmp_path: Path
+) -> None:
     from llmshrink.evaluation.loader import write_dense
 
     folder = made(kind)
     with pytest.raises(LlmshrinkError, match="inputs to 8 bits"):
         llmshrink.convert(folder, output=tmp_path / "c", format="llmshrink")
     with pytest.raises(LlmshrinkError, match="rounds its inputs to 8 bits"):
-        llmshrink.distill(folder, teacher=folder, output=tmp_path / "d", steps=1)
+        llmshrink.distill(model_of("llama"), folder, output=tmp_path / "d", steps=1)
     with pytest.raises(CheckpointError, match="no dense copy"):
         write_dense(folder, tmp_path / "e", torch.float32)
     assert not list(tmp_path.iterdir())
     found = llmshrink.inspect(folder)
     assert any("token by token" in line for line in found.lines())
-    # Codes of 8 bits and a float32 scale for each row of 64, 96 or 32 weights.
-    assert 8.3 < found.linear_bits_per_weight < 9.1
+    # Codes of 8 bits, and 16 bits of scale a row.
+    rows, weights = (sum(count(row.shape) for row in found.sites) for count in (lambda s: s[0], lambda s: s[0] * s[1]))
+    assert found.linear_bits_per_weight == pytest.approx(8 + 16 * rows / weights)
+    with pytest.raises(LlmshrinkError, match="rounds inputs to 8 bits"):
+        llmshrink.load(folder)
     assert "activations rounded" in (folder / "README.md").read_text()
 
 

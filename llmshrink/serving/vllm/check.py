@@ -78,7 +78,8 @@ def transformers_logits(checkpoint: Path) -> Reference:
     """The checkpoint in transformers, in float32, as a reference.
 
     Its weights come through llmshrink's own reader where transformers has none: llmshrink's own format, and bits that
-    don't divide a word, which the compressed-tensors library that vLLM pins packs otherwise.
+    don't divide a word, which the compressed-tensors library that vLLM pins packs otherwise; and where inputs are
+    rounded to 8-bit integers, which that library does with other scales than vLLM.
     """
     from transformers import AutoModelForCausalLM
 
@@ -107,6 +108,8 @@ def only_we_read(config: Mapping[str, Any]) -> bool:
     if quantization.get("quant_method") != "compressed-tensors":
         return False
     groups = (quantization.get("config_groups") or {}).values()
+    if any((group.get("input_activations") or {}).get("type") == "int" for group in groups):
+        return True
     return any(WORD % int((group.get("weights") or {}).get("num_bits", WORD)) for group in groups)
 
 
