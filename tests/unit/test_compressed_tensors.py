@@ -22,7 +22,7 @@ from llmshrink.formats.compressed_tensors import (
 from llmshrink.weights import GroupedInt
 
 GOLDEN = Path(__file__).with_name("golden")
-SHAPES = [(32, 64, 32), (21, 60, 20), (8, 172, 172), (5, 34, 2)]
+SHAPES = [(32, 64, 32), (21, 60, 20), (8, 172, 172), (5, 34, 2), (16, 128, 64), (24, 256, 128), (8, 512, 256)]
 
 
 def random_weight(
@@ -169,7 +169,7 @@ def test_a_damaged_tensor_is_named(key: str, tensor: torch.Tensor) -> None:
     ("change", "named"),
     [
         ({"quant_method": "gptq"}, "'gptq'"),
-        ({"format": "int-quantized"}, "'int-quantized'"),
+        ({"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
         ({"config_groups": {}}, "config_groups"),
         ({"config_groups": {"group_0": {"targets": ["a.b"]}}}, "group_0"),
         ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": None}}}, "group_0"),
