@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmshrink.checkpoint.source import resolve
+from llmshrink.distillation.asked import check_places
 from llmshrink.distillation.job import Options
 from llmshrink.distillation.made import check_room_for, made, remove, student_folder
 from llmshrink.distillation.report import DistillReport
@@ -26,27 +27,26 @@ def compress(options: job.Options, recipe: Recipe, progress: Progress) -> Distil
         raise RecipeError(
             [f"{recipe.name}: it only distills: llmshrink distill TEACHER STUDENT --recipe {options.recipe}"]
         )
+    student = student_folder(options.output)
+    teaching = Options(
+        teacher=options.model,
+        student=str(student),
+        output=options.output,
+        recipe=recipe.name,
+        data=options.calibration,
+        seq_len=options.seq_len,
+        device=options.device,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        trust_remote_code=options.trust_remote_code,
+        **recipe.distill.model_dump(),
+    )
+    check_places(teaching)
     check_room_for(options.output, overwrite=options.overwrite)
     original = resolve(options.model, trust_remote_code=options.trust_remote_code, stream=True)
     check_memory(original, None if recipe.structured else original, device=options.device, quant=None)
-    student = student_folder(options.output)
     made(replace(options, output=student), progress)
-    report = distill(
-        Options(
-            teacher=options.model,
-            student=str(student),
-            output=options.output,
-            recipe=recipe.name,
-            data=options.calibration,
-            seq_len=options.seq_len,
-            device=options.device,
-            seed=options.seed,
-            overwrite=options.overwrite,
-            trust_remote_code=options.trust_remote_code,
-            **recipe.distill.model_dump(),
-        ),
-        progress,
-    )
+    report = distill(teaching, progress)
     if report is not None and report.ok:
         remove(options.output)
     return report

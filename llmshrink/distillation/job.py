@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +17,7 @@ from llmshrink.calibration.tokens import TokenWindows, build_windows, tokenizer_
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.distillation.asked import check_cache, check_optimizer, check_places, objective_of
 from llmshrink.distillation.cache import LIKELIEST, CacheKey
 from llmshrink.distillation.made import check_room_for, student_folder
 from llmshrink.distillation.match import matched_blocks
@@ -30,7 +29,6 @@ from llmshrink.distillation.smaller import Smaller, make_student
 from llmshrink.distillation.student import Student, Train, open_student, schemes_of
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import CalibrationError, LlmshrinkError, SourceError
-from llmshrink.methods.bnb import require
 from llmshrink.model.blocks import find_blocks
 from llmshrink.run.job import check_vocabulary, here, pick_device
 from llmshrink.run.journal import RECORD
@@ -180,12 +178,13 @@ def prepare(options: Options, progress: Progress) -> Job:
 
     Nothing is written, but for a student that has to be made first (`smaller.py`).
     """
-    objective = _objective(options)
+    check_places(options)
+    objective = objective_of(options)
     check_narrow(options.teacher_quant)
     for package in ("accelerate", "matplotlib"):
         if find_spec(package) is None:
             raise LlmshrinkError(f"distill needs {package}: pip install 'llmshrink[distill]'")
-    _check_optimizer(options.optim)
+    check_optimizer(options.optim)
     if (options.student is None) == (options.student_from is None):
         raise LlmshrinkError("name a STUDENT, or give --student-from depth=N,width=N and none")
     smaller = None if options.student_from is None else Smaller.of(options.student_from)
@@ -204,7 +203,7 @@ def prepare(options: Options, progress: Progress) -> Job:
             f"{source.name} ({sizes[0]} tokens) and {teacher_source.name} ({sizes[1]}) have other tokenizers, so one's "
             "probabilities say nothing of the other's tokens; distill from the model that the student was made from"
         )
-    _check_cache(options, sizes[1])
+    check_cache(options, sizes[1])
     limits = [limit for limit in (model_limit(config), model_limit(teacher_config)) if limit is not None]
     seq_len = _length(options.seq_len, min(limits, default=None))
     # The student of a run is a folder whatever it was made of: which text is the default, the teacher says.
@@ -272,54 +271,6 @@ def _make_student(
         smaller, config, options.teacher, options.output, data=options.data, samples=samples, seq_len=seq_len,
         seed=options.seed, device=options.device, trust_remote_code=options.trust_remote_code, progress=progress,
     )  # fmt: skip
-
-
-def _objective(options: Options) -> Objective:
-    for name, value, least in (
-        ("steps", options.steps, 1),
-        ("batch-size", options.batch_size, 1),
-        ("accumulate", options.accumulate, 1),
-        ("warmup", options.warmup, 0),
-        ("generated-tokens", options.generated_tokens, 0),
-        ("seed", options.seed, 0),
-    ):
-        if value < least:
-            raise LlmshrinkError(f"--{name} {value}: must be at least {least}")
-    for name, rate in (("lr", options.lr), ("scale-lr", options.scale_lr)):
-        if rate is not None and not 0.0 < rate < 1.0:
-            raise LlmshrinkError(f"--{name} {rate}: must be above 0 and below 1")
-    weight = options.hidden_weight
-    if not 0.0 <= weight < math.inf:
-        raise LlmshrinkError(f"--hidden-weight {weight}: must be 0 (none) or a number above it")
-    if weight and options.teacher_cache is not None:
-        raise LlmshrinkError(
-            f"--hidden-weight {weight}: a --teacher-cache has no hidden states; leave one of the two out"
-        )
-    try:
-        return Objective(options.alpha, options.temperature, options.divergence, options.beta)
-    except ValueError as error:
-        raise LlmshrinkError(f"--{error}") from error
-
-
-def _check_cache(options: Options, vocabulary: int) -> None:
-    count = options.teacher_cache_tokens
-    if count is None:
-        return
-    if options.teacher_cache is None:
-        raise LlmshrinkError(f"--teacher-cache-tokens {count}: is of a --teacher-cache; give one, or leave it out")
-    if not 1 <= count <= vocabulary:
-        raise LlmshrinkError(f"--teacher-cache-tokens {count}: must be 1 to {vocabulary}, which is the vocabulary")
-
-
-def _check_optimizer(name: str) -> None:
-    from transformers.training_args import OptimizerNames
-
-    known = [each.value for each in OptimizerNames]
-    if name not in known:
-        near = get_close_matches(name, known, 3) or ["adamw_torch", "adamw_bnb_8bit"]
-        raise LlmshrinkError(f"--optim {name}: transformers has no such optimizer; it has {', '.join(near)} and others")
-    if "bnb" in name or "8bit" in name:
-        require(f"--optim {name}", "take adamw_torch")
 
 
 def _length(seq_len: int | None, limit: int | None) -> int:

@@ -352,6 +352,31 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_is_or_touches_what_is_read_is_refused(teacher: Path, story: Path, tmp_path: Path) -> None:
+    student = make_model(tmp_path / "models" / "student", seed=3)
+    (tmp_path / "link").symlink_to(student)
+    kept = contents(student)
+    for out, says in (
+        (student, "is the STUDENT"),
+        (tmp_path / "link", "is the STUDENT"),
+        (tmp_path / "models" / ".." / "models", "holds the STUDENT"),
+        (student / "taught", "lies in the STUDENT"),
+        (teacher, "is the TEACHER"),
+        (teacher / "taught", "lies in the TEACHER"),
+    ):
+        with pytest.raises(LlmshrinkError, match=says):
+            llmshrink.distill(teacher, student, output=out, data=story, overwrite=True, **SHORT)
+    for cache in ("out", "out/cache", "out.partial/training"):
+        with pytest.raises(LlmshrinkError, match=r"--teacher-cache .* which the run replaces; name a folder apart"):
+            llmshrink.distill(
+                teacher, student, output=tmp_path / "out", data=story, teacher_cache=tmp_path / cache, **SHORT
+            )
+    with pytest.raises(LlmshrinkError, match="lies in the TEACHER"):
+        llmshrink.compress(teacher, output=teacher / "out", recipe="w2-distill", calibration=story)
+    assert contents(student) == kept
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "link"}
+
+
 @pytest.mark.parametrize("recipe", ["sparsegpt-2of4-distill", "w2-distill", "student-half"])
 def test_a_recipe_that_ends_with_distill_runs_and_goes_on(
     recipe: str, teacher: Path, story: Path, tmp_path: Path
@@ -457,8 +482,9 @@ def test_a_loss_that_is_no_number_stops_at_its_step(
 
 
 def test_nothing_is_dropped_while_a_student_learns() -> None:
-    from llmshrink.distillation.student import _without_dropout
     from transformers import OPTConfig
+
+    from llmshrink.distillation.student import _without_dropout
 
     config = OPTConfig(dropout=0.1, attention_dropout=0.2, layerdrop=0.3)
     without = _without_dropout(config)

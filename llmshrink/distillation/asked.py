@@ -1,0 +1,90 @@
+"""What a user asked of a distillation, checked as far as that needs no model."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmshrink.distillation.objective import Objective
+from llmshrink.errors import LlmshrinkError
+from llmshrink.methods.bnb import require
+from llmshrink.run.journal import partial_folder
+
+if TYPE_CHECKING:
+    from llmshrink.distillation.job import Options
+
+
+def check_places(options: Options) -> None:
+    """Raise LlmshrinkError where the output would be, hold or lie in a model that is read, or take in the cache.
+
+    An output of an earlier run is replaced as a whole under --overwrite, with whatever lies in it.
+    """
+    output = options.output.resolve()
+    for what, name in (("STUDENT", options.student), ("TEACHER", options.teacher)):
+        if name is None or not Path(name).is_dir():
+            continue  # of the Hub, or the demo
+        folder = Path(name).resolve()
+        if output == folder or output in folder.parents or folder in output.parents:
+            how = "is" if output == folder else "holds" if output in folder.parents else "lies in"
+            raise LlmshrinkError(f"-o {options.output}: {how} the {what} {name}, which is read; name a folder apart")
+    if options.teacher_cache is not None:
+        cache = options.teacher_cache.resolve()
+        for folder in (output, partial_folder(output)):
+            if folder == cache or folder in cache.parents:
+                raise LlmshrinkError(
+                    f"--teacher-cache {options.teacher_cache}: is in {folder}, which the run replaces; name a folder "
+                    "apart"
+                )
+
+
+def objective_of(options: Options) -> Objective:
+    """The loss that was asked for. Raises LlmshrinkError for a number out of its range, of the training too."""
+    for name, value, least in (
+        ("steps", options.steps, 1),
+        ("batch-size", options.batch_size, 1),
+        ("accumulate", options.accumulate, 1),
+        ("warmup", options.warmup, 0),
+        ("generated-tokens", options.generated_tokens, 0),
+        ("seed", options.seed, 0),
+    ):
+        if value < least:
+            raise LlmshrinkError(f"--{name} {value}: must be at least {least}")
+    for name, rate in (("lr", options.lr), ("scale-lr", options.scale_lr)):
+        if rate is not None and not 0.0 < rate < 1.0:
+            raise LlmshrinkError(f"--{name} {rate}: must be above 0 and below 1")
+    weight = options.hidden_weight
+    if not 0.0 <= weight < math.inf:
+        raise LlmshrinkError(f"--hidden-weight {weight}: must be 0 (none) or a number above it")
+    if weight and options.teacher_cache is not None:
+        raise LlmshrinkError(
+            f"--hidden-weight {weight}: a --teacher-cache has no hidden states; leave one of the two out"
+        )
+    try:
+        return Objective(options.alpha, options.temperature, options.divergence, options.beta)
+    except ValueError as error:
+        raise LlmshrinkError(f"--{error}") from error
+
+
+def check_cache(options: Options, vocabulary: int) -> None:
+    """Raise LlmshrinkError for a --teacher-cache-tokens that can't be. vocabulary: of the teacher."""
+    count = options.teacher_cache_tokens
+    if count is None:
+        return
+    if options.teacher_cache is None:
+        raise LlmshrinkError(f"--teacher-cache-tokens {count}: is of a --teacher-cache; give one, or leave it out")
+    if not 1 <= count <= vocabulary:
+        raise LlmshrinkError(f"--teacher-cache-tokens {count}: must be 1 to {vocabulary}, which is the vocabulary")
+
+
+def check_optimizer(name: str) -> None:
+    """Raise LlmshrinkError for an optimizer that isn't there."""
+    from transformers.training_args import OptimizerNames
+
+    known = [each.value for each in OptimizerNames]
+    if name not in known:
+        near = get_close_matches(name, known, 3) or ["adamw_torch", "adamw_bnb_8bit"]
+        raise LlmshrinkError(f"--optim {name}: transformers has no such optimizer; it has {', '.join(near)} and others")
+    if "bnb" in name or "8bit" in name:
+        require(f"--optim {name}", "take adamw_torch")
