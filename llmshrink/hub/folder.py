@@ -2,7 +2,8 @@
 
 What goes are the files that the run left and its seal knows; anything that was put beside them stays here. The
 weights must be what the run wrote, to the byte. Other files that were changed since the checkpoint was verified (a
-template corrected, say) may go, once it has been verified anew and the user says so.
+template corrected, say) may go, once it has been verified anew and the user says so. Nothing is written here before
+all of it is on the Hub: what was refused once is refused again, in the same words.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ from llmshrink.hub.upload import Item
 from llmshrink.run import disk
 from llmshrink.run.card import CARD, beyond, write_card
 from llmshrink.run.journal import RECORD
-from llmshrink.run.seal import FREE, SEAL, files_of, read_seal, write_seal
+from llmshrink.run.seal import FREE, SEAL, files_of, known_files, read_seal, seal_of, write_seal
 from llmshrink.run.verify import REFERENCE, verify_reload
 
 
 @dataclass(frozen=True)
 class Contents:
-    """items: what goes. apart: files that stay here. notes: what a user should know. ask: what needs a --yes."""
+    """items: what goes. notes: what a user should know. ask: what needs a --yes.
+
+    seal: of what was verified anew, which isn't in the folder yet; None where the one there holds.
+    """
 
     items: tuple[Item, ...]
-    apart: tuple[str, ...]
     notes: tuple[str, ...]
     ask: tuple[str, ...]
+    seal: dict[str, Any] | None
 
 
 def contents(folder: Path, record: Mapping[str, Any]) -> Contents:
@@ -43,40 +47,54 @@ def contents(folder: Path, record: Mapping[str, Any]) -> Contents:
     sums = {path: disk.sha256_of(folder / path) for path in files_of(folder)}
     notes, ask = [], []
     _check_weights(folder, record, sums)
-    seal = read_seal(folder)
+    seal, anew = read_seal(folder), None
+    known = known_files(record, seal)
+    if known is None:
+        known = frozenset(sums) - {RECORD, *FREE, *record.get("shards", {})}
+        ask.append(
+            f"nothing says which files are the run's, so that all that are there go ({', '.join(sorted(known))})"
+        )
     other = [] if seal is None else _changed(seal["files"], sums)
-    if seal is None or other or "shards" not in record:
+    if seal is None or other or known - seal["files"].keys() & sums.keys() or "shards" not in record:
         report = verify_reload(folder)
         if not report.ok:
             raise CheckpointError(f"{folder}: doesn't verify: {'; '.join(report.lines())}; make it again")
-        known = None if seal is None else {*seal["files"], *other}
-        more = beyond(folder)
-        write_seal(folder, report)
-        if more is not None:
-            write_card(folder, more)
-        sums |= {path: disk.sha256_of(folder / path) for path in (SEAL.as_posix(), CARD)}
+        anew = seal_of(folder, report, known)
         notes.append("verified anew: " + " ".join(report.lines()[0].split()).removeprefix("verified: "))
         if other:
             ask.append(f"{_some(other)} changed since it was made (verified anew, and reads back as computed)")
-    else:
-        known = set(seal["files"])
-    goes = sums.keys() if known is None else {*known, *FREE, RECORD, *record.get("shards", {})} & sums.keys()
-    items = [Item(path, folder / path, (folder / path).stat().st_size, sums[path]) for path in sorted(goes)]
-    apart = sorted(sums.keys() - set(goes))
+    weights = record.get("shards") or [path for path in sums if path.endswith(".safetensors") and "/" not in path]
+    goes = {*known, *FREE, RECORD, *weights} & sums.keys()
+    items = [Item(path, folder / path, (folder / path).stat().st_size, sums[path]) for path in goes]
+    if anew is not None:
+        items = [_made(SEAL.as_posix(), disk.json_text(anew)), *(i for i in items if i.path != SEAL.as_posix())]
+    apart = sorted(sums.keys() - goes)
     if apart:
         notes.append(f"{_some(apart)} stays here: it isn't part of what was made")
     if REFERENCE.as_posix() in goes:
         notes.append(f"{REFERENCE} holds {record['quality']['tokens']} tokens of {record['held_out']}, open to be read")
-    return Contents(tuple(items), tuple(apart), tuple(notes), tuple(ask))
+    return Contents(tuple(sorted(items, key=lambda item: item.path)), tuple(notes), tuple(ask), anew)
+
+
+def settle(folder: Path, found: Contents) -> None:
+    """Seal what was verified anew, now that it is published; the card says so, unless somebody edited it."""
+    if found.seal is not None:
+        more = beyond(folder)
+        write_seal(folder, found.seal)
+        if more is not None:
+            write_card(folder, more)
 
 
 def with_card(found: Contents, text: str) -> Contents:
     """The same, with `text` as the card."""
+    items = [_made(CARD, text), *(item for item in found.items if item.path != CARD)]
+    return replace(found, items=tuple(sorted(items, key=lambda item: item.path)))
+
+
+def _made(path: str, text: str) -> Item:
+    """A file that goes without lying in the folder."""
     data = text.encode()
-    card = Item(CARD, data, len(data), hashlib.sha256(data).hexdigest())
-    return replace(
-        found, items=tuple(sorted([card, *(i for i in found.items if i.path != CARD)], key=lambda i: i.path))
-    )
+    return Item(path, data, len(data), hashlib.sha256(data).hexdigest())
 
 
 def check_card(folder: Path, found: Contents) -> None:

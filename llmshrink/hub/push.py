@@ -10,7 +10,7 @@ from typing import Any
 from llmshrink.errors import LlmshrinkError
 from llmshrink.hub.client import HubError, check_branch, check_name, check_token
 from llmshrink.hub.evaluated import evaluation_of
-from llmshrink.hub.folder import Contents, check_card, check_leaks, contents, with_card
+from llmshrink.hub.folder import Contents, check_card, check_leaks, contents, settle, with_card
 from llmshrink.hub.upload import Target, upload
 from llmshrink.run.card import beyond, card
 from llmshrink.run.licence import licence_of
@@ -110,6 +110,7 @@ def push(folder: Path, asked: Asked, progress: Progress) -> PushReport:
     _check_asked(folder, report.ask, asked.yes)
     target = Target(asked.name, asked.revision, asked.private or None)
     made = upload(target, found.items, _message(record), replace=asked.yes, progress=progress)
+    settle(folder, found)
     return replace(report, commit=made.commit, url=made.url, removed=made.removed)
 
 
@@ -121,7 +122,7 @@ def _with_card(found: Contents, folder: Path, record: dict[str, Any], asked: Ask
         if evaluation is None:
             return replace(found, notes=(*found.notes, "README.md was edited, and goes as it is"))
         found = replace(found, ask=(*found.ask, "README.md was edited, and --report writes it anew"))
-    return with_card(found, card(folder, name=asked.name, evaluation=evaluation) + (more or ""))
+    return with_card(found, card(folder, name=asked.name, evaluation=evaluation, seal=found.seal) + (more or ""))
 
 
 def _check_asked(folder: Path, ask: Sequence[str], yes: bool) -> None:

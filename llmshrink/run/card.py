@@ -8,7 +8,7 @@ and under which name it is published.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from llmshrink.run import disk
 from llmshrink.run.inspect import InspectReport, inspect
 from llmshrink.run.licence import licence_of
 from llmshrink.run.report import SiteRow, VerifyReport, changes, size
-from llmshrink.run.seal import read_seal, write_seal
+from llmshrink.run.seal import known_files, note_files, read_seal, seal_of, write_seal
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import read_record
 
@@ -51,13 +51,14 @@ class Evaluation:
 
 
 def complete(folder: Path, verified: VerifyReport | None, more: str | None = None) -> None:
-    """The last two files of an output: the seal, when it read back as it was computed, and the card.
+    """The last of an output: its files in the record, the seal when it read back as it was computed, and the card.
 
     more: Markdown that goes on where the card ends; None: what README.md has there already.
     """
     more = beyond(folder) or "" if more is None else more
+    note_files(folder)
     if verified is not None:
-        write_seal(folder, verified)
+        write_seal(folder, seal_of(folder, verified, known_files(read_record(folder), None) or ()))
     write_card(folder, more)
 
 
@@ -72,8 +73,14 @@ def beyond(folder: Path) -> str | None:
     return text.removeprefix(own) if text.startswith(own) else None
 
 
-def card(folder: Path, *, name: str | None = None, evaluation: Evaluation | None = None) -> str:
-    """The text. name: the repository that it is published as; None: not yet."""
+def card(
+    folder: Path,
+    *,
+    name: str | None = None,
+    evaluation: Evaluation | None = None,
+    seal: Mapping[str, Any] | None = None,
+) -> str:
+    """The text. name: the repository that it is published as; None: not yet. seal: None: the one in the folder."""
     record, made = read_record(folder), inspect(folder)
     title = name.rpartition("/")[2] if name else f"{record['model']}, {record['recipe']}"
     parts = (
@@ -83,7 +90,7 @@ def card(folder: Path, *, name: str | None = None, evaluation: Evaluation | None
         _recipe(folder, record, made),
         _use(record, name or HERE),
         _layers(made),
-        _origin(folder, record),
+        _origin(record, seal or read_seal(folder)),
         _limits(record, evaluation),
     )
     return "\n".join(line for part in parts for line in part)
@@ -312,9 +319,9 @@ def _layers(made: InspectReport) -> list[str]:
     ]
 
 
-def _origin(folder: Path, record: dict[str, Any]) -> list[str]:
+def _origin(record: dict[str, Any], seal: Mapping[str, Any] | None) -> list[str]:
     """What it was made and verified with."""
-    identity, seal = record["identity"], read_seal(folder)
+    identity = record["identity"]
     lines = ["## Made and verified with", "", f"- Made on {_machine(identity)}."]
     if seal is None:
         return [*lines, "- Not verified: the run was told not to reload what it wrote.", ""]

@@ -100,7 +100,12 @@ def write_text(path: Path, text: str) -> str:
 
 def write_json(path: Path, value: Any) -> str:
     """Write a JSON file durably; returns its sha256."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A JSON file as `write_json` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def append_line(path: Path, line: str) -> None:

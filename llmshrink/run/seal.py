@@ -3,17 +3,19 @@
 The sums of the weights are in the record (`shards`), as the run wrote them: nothing ever changes them. The seal,
 `verify/verified.json`, is written once a checkpoint has read back as it was computed, and has the sum of every other
 file that decides what the model does, the record's among them. The card and the times may change without it.
+
+Which files those are the record says (`files`): what somebody puts beside them later is sealed by nobody.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmshrink.run import disk
-from llmshrink.run.journal import Part
+from llmshrink.run.journal import RECORD, Part
 from llmshrink.run.report import VerifyReport
 from llmshrink.run.verify import read_record
 
@@ -27,25 +29,44 @@ def shard_sums(parts: Iterable[Part]) -> dict[str, str]:
     return dict(sorted((name, shard["sha256"]) for part in parts for name, shard in part.shards.items()))
 
 
-def write_seal(folder: Path, report: VerifyReport) -> None:
-    """Say that `folder` is what `report`, which is ok, was made of."""
+def note_files(folder: Path) -> None:
+    """Have the record of a checkpoint that is complete name its files; one that was carried over keeps its own."""
+    record = read_record(folder)
+    if "files" not in record:
+        apart = {RECORD, *FREE, *record.get("shards", {})}
+        disk.write_json(folder / RECORD, {**record, "files": [path for path in files_of(folder) if path not in apart]})
+
+
+def known_files(record: Mapping[str, Any], seal: Mapping[str, Any] | None) -> frozenset[str] | None:
+    """The files that a seal is about, besides the record: as the record names them, or a seal of before it did.
+
+    None where neither says.
+    """
+    names = record.get("files", None if seal is None else seal["files"])
+    return None if names is None else frozenset(names) - {RECORD}
+
+
+def seal_of(folder: Path, report: VerifyReport, known: Iterable[str]) -> dict[str, Any]:
+    """That the record and the `known` files of `folder` are what `report`, which is ok, was made of."""
     from llmshrink.run.job import here, pick_device
 
     assert report.ok, report
     record = read_record(folder)
-    files = [path for path in files_of(folder) if path not in FREE and path not in record.get("shards", {})]
+    files = sorted(path for path in {RECORD, *known} if (folder / path).is_file())
     device = pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
-    disk.write_json(
-        folder / SEAL,
-        {
-            "by": report.engine,
-            "against": report.against,
-            "tolerance": report.tolerance,
-            "positions": report.positions,
-            "with": here(device),
-            "files": {path: disk.sha256_of(folder / path) for path in files},
-        },
-    )
+    return {
+        "by": report.engine,
+        "against": report.against,
+        "tolerance": report.tolerance,
+        "positions": report.positions,
+        "with": here(device),
+        "files": {path: disk.sha256_of(folder / path) for path in files},
+    }
+
+
+def write_seal(folder: Path, seal: Mapping[str, Any]) -> None:
+    """Write what `seal_of` says."""
+    disk.write_json(folder / SEAL, seal)
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:

@@ -172,23 +172,46 @@ def test_damaged_weights_do_not_leave(hub: HubServer, out: Path, capsys: pytest.
     assert hub.log == []
 
 
-def test_what_was_changed_since_is_verified_anew_and_asked_about(
-    hub: HubServer, out: Path, capsys: pytest.CaptureFixture[str]
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_what_was_changed_since_is_asked_about_each_time_and_nothing_is_written_meanwhile(
+    hub: HubServer, out: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
 ) -> None:
-    (out / "generation_config.json").write_text("{}\n")
-    assert "generation_config.json changed since it was made" in refused(capsys, out, "user/name")
-    assert hub.log == []
-    (out / "generation_config.json").write_text('{"do_sample": false}\n')
+    (out / GENERATION).write_text("{}\n")
+    (out / "notes.txt").write_text("mine")
+    before = listing(out)
+    for _ in range(2):
+        if options:
+            assert pushed(out, "user/name", *options) == 0
+            said = capsys.readouterr().out
+            assert "needs --yes generation_config.json changed since" in said and "  notes.txt\n" not in said
+        else:
+            assert "generation_config.json changed since it was made" in refused(capsys, out, "user/name")
+        assert hub.log == [] and listing(out) == before
     assert pushed(out, "user/name", "--yes") == 0
-    assert "verified anew" in capsys.readouterr().out
+    assert "verified anew" in capsys.readouterr().out and "notes.txt" not in hub.files("user/name")
+    sealed = json.loads((out / "verify" / "verified.json").read_text())["files"]
+    assert "notes.txt" not in sealed and sealed[GENERATION] == hashlib.sha256(b"{}\n").hexdigest()
+    assert hub.files("user/name")["verify/verified.json"] == (out / "verify" / "verified.json").read_bytes()
+    assert pushed(out, "user/name") == 0
+    assert "verified anew" not in capsys.readouterr().out
 
 
 def test_what_was_never_verified_is_verified_first(
     hub: HubServer, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (out / "verify" / "verified.json").unlink()
+    (out / "notes.txt").write_text("mine")
+    before = listing(out)
     assert pushed(out, "user/name", "--dry-run") == 0
-    assert "note        verified anew" in capsys.readouterr().out and (out / "verify" / "verified.json").is_file()
+    said = capsys.readouterr().out
+    assert "note        verified anew" in said and "  verify/verified.json\n" in said and "notes.txt stays here" in said
+    assert listing(out) == before
+    assert pushed(out, "user/name") == 0
+    assert (out / "verify" / "verified.json").is_file() and "notes.txt" not in hub.files("user/name")
 
 
 @pytest.mark.parametrize(
