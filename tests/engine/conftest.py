@@ -52,15 +52,18 @@ def demo_w4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def taught(demo_w4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, its scales and norms taught by the embedded model for a few steps."""
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model rounded to nearest, its scales and norms then taught by it for a few steps."""
     from safetensors.torch import load_file
 
-    out = tmp_path_factory.mktemp("engine") / "taught"
-    llmshrink("distill", "demo", demo_w4, "-o", out, "--steps", "4", "--seq-len", "64", "--warmup", "0")
-    before, after = ((folder / "model-block-00000.safetensors") for folder in (demo_w4, out))
-    scales = {key: scale for key, scale in load_file(before).items() if key.endswith("weight_scale")}
-    assert scales and any((scale != load_file(after)[key]).any() for key, scale in scales.items())
+    student, out = (tmp_path_factory.mktemp("engine") / name for name in ("rounded", "taught"))
+    llmshrink("quantize", "demo", "-o", student, "--recipe", "rtn-w4a16")
+    llmshrink("distill", "demo", student, "-o", out, "--steps", "24", "--seq-len", "64", "--eval-steps", "12")
+    before, after = (load_file(folder / "model-block-00000.safetensors") for folder in (student, out))
+    scales = [key for key in before if key.endswith("weight_scale")]
+    assert scales
+    assert any((before[key] != after[key]).any() for key in scales)
+    assert all((before[key] == after[key]).all() for key in before if key.endswith("weight_packed"))
     return out
 
 
