@@ -43,7 +43,7 @@ def child(work: str, model: str, asked: dict[str, Any], output: str) -> dict[str
         return {name: made[name] for name in COLUMNS} | {"probe_seconds": made["probe_seconds"]}
     import llmshrink.run.quantize
     from llmshrink.recipe.read import load_recipe
-    from llmshrink.run.finish import weight_bytes
+    from llmshrink.run.seal import weight_bytes
 
     if load_recipe(asked["recipe"]).distill is not None:
         import llmshrink.distillation.compress

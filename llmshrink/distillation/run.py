@@ -24,10 +24,11 @@ from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import write
 from llmshrink.run.card import complete
-from llmshrink.run.finish import serve_line, weight_bytes
+from llmshrink.run.finish import serve_line
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import TRAINING, Workspace, partial_folder
 from llmshrink.run.progress import Progress, Silent, peak_memory
+from llmshrink.run.seal import weight_bytes
 from llmshrink.run.verify import read_record, verify_reload
 
 

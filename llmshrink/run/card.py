@@ -17,7 +17,7 @@ from llmshrink.run import disk
 from llmshrink.run.inspect import InspectReport, inspect
 from llmshrink.run.licence import licence_of
 from llmshrink.run.report import SiteRow, VerifyReport, changes, size
-from llmshrink.run.seal import known_files, note_files, read_seal, seal_of, write_seal
+from llmshrink.run.seal import known_files, note_files, read_seal, seal_of, weight_bytes, write_seal
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import read_record
 
@@ -86,7 +86,7 @@ def card(
     parts = (
         ["---", *_metadata(folder, record, made, title, evaluation), "---", "", f"# {title}", ""],
         _what(folder, record, made),
-        _quality(record, made, evaluation),
+        _quality(folder, record, made, evaluation),
         _recipe(folder, record, made),
         _use(record, name or HERE),
         _layers(made),
@@ -203,7 +203,7 @@ def _scheme(row: SiteRow) -> str:
     return f"{row.bits}-bit, groups of {row.group_size}" + (f", {method}" if method else "")
 
 
-def _quality(record: dict[str, Any], made: InspectReport, evaluation: Evaluation | None) -> list[str]:
+def _quality(folder: Path, record: dict[str, Any], made: InspectReport, evaluation: Evaluation | None) -> list[str]:
     quality = record["quality"]
     return [
         "## What it costs",
@@ -215,7 +215,7 @@ def _quality(record: dict[str, Any], made: InspectReport, evaluation: Evaluation
         ),
         "| | original | this checkpoint |",
         "|---|---:|---:|",
-        f"| weights on disk | {size(record['bytes_before'])} | {size(made.bytes)} |",
+        f"| weights on disk | {size(record['bytes_before'])} | {size(weight_bytes(folder))} |",
         f"| bits per weight, all | | {made.bits_per_weight:.2f} |",
         f"| bits per weight, linear layers of the blocks | | {made.linear_bits_per_weight:.2f} |",
         f"| perplexity | {quality['ppl_before']:.3f} | {quality['ppl_after']:.3f} |",

@@ -26,10 +26,10 @@ from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Layout, Scheme
 from llmshrink.run import disk
 from llmshrink.run.card import beyond, complete
-from llmshrink.run.finish import WEIGHT_SUFFIXES, pieces, serve_line, weight_bytes
+from llmshrink.run.finish import WEIGHT_SUFFIXES, pieces, serve_line
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.report import VerifyReport, rows_of, size, summary_of
-from llmshrink.run.seal import SEAL, shard_sums
+from llmshrink.run.seal import SEAL, shard_sums, weight_bytes
 from llmshrink.run.shards import layout_of, open_shards, write_part
 from llmshrink.run.storage import BITS, GROUP_STEP, format_of
 from llmshrink.run.verify import REFERENCE, read_record, verify_reload

@@ -21,7 +21,7 @@ from llmshrink.run.job import Job
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.progress import Progress, peak_memory
 from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of, summary_of
-from llmshrink.run.seal import SEAL, shard_sums
+from llmshrink.run.seal import SEAL, shard_sums, weight_bytes
 from llmshrink.run.shards import open_shards
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import REFERENCE, verify_reload
@@ -228,8 +228,3 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
         "shards": shard_sums(workspace.parts),
         "sites": [asdict(row) for row in rows],
     }
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of all files of weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -86,3 +86,8 @@ def files_of(folder: Path) -> list[str]:
         if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
             found.append(relative.as_posix())
     return sorted(found)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all files of weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

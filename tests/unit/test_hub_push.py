@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from llmshrink.errors import LlmshrinkError
 from llmshrink.hub.push import Asked, push
 from llmshrink.hub.upload import Target, upload
 from llmshrink.run.card import card
-from llmshrink.run.progress import Silent
+from llmshrink.run.progress import Silent, size
 
 PART = 1 << 14
 WEIGHTS = "model-block-00001.safetensors"
@@ -464,6 +465,8 @@ def test_the_card_is_a_function_of_the_folder_and_says_what_matters(made: Path) 
     headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
     assert headings == ["What it costs", "Recipe", "How to use it", "Made and verified with", "Known limits"]
     assert (made / "recipe.yaml").read_text().strip() in text
+    stored = size(sum(path.stat().st_size for path in made.glob("*.safetensors")))  # as the run's summary has it
+    assert re.search(rf"\| weights on disk \| [^|]+ \| {re.escape(stored)} \|", text)
     assert text.count("| model.layers.") == 14 and "<details>" in text
     assert "Licence: mit (says the original's README.md)" in text
 
