@@ -96,7 +96,9 @@ class CachedTeacher:
     def of(self, input_ids: Tensor, mask: Tensor | None, where: Tensor, window: Tensor) -> Callable[[slice], TopK]:
         """See `trainer.Says`: the rows of these windows at the positions `where`."""
         parts = [self._window(int(number)) for number in window.tolist()]
-        ids, logprobs, tail = (torch.stack([part[i] for part in parts]).to(self._device)[where] for i in range(3))
+        # On the CPU autocast would find a common type for what is stacked, and knows none for float16.
+        with torch.autocast("cpu", enabled=False):
+            ids, logprobs, tail = (torch.stack([part[i] for part in parts]).to(self._device)[where] for i in range(3))
 
         def rows(part: slice) -> TopK:
             wide = ids[part].int() & 0xFFFF if ids.dtype == torch.int16 else ids[part]

@@ -229,6 +229,15 @@ def test_a_cached_teacher_teaches_the_same(teacher: Path, sparse: Path, story: P
         llmshrink.distill(teacher, sparse, output=tmp_path / "damaged", data=story, **made)
 
 
+def test_a_cached_teacher_teaches_in_bfloat16_too(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, "steps": 1, "dtype": "bfloat16"}
+    live = llmshrink.distill(teacher, sparse, output=tmp_path / "live", data=story, **settings)
+    cached = llmshrink.distill(
+        teacher, sparse, output=tmp_path / "cached", data=story, teacher_cache=tmp_path / "cache", **settings
+    )
+    assert cached.ok and cached.quality.kl_mean == pytest.approx(live.quality.kl_mean, rel=0.05)
+
+
 def test_a_cached_loss_is_within_its_bound_of_the_live_one(tmp_path: Path) -> None:
     """With all of the vocabulary kept only float16 is left: less than 2e-4 nats a position."""
     g = torch.Generator().manual_seed(0)
