@@ -4,8 +4,9 @@ With little text a student learns the text by heart, and its distance from the t
 teacher's own samples at temperature 1 are as many as one has time for, and they are where the teacher's probabilities
 are to be met. An end-of-text token doesn't end a window: the model goes on with another text, as in its training.
 
-Windows are written a batch a file, each batch with a seed of its own, so that an interrupted run goes on with the same
-windows.
+Windows are written a batch a file, each batch whole and with a seed of its own, so that an interrupted run goes on with
+the same windows, and one that asks for more begins with those of one that asked for fewer. Beside each file lies its
+sha256; a file that has another is made again.
 """
 
 from __future__ import annotations
@@ -28,33 +29,61 @@ BATCH = 64
 
 
 def generate_windows(
-    model: Callable[[], Any], real: TokenWindows, tokens: int, *, folder: Path, seed: int, progress: Progress
+    model: Callable[[], Any],
+    real: TokenWindows,
+    tokens: int,
+    *,
+    teacher: str,
+    folder: Path,
+    seed: int,
+    progress: Progress,
 ) -> TokenWindows:
     """At least `tokens` tokens in windows of the real text's length.
 
-    model: gives a transformers model with its `generate`, where one is needed. real: where prompts are taken from, in
-    order, from places in the windows that differ from round to round. folder: of the finished batches of this text and
-    seed, in a folder of their own there; what is there is taken as it is.
+    model: gives a transformers model with its `generate`, where one is needed; teacher: what tells it from others.
+    real: where prompts are taken from, in order, from places in the windows that differ from round to round. folder: of
+    the finished batches of this teacher, text and seed, in a folder of their own there.
     """
-    from safetensors.torch import load_file
-
     length = real.input_ids.shape[1]
     wanted = -(-tokens // length)
-    folder = folder / hashlib.sha256(f"{real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed}".encode()).hexdigest()[:16]
+    key = f"{teacher} {real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed}".encode()
+    folder = folder / hashlib.sha256(key).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     batches = []
     for number in range(-(-wanted // BATCH)):
         path = folder / f"generated-{number:05}.safetensors"
-        if not path.is_file():
-            prompts = _prompts(real, range(number * BATCH, min((number + 1) * BATCH, wanted)))
-            disk.write_tensors(path, {"input_ids": _sample(model(), prompts, length, seed + number)})
+        if not _is_whole(path, progress):
+            prompts = _prompts(real, range(number * BATCH, (number + 1) * BATCH))
+            ids = _sample(model(), prompts, length, seed + number)
+            digest, _ = disk.write_tensors(path, {"input_ids": ids})
+            disk.write_text(_sum(path), digest + "\n")
             progress.note(f"generated   {min((number + 1) * BATCH, wanted) * length:,} of {wanted * length:,} tokens")
-        batches.append(load_file(path)["input_ids"])
-    ids = torch.cat(batches)
-    digest = hashlib.sha256(f"{real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed}".encode())
-    digest.update(ids.numpy().tobytes())
+        batches.append(_read(path))
+    ids = torch.cat(batches)[:wanted]
+    whole = hashlib.sha256(key)
+    whole.update(ids.numpy().tobytes())
     name = f"{real.name}, and {ids.numel():,} tokens by the teacher"
-    return TokenWindows(ids, torch.ones_like(ids, dtype=torch.bool), name, digest.hexdigest())
+    return TokenWindows(ids, torch.ones_like(ids, dtype=torch.bool), name, whole.hexdigest())
+
+
+def _read(path: Path) -> Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(path)["input_ids"]
+
+
+def _sum(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_whole(path: Path, progress: Progress) -> bool:
+    """Whether a batch is there as it was written. Its checksum is written after it: without one it isn't finished."""
+    if not path.is_file() or not _sum(path).is_file():
+        return False
+    whole = disk.sha256_of(path) == _sum(path).read_text(errors="replace").strip()
+    if not whole:
+        progress.note(f"generated   {path} isn't what was written there: its windows are generated again")
+    return whole
 
 
 def _prompts(real: TokenWindows, numbers: range) -> Tensor:

@@ -110,9 +110,14 @@ def _windows(job: Job, folder: Path, progress: Progress) -> TokenWindows:
     # Beside the teacher's outputs where those are kept, so that the next student finds both.
     folder = (options.teacher_cache or folder) / "generated"
     generated = generate_windows(
-        lambda: job.teacher.model, job.real, options.generated_tokens, folder=folder, seed=options.seed,
+        lambda: job.teacher.model,
+        job.real,
+        options.generated_tokens,
+        teacher=f"{job.teacher_fingerprint} {options.teacher_quant}",
+        folder=folder,
+        seed=options.seed,
         progress=progress,
-    )  # fmt: skip
+    )
     return together(job.real, generated)
 
 
