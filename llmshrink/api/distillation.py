@@ -63,15 +63,15 @@ def distill(
     teacher_cache: PathLike | None = None,
     push: str | None = None,
     private: bool = False,
+    yes: bool = False,
     progress: Progress | None = None,
     **settings: Unpack[RunSettings],
 ) -> DistillReport | None:
     """Train `student` towards `teacher` on `data`, and write it in its own format as `output`.
 
     recipe: a shipped name or a YAML file of one step, `distill`; settings change it (what they do:
-    docs/distillation.md). push, private: as in `llmshrink.quantize`. Under a launcher such as torchrun every process
-    calls it, and the first has the report; the others get None.
-    Raises LlmshrinkError for bad input.
+    docs/distillation.md). push, private, yes: as in `llmshrink.quantize`. Under a launcher such as torchrun every
+    process calls it, and the first has the report; the others get None. Raises LlmshrinkError for bad input.
     """
     from llmshrink.distillation.run import distill as run
     from llmshrink.run.progress import Silent
@@ -80,7 +80,8 @@ def distill(
         teacher, student, output=output, recipe=recipe, data=data, teacher_cache=teacher_cache, **settings
     )
     shown = progress or Silent()
-    return and_push(lambda: run(options, shown), options.output, push, private=private, progress=shown)
+    source = str(teacher if student is None else student)
+    return and_push(lambda: run(options, shown), options.output, source, push, private=private, yes=yes, progress=shown)
 
 
 def options_of(

@@ -53,21 +53,42 @@ def push(
     return run(folder, asked, progress or Silent())
 
 
-def and_push(run: Callable[[], Report], output: Path, name: str | None, *, private: bool, progress: Progress) -> Report:
-    """Carry out a run, and publish its output as `name`, whose syntax and token are checked before the work.
+def and_push(
+    run: Callable[[], Report],
+    output: Path,
+    source: str,
+    name: str | None,
+    *,
+    private: bool,
+    yes: bool,
+    progress: Progress,
+) -> Report:
+    """Carry out a run, and publish its output as `name`; what can be refused of that is refused before the work.
 
-    A push that fails is in the run's report: the output is complete all the same.
+    source: the model whose licence the output comes under. A push that fails is in the run's report: the output is
+    complete all the same.
     """
+    check_publishing(name, private=private, yes=yes)
     if name is None:
         return run()
-    _check(push=(name, str), private=(private, bool))
-    from llmshrink.hub.push import check, pushed
+    from llmshrink.hub.push import check, check_licence, pushed
 
     check(name, "main")
+    check_licence(source, yes=yes)
     report = run()
     if report is None or not report.ok:
         return report
-    return replace(report, pushed=pushed(output, name, private=private, progress=progress))
+    return replace(report, pushed=pushed(output, name, private=private, yes=yes, progress=progress))
+
+
+def check_publishing(push: str | None, *, private: bool, yes: bool) -> None:
+    """Raise LlmshrinkError when what a run is told of publishing isn't meant so, or has no `push` to go with."""
+    _check(private=(private, bool), yes=(yes, bool))
+    if push is not None:
+        return _check(push=(push, str))
+    given = next((name for name, value in (("--private", private), ("--yes", yes)) if value), None)
+    if given is not None:
+        raise LlmshrinkError(f"{given}: is of publishing the result; give --push OWNER/NAME as well, or leave it out")
 
 
 def _check(**given: tuple[object, type]) -> None:

@@ -24,7 +24,7 @@ _KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
     ((str,), "text", ("method", "device", "dtype")),
     ((bool,), "True or False", ("asymmetric", "repair", "overwrite", "trust_remote_code", "strict", "verify")),
 )
-CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format", "push", "private")
+CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format", "push", "private", "yes")
 FORMATS = ("compressed-tensors", "llmshrink")
 _NEEDED = ("model", "output", "recipe", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
 
@@ -49,6 +49,7 @@ class RunSettings(TypedDict, total=False):
     verify: bool
     push: str | None
     private: bool
+    yes: bool
     progress: Progress | None
 
 
@@ -84,6 +85,7 @@ def quantize(
     verify: bool = True,
     push: str | None = None,
     private: bool = False,
+    yes: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize a model into a checkpoint that transformers loads and vLLM serves.
@@ -92,9 +94,10 @@ def quantize(
     recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method and set ("steps.0.quantize.bits=3", or
     several such) change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets` name, "demo", or None for the
     default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). push: the Hub's
-    repository ("owner/name") that the result goes to at the end, as `llmshrink.push` does it; private as there. A run
-    that was killed goes on where it stood when it is called again. Returns the closing summary; its `ok` is False when
-    the checkpoint didn't verify, and is no output then, or didn't get to the Hub. Raises LlmshrinkError for bad input.
+    repository ("owner/name") that the result goes to at the end, as `llmshrink.push` does it; private and yes as
+    there. A run that was killed goes on where it stood when it is called again. Returns the closing summary; its `ok`
+    is False when the checkpoint didn't verify, and is no output then, or didn't get to the Hub. Raises LlmshrinkError
+    for bad input.
     """
     flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method}
     return _run(
@@ -120,6 +123,7 @@ def quantize(
         verify=verify,
         push=push,
         private=private,
+        yes=yes,
         progress=progress,
     )
 
@@ -176,7 +180,13 @@ def compress(
         return then_teach(options, asked, progress)
 
     return and_push(
-        carry_out, options.output, settings.get("push"), private=settings.get("private", False), progress=progress
+        carry_out,
+        options.output,
+        options.model,
+        settings.get("push"),
+        private=settings.get("private", False),
+        yes=settings.get("yes", False),
+        progress=progress,
     )
 
 
@@ -196,8 +206,10 @@ def _run(
     return and_push(
         lambda: run(options, progress),
         options.output,
+        options.model,
         settings.get("push"),
         private=settings.get("private", False),
+        yes=settings.get("yes", False),
         progress=progress,
     )
 

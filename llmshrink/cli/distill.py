@@ -82,11 +82,13 @@ def distill(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own Python.")] = False,
     push: runs.Push = None,
     private: runs.Private = False,
+    yes: runs.Yes = False,
     dry_run: runs.DryRun = False,
     json: JsonFlag = False,
 ) -> int:
     """Train STUDENT towards TEACHER and write it, in its own format, as OUT."""
     from llmshrink import api
+    from llmshrink.api.publishing import check_publishing
     from llmshrink.run.progress import Shown
 
     settings: dict[str, Any] = {
@@ -122,9 +124,10 @@ def distill(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run:
+        check_publishing(push, private=private, yes=yes)
         return runs.show_plan(api.plan_distill(teacher, student, **settings), json=json)
     with Shown(json=json) as progress:
-        report = api.distill(teacher, student, push=push, private=private, progress=progress, **settings)
+        report = api.distill(teacher, student, push=push, private=private, yes=yes, progress=progress, **settings)
     if report is None:  # another process speaks
         return 0
     show(report, as_json=json)

@@ -77,6 +77,9 @@ Push = Annotated[
     str | None, typer.Option(metavar="OWNER/NAME", help="Publish OUT on the Hub at the end, as `llmshrink push` does.")
 ]
 Private = Annotated[bool, typer.Option("--private", help="With --push: only its owner sees a repository made now.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="With --push: publish what would be asked about, as under a licence that binds.")
+]
 Repair = Annotated[
     bool | None,
     typer.Option("--repair/--no-repair", help="Exact least squares on what is kept, instead of the recipe's choice."),
@@ -111,6 +114,7 @@ def settings(
     verify: Verify = True,
     push: Push = None,
     private: Private = False,
+    yes: Yes = False,
 ) -> None:
     """Never called: its signature is what `with_settings` gives a verb."""
 
@@ -141,7 +145,9 @@ def carry_out(
 
     if dry_run:
         from llmshrink import api
+        from llmshrink.api.publishing import check_publishing
 
+        check_publishing(given["push"], private=given["private"], yes=given["yes"])
         verb: Any = twin.__name__
         return show_plan(api.plan(model, verb=verb, set=tuple(set_ or ()), **given), json=json)
     with Shown(json=json) as progress:

@@ -106,8 +106,8 @@ def _goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
         # With --overwrite it may be an older output that is there.
         made = output and os.path.isdir(output) and not os.path.isdir(output + BESIDE[0]) and not given.get("overwrite")
         if made and given.get("push"):
-            private = ["--private"] if given.get("private") else []
-            return "the output is whole, publish it with", ["push", str(given["output"]), str(given["push"]), *private]
+            also = [f"--{name}" for name in ("private", "yes") if given.get(name)]
+            return "the output is whole, publish it with", ["push", str(given["output"]), str(given["push"]), *also]
         if not (output and any(os.path.isdir(output + ending) for ending in BESIDE)):
             model = str(given.get("model") or given.get("teacher") or "")
             if model in ("", "demo") or os.path.exists(model):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmshrink.checkpoint.source import resolve
 from llmshrink.errors import LlmshrinkError
 from llmshrink.hub.client import HubError, check_branch, check_name, check_token
 from llmshrink.hub.evaluated import evaluation_of
@@ -78,10 +79,20 @@ def check(name: str, revision: str) -> None:
     check_token()
 
 
-def pushed(folder: Path, name: str, *, private: bool, progress: Progress) -> Pushed:
+def check_licence(source: str, *, yes: bool) -> None:
+    """Refuse, before a run, a model whose licence will want a --yes at its end; its weights don't come for that."""
+    licence = licence_of(resolve(source, stream=True).folder)
+    if licence.bound and not yes:
+        raise HubError(
+            f"{source}: nothing was begun: the original's licence is {licence}: {licence.bound}; look, and give --yes "
+            "with --push if the result may be published, or leave --push out"
+        )
+
+
+def pushed(folder: Path, name: str, *, private: bool, yes: bool, progress: Progress) -> Pushed:
     """Publish what a run has just finished; a failure is told, not raised."""
     try:
-        report = push(folder, Asked(name, private=private), progress)
+        report = push(folder, Asked(name, private=private, yes=yes), progress)
     except LlmshrinkError as error:
         return Pushed(name, None, str(error))
     return Pushed(name, report.url, None)

@@ -410,6 +410,35 @@ def test_a_run_pushes_its_result_when_it_is_done(
     assert llmshrink.verify(tmp_path / "out").ok
 
 
+@pytest.mark.parametrize("head", ["license: llama3.1", "license: mit\nextra_gated_prompt: agree"])
+def test_a_licence_that_binds_is_asked_about_before_the_work(
+    hub: HubServer, model_of: Callable[..., Path], story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    head: str,
+) -> None:  # fmt: skip
+    shutil.copytree(model_of("llama"), tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(f"---\n{head}\n---\n# theirs\n")
+    command = ["quantize", str(tmp_path / "model"), "--calibration", str(story), "--samples", "8", "--seq-len", "32"]
+    command += ["--recipe", "rtn-w4a16", "--group-size", "32", "-o", str(tmp_path / "out"), "--push", "user/name"]
+    assert run(command) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "nothing was begun: the original's licence is " in line and "give --yes" in line
+    assert not list(tmp_path.glob("out*")) and hub.log == []
+    if "gated" not in head:
+        assert run([*command, "--yes"]) == 0
+        assert WEIGHTS in hub.files("user/name")
+
+
+@pytest.mark.parametrize("verb", ["quantize demo", "prune demo", "compress demo --recipe rtn-w4a16", "distill demo w4"])
+@pytest.mark.parametrize("option", ["--private", "--yes", "--private --dry-run"])
+def test_what_is_of_publishing_alone_goes_with_push(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, option: str
+) -> None:
+    assert run([*verb.split(), "-o", str(tmp_path / "out"), *option.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"error: {option.split()[0]}: is of publishing" in err and "--push" in err
+    assert not list(tmp_path.iterdir())
+
+
 # The card's evaluation.
 
 
