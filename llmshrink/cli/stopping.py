@@ -32,7 +32,8 @@ KEPT = {
 }
 """Verb -> what the same command goes on from."""
 ANEW = ("plan", "verify")
-"""Verbs that take their time and write nothing."""
+"""Verbs that take their time and write nothing; so does any with --dry-run."""
+NOTHING = "nothing was written: start it again with the same command"
 
 
 class Signals:
@@ -95,13 +96,13 @@ def say_stopped(arguments: Sequence[str], code: int) -> int:
 def _goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
     """What is there to go on from, in words, and the command that does; None when there is nothing to say."""
     verb = arguments[0] if arguments else ""
-    if verb in ANEW:
-        return "nothing was written: start it again with the same command", arguments
     kept = KEPT.get(verb)
+    given = _given(arguments) if kept is not None else {}
+    if verb in ANEW or given.get("dry_run"):
+        return NOTHING, arguments
     if kept is None:
         return None
     if verb not in ("eval", "compare", "push"):
-        given = _given(arguments)
         output = os.path.abspath(str(given["output"])) if given.get("output") else None
         # With --overwrite it may be an older output that is there.
         made = output and os.path.isdir(output) and not os.path.isdir(output + BESIDE[0]) and not given.get("overwrite")
@@ -109,9 +110,9 @@ def _goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
             also = [f"--{name}" for name in ("private", "yes") if given.get(name)]
             return "the output is whole, publish it with", ["push", str(given["output"]), str(given["push"]), *also]
         if not (output and any(os.path.isdir(output + ending) for ending in BESIDE)):
-            model = str(given.get("model") or given.get("teacher") or "")
-            if model in ("", "demo") or os.path.exists(model):
-                return None
+            models = [str(given.get(name) or "demo") for name in ("model", "teacher", "student")]
+            if all(model == "demo" or os.path.exists(model) for model in models):
+                return (NOTHING, arguments) if output and not os.path.exists(output) else None
             kept = "what was downloaded"
     return f"{kept} is kept: go on from there with the same command", arguments
 

@@ -304,13 +304,16 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(
 
 
 @pytest.mark.parametrize("output", [["-o", "out"], ["--output=out/"], []])
-def test_ctrl_c_before_anything_was_begun_promises_nothing(
+def test_ctrl_c_before_anything_was_begun_says_that_nothing_was_written(
     output: list[str], twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llmshrink.cli.app.command", interrupted_once(app.command))
     assert run(["quantize", "demo", *output]) == 130
-    assert capsys.readouterr().err == "llmshrink: interrupted\n"
+    begun = (
+        f"; nothing was written: start it again with the same command:\n  llmshrink quantize demo {' '.join(output)}"
+    )
+    assert capsys.readouterr().err == f"llmshrink: interrupted{begun if output else ''}\n"
 
 
 def test_a_ctrl_c_that_a_library_swallows_is_no_fault_of_the_users(
@@ -325,7 +328,7 @@ def test_a_ctrl_c_that_a_library_swallows_is_no_fault_of_the_users(
     monkeypatch.setattr(api, "quantize", swallow)
     before = signal.getsignal(signal.SIGINT)
     assert run(["quantize", "demo", "-o", "out"]) == 130
-    assert capsys.readouterr().err == "llmshrink: interrupted\n"
+    assert capsys.readouterr().err.startswith("llmshrink: interrupted; nothing was written")
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -82,7 +82,37 @@ def test_a_download_that_was_stopped_is_kept_by_the_hubs_cache(
     stopping(monkeypatch, "quantize", signal.SIGINT)
     assert run(["quantize", "owner/name", "-o", "out"]) == 130
     assert "what was downloaded is kept: go on" in capsys.readouterr().err
-    assert run(["quantize", "demo", "-o", "out"]) == 130
+    stopping(monkeypatch, "distill", signal.SIGINT)
+    assert run(["distill", "demo", "owner/name", "-o", "out"]) == 130
+    assert "what was downloaded is kept: go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "line"),
+    [
+        ("quantize", "quantize demo -o out"),
+        ("distill", "distill demo --student-from depth=2 -o out"),
+        ("push", "push out owner/name --dry-run"),
+        ("plan", "prune demo -o begun --dry-run"),
+    ],
+)
+def test_what_wrote_nothing_says_so(
+    verb: str, line: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopping(monkeypatch, verb, signal.SIGINT)
+    (here / "begun.partial").mkdir()
+    assert run(line.split()) == 130
+    assert capsys.readouterr().err == (
+        f"llmshrink: interrupted; nothing was written: start it again with the same command:\n  llmshrink {line}\n"
+    )
+
+
+def test_nothing_is_said_of_an_output_that_may_be_the_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopping(monkeypatch, "quantize", signal.SIGINT)
+    (here / "out").mkdir()
+    assert run(["quantize", "demo", "-o", "out", "--overwrite"]) == 130
     assert capsys.readouterr().err == "llmshrink: interrupted\n"
 
 
@@ -91,10 +121,10 @@ def test_a_run_that_only_had_to_be_published_says_how(
 ) -> None:
     stopping(monkeypatch, "quantize", signal.SIGINT)
     (here / "out").mkdir()
-    assert run(["quantize", "demo", "-o", "out", "--push", "owner/name", "--private"]) == 130
+    assert run(["quantize", "demo", "-o", "out", "--push", "owner/name", "--private", "--yes"]) == 130
     said, again = capsys.readouterr().err.splitlines()
     assert said.endswith("the output is whole, publish it with:")
-    assert again == "  llmshrink push out owner/name --private"
+    assert again == "  llmshrink push out owner/name --private --yes"
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
