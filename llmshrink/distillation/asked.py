@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 from llmshrink.distillation.objective import Objective
 from llmshrink.errors import LlmshrinkError
 from llmshrink.methods.bnb import require
 from llmshrink.run.journal import partial_folder
+from llmshrink.runtime.load import one_line
 
 if TYPE_CHECKING:
     from llmshrink.distillation.job import Options
+
+REBUILDING = ("galore", "apollo", "lomo")
+"""In the names of optimizers that step by something else than a weight's own gradient, or before the step."""
+PROBE = (64, 128)
+"""Of the parameter that an optimizer is tried on: more numbers than those of which bitsandbytes keeps 32 bits."""
 
 
 def check_places(options: Options) -> None:
@@ -78,13 +88,35 @@ def check_cache(options: Options, vocabulary: int) -> None:
         raise LlmshrinkError(f"--teacher-cache-tokens {count}: must be 1 to {vocabulary}, which is the vocabulary")
 
 
-def check_optimizer(name: str) -> None:
-    """Raise LlmshrinkError for an optimizer that isn't there."""
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raise LlmshrinkError for an optimizer that isn't there, doesn't run here, or doesn't keep to what is held.
+
+    It makes two steps on a small parameter: some need packages or a device that only that tells.
+    """
+    from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
     known = [each.value for each in OptimizerNames]
     if name not in known:
         near = get_close_matches(name, known, 3) or ["adamw_torch", "adamw_bnb_8bit"]
         raise LlmshrinkError(f"--optim {name}: transformers has no such optimizer; it has {', '.join(near)} and others")
-    if "bnb" in name or "8bit" in name:
+    if any(word in name for word in REBUILDING):
+        raise LlmshrinkError(
+            f"--optim {name}: projects gradients or steps inside the backward, so what is zero wouldn't be held; take "
+            "adamw_torch"
+        )
+    if re.search("bnb|paged|lion|ademamix", name) or name == "adamw_8bit":
         require(f"--optim {name}", "take adamw_torch")
+    asked = SimpleNamespace(
+        optim=name, optim_args=None, learning_rate=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
+        weight_decay=0.0, warmup_steps=0,
+    )  # fmt: skip
+    weight = torch.nn.Parameter(torch.ones(PROBE, device=device))
+    try:
+        kind, keywords = Trainer.get_optimizer_cls_and_kwargs(cast(Any, asked))
+        optimizer = kind([{"params": [weight], "lr": 0.1}], **keywords)
+        for _ in range(2):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    except Exception as error:  # each package and device has its own ways
+        raise LlmshrinkError(f"--optim {name}: doesn't run here ({one_line(error)}); take adamw_torch") from error

@@ -184,13 +184,13 @@ def prepare(options: Options, progress: Progress) -> Job:
     for package in ("accelerate", "matplotlib"):
         if find_spec(package) is None:
             raise LlmshrinkError(f"distill needs {package}: pip install 'llmshrink[distill]'")
-    check_optimizer(options.optim)
+    device, trusted = pick_device(options.device), options.trust_remote_code
+    check_optimizer(options.optim, device)
     if (options.student is None) == (options.student_from is None):
         raise LlmshrinkError("name a STUDENT, or give --student-from depth=N,width=N and none")
     smaller = None if options.student_from is None else Smaller.of(options.student_from)
     processes = Processes.here()
     processes.share(options.batch_size)
-    device, trusted = pick_device(options.device), options.trust_remote_code
     teacher_source = resolve(options.teacher, trust_remote_code=trusted)
     source = teacher_source if options.student is None else resolve(options.student, trust_remote_code=trusted)
     if options.student is not None:

@@ -3,7 +3,7 @@
 What a student is on disk decides what may change of it:
 
 - a plain checkpoint: the weights of the linears inside the blocks, and everything that is a vector (norms, biases).
-  A weight that is exactly zero in a linear stays so: its gradient is zero, and so are the optimizer's moments. That
+  A weight that is exactly zero in a linear stays so: its gradient is zero, and it is zeroed again after each step. That
   holds the mask of a pruned model, and costs a dense one nothing;
 - a quantized one, trained by its scales: codes and zero-points are buffers, a factor on every scale is the parameter;
 - a quantized one, trained whole: what is rounded to the codes is a parameter too, in units of the code, and the
@@ -57,6 +57,12 @@ class Student:
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter of all that changes."""
         return ((name, each) for name, each in self.model.named_parameters() if each.requires_grad)
+
+    def hold(self) -> None:
+        """Zero what is held at zero, after a step: an optimizer with moments of 8 bits moves it a little."""
+        with torch.no_grad():
+            for name, kept in self.masked.items():
+                self.model.get_submodule(name).weight.mul_(kept)
 
     def restore(self) -> None:
         """Everything as the checkpoint has it, again."""

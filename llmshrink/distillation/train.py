@@ -40,7 +40,7 @@ def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, fold
     training: what is learned from; says: the teacher there; exact: the teacher on the held-out windows. folder: of the
     Trainer's checkpoints. The parameters at the end are those of the evaluation with the lowest KL.
     """
-    from llmshrink.distillation.trainer import Distiller, DistillTrainer, Rates, Told, Windows
+    from llmshrink.distillation.trainer import Distiller, DistillTrainer, Held, Rates, Told, Windows
 
     options = job.options
     width = job.split.weight.shape[1]
@@ -70,7 +70,7 @@ def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, fold
             judged,
             train_dataset=data,
             eval_dataset=data,
-            callbacks=[Told(told)],
+            callbacks=[Told(told), Held(job.student.hold)],
         )
         for callback in [
             each for each in trainer.callback_handler.callbacks if type(each).__name__ == "PrinterCallback"

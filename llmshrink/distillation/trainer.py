@@ -184,6 +184,16 @@ class DistillTrainer(Trainer):
         return loss
 
 
+class Held(TrainerCallback):
+    """Puts back what is held, after each step of the optimizer."""
+
+    def __init__(self, hold: Callable[[], None]) -> None:
+        self._hold = hold
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._hold()
+
+
 class Told(TrainerCallback):
     """Hands what the Trainer logs to a function: (step, values)."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.demo import model_folder
+from llmshrink.distillation.asked import check_optimizer
 from llmshrink.distillation.chunked import chunked_loss
 from llmshrink.distillation.job import Options, prepare
 from llmshrink.distillation.objective import Objective, TopK
@@ -305,11 +306,31 @@ def test_bitsandbytes_is_asked_for_only_where_it_is_needed(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported")
+def test_every_optimizer_that_transformers_names_runs_or_is_refused_in_a_line() -> None:
+    from transformers.training_args import OptimizerNames
+
+    said = {}
+    for name in (each.value for each in OptimizerNames):
+        try:
+            check_optimizer(name, torch.device("cpu"))
+        except LlmshrinkError as error:
+            said[name] = str(error)
+    assert all(line.startswith(f"--optim {name}: ") and "\n" not in line for name, line in said.items())
+    assert all(line.endswith("take adamw_torch") for line in said.values())
+    assert not said.keys() & {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    assert {"adamw_torch_xla", "adamw_torch_npu_fused"} <= said.keys()
+    for name in ("galore_adamw", "galore_adafactor_layerwise", "lomo", "adalomo", "apollo_adamw"):
+        assert "projects gradients" in said[name]
+
+
 def test_an_optimizer_of_bitsandbytes_trains(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     settings = {**SHORT, "optim": "adamw_bnb_8bit"}
     report = llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **settings)
     assert report.ok and report.quality.kl_mean < report.before.kl_mean
+    old, new = tensors(sparse), tensors(tmp_path / "out")
+    assert not any(new[key][old[key] == 0].any() for key in old if key.endswith("proj.weight"))
 
 
 def test_a_student_of_bitsandbytes_is_refused_at_once(
@@ -350,6 +371,7 @@ def test_the_demo_teaches_with_its_own_text(tmp_path: Path, monkeypatch: pytest.
             {"teacher_cache": Path("cache"), "teacher_cache_tokens": 10**6},
             "1000000: must be 1 to 512, which is the vocabulary",
         ),
+        ({"optim": "galore_adamw"}, "--optim galore_adamw: projects gradients"),
         ({"optim": "adamw_bnb_8bits"}, "--optim adamw_bnb_8bits: .* it has adamw_bnb_8bit"),
     ],
 )
