@@ -80,8 +80,16 @@ def distill(
         teacher, student, output=output, recipe=recipe, data=data, teacher_cache=teacher_cache, **settings
     )
     shown = progress or Silent()
-    source = str(teacher if student is None else student)
-    return and_push(lambda: run(options, shown), options.output, source, push, private=private, yes=yes, progress=shown)
+    return and_push(
+        lambda: run(options, shown),
+        options.output,
+        str(teacher if student is None else student),
+        (teacher, data, teacher_cache),
+        push,
+        private=private,
+        yes=yes,
+        progress=shown,
+    )
 
 
 def options_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -57,6 +57,7 @@ def and_push(
     run: Callable[[], Report],
     output: Path,
     source: str,
+    reads: Iterable[PathLike | None],
     name: str | None,
     *,
     private: bool,
@@ -65,8 +66,8 @@ def and_push(
 ) -> Report:
     """Carry out a run, and publish its output as `name`; what can be refused of that is refused before the work.
 
-    source: the model whose licence the output comes under. A push that fails is in the run's report: the output is
-    complete all the same.
+    source: the model whose licence the output comes under. reads: what else it is made of, as it was named. A push that
+    fails is in the run's report: the output is complete all the same.
     """
     check_publishing(name, private=private, yes=yes)
     if name is None:
@@ -75,10 +76,11 @@ def and_push(
 
     check(name, "main")
     check_licence(source, yes=yes)
+    places = tuple(os.path.abspath(path) for path in (source, *reads) if path is not None and os.path.exists(path))
     report = run()
     if report is None or not report.ok:
         return report
-    return replace(report, pushed=pushed(output, name, private=private, yes=yes, progress=progress))
+    return replace(report, pushed=pushed(output, name, private=private, yes=yes, places=places, progress=progress))
 
 
 def check_publishing(push: str | None, *, private: bool, yes: bool) -> None:

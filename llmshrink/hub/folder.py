@@ -9,7 +9,7 @@ all of it is on the Hub: what was refused once is refused again, in the same wor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,11 @@ def check_card(folder: Path, found: Contents) -> None:
         ) from error
 
 
-def check_leaks(folder: Path, found: Contents) -> None:
-    """Raise HubError naming each file and line with a token, a key or a path of this machine."""
+def check_leaks(folder: Path, found: Contents, places: Iterable[str]) -> None:
+    """Raise HubError naming each file and line with a token, a key or a path of this machine, `places` among them."""
     from huggingface_hub import get_token
 
-    here, token = paths_here(folder), get_token()
+    here, token = paths_here(folder, places), get_token()
     texts = [item for item in found.items if not item.path.endswith(".safetensors")]
     faults = [fault for item in texts for fault in leaks(item.path, item.data(), here, token)]
     if faults:

@@ -22,7 +22,10 @@ from llmshrink.run.verify import read_record
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user asks of a push; the names are those of `llmshrink.push`."""
+    """What a user asks of a push; the names are those of `llmshrink.push`.
+
+    places: files and folders of this machine, of which no word may leave, that the run just finished has read.
+    """
 
     name: str
     revision: str = "main"
@@ -30,6 +33,7 @@ class Asked:
     report: Path | None = None
     dry_run: bool = False
     yes: bool = False
+    places: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class PushReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        asked = {key: value for key, value in vars(self.asked).items() if key not in ("report", "yes")}
+        asked = {key: value for key, value in vars(self.asked).items() if key not in ("report", "yes", "places")}
         rest = {key: value for key, value in vars(self).items() if key not in ("folder", "asked")}
         return {"folder": str(self.folder), **asked, "bytes": sum(self.files.values()), **rest}
 
@@ -89,10 +93,10 @@ def check_licence(source: str, *, yes: bool) -> None:
         )
 
 
-def pushed(folder: Path, name: str, *, private: bool, yes: bool, progress: Progress) -> Pushed:
+def pushed(folder: Path, name: str, *, private: bool, yes: bool, places: tuple[str, ...], progress: Progress) -> Pushed:
     """Publish what a run has just finished; a failure is told, not raised."""
     try:
-        report = push(folder, Asked(name, private=private, yes=yes), progress)
+        report = push(folder, Asked(name, private=private, yes=yes, places=places), progress)
     except LlmshrinkError as error:
         return Pushed(name, None, str(error))
     return Pushed(name, report.url, None)
@@ -107,7 +111,7 @@ def push(folder: Path, asked: Asked, progress: Progress) -> PushReport:
     record, licence = read_record(folder), licence_of(folder)
     found = _with_card(contents(folder, record), folder, record, asked)
     check_card(folder, found)
-    check_leaks(folder, found)
+    check_leaks(folder, found, asked.places)
     report = PushReport(
         folder=folder,
         asked=asked,

@@ -20,6 +20,7 @@ import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.cli import run
 from llmshrink.errors import LlmshrinkError
+from llmshrink.hub.guard import leaks, paths_here
 from llmshrink.hub.push import Asked, push
 from llmshrink.hub.upload import Target, upload
 from llmshrink.run.card import card
@@ -163,6 +164,28 @@ def test_a_path_of_this_machine_is_found_in_any_text_and_what_anybody_may_write_
     (out / "SOURCE_README.md").write_text(f"{text}from {out.resolve()}\n")
     place = out.resolve().parent
     assert f"SOURCE_README.md, line 5: a path of this machine ({place}/)" in refused(capsys, out, "user/name", "--yes")
+
+
+def _leak(name: str, line: str, *known: str) -> str | None:
+    return next(leaks(name, line.encode(), paths_here(Path("/"), known), None), None)
+
+
+def test_tokens_of_others_and_paths_that_are_here_are_known(tmp_path: Path) -> None:
+    """Tokens are put together here, so that nothing that looks like one stands in this file."""
+    tokens = ["glpat-" + "a" * 20, "AIza" + "b" * 35, "xoxb-" + "1" * 12, "AKIA" + "C" * 16, "ASIA" + "D" * 16]
+    tokens += [".".join(("eyJ" + "h" * 12, "eyJ" + "p" * 12, "s" * 20))]
+    for token in tokens:
+        found = _leak("SOURCE_README.md", f"key = {token}")
+        assert found is not None and token not in found
+    text = tmp_path / "mine.txt"
+    text.touch()
+    first = "/".join(str(tmp_path).split("/")[:3])
+    for line in (f'"{text}"', f"file://{text}", f"from:{text}.", json.dumps(str(tmp_path)).replace("/", "\\/")):
+        assert f"({first})" in str(_leak("tokenizer_config.json", line)), line
+    for line in ("/usr/bin/python", "/not/here/at/all", f"https://a.b{text}", "a/tmp/b", "/tmp", "</s>/tmp"):
+        assert _leak("tokenizer_config.json", line) is None, line
+    assert "(/corpus.txt)" in str(_leak("config.json", "of /corpus.txt", "/corpus.txt"))
+    assert _leak("config.json", "text/corpus.txt of /corpus.txts", "/corpus.txt") is None
 
 
 def test_damaged_weights_do_not_leave(hub: HubServer, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
