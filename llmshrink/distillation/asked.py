@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 REBUILDING = ("galore", "apollo", "lomo")
 """In the names of optimizers that step by something else than a weight's own gradient, or before the step."""
+LARGEST_SEED = 2**32 - 1
+"""NumPy's, which the Trainer seeds too."""
 PROBE = (64, 128)
 """Of the parameter that an optimizer is tried on: more numbers than those of which bitsandbytes keeps 32 bits."""
 
@@ -41,6 +43,9 @@ def check_places(options: Options) -> None:
             raise LlmshrinkError(f"-o {options.output}: {how} the {what} {name}, which is read; name a folder apart")
     if options.teacher_cache is not None:
         cache = options.teacher_cache.resolve()
+        there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        if not there.is_dir():
+            raise LlmshrinkError(f"--teacher-cache {options.teacher_cache}: {there} is a file; name a folder")
         for folder in (output, partial_folder(output)):
             if folder == cache or folder in cache.parents:
                 raise LlmshrinkError(
@@ -57,10 +62,15 @@ def objective_of(options: Options) -> Objective:
         ("accumulate", options.accumulate, 1),
         ("warmup", options.warmup, 0),
         ("generated-tokens", options.generated_tokens, 0),
+        ("eval-steps", options.eval_steps, 1),
         ("seed", options.seed, 0),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise LlmshrinkError(f"--{name} {value}: must be at least {least}")
+    if options.seed > LARGEST_SEED:
+        raise LlmshrinkError(f"--seed {options.seed}: must be at most {LARGEST_SEED}")
+    if options.divergence != "jsd" and options.beta != type(options).beta:
+        raise LlmshrinkError(f"--beta {options.beta}: is of --divergence jsd; give that, or leave it out")
     for name, rate in (("lr", options.lr), ("scale-lr", options.scale_lr)):
         if rate is not None and not 0.0 < rate < 1.0:
             raise LlmshrinkError(f"--{name} {rate}: must be above 0 and below 1")

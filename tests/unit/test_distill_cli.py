@@ -67,6 +67,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         (("--hidden-weight", "1", "--teacher-cache", "cache"), "--hidden-weight 1.0: a --teacher-cache has no hidden"),
         (("--mask-prompts",), "--mask-prompts: data story.txt has no turns"),
         (("--teacher-quant", "int3"), "--teacher-quant"),
+        (("--seed", "4294967296"), "--seed 4294967296: must be at most 4294967295"),
+        (("--eval-steps", "0"), "--eval-steps 0: must be at least 1"),
+        (("--beta", "0.3"), "--beta 0.3: is of --divergence jsd; give that, or leave it out"),
+        (("--teacher-cache", __file__), "test_distill_cli.py is a file; name a folder"),
+        (("--teacher-cache", f"{__file__}/cache"), "test_distill_cli.py is a file; name a folder"),
+        (("--optim", "adamw_torch_xla"), "--optim adamw_torch_xla: doesn't run here ("),
     ],
 )
 def test_a_bad_option_is_one_line_and_leaves_nothing(
