@@ -2,8 +2,8 @@
 
 For each model and recipe the plan and the run are two fresh processes, one right after the other, so that the machine
 is as busy for both. Printed are predicted / measured of the safetensors' bytes, bits a weight, disk, peak resident
-memory, seconds, and seconds of the processor, which other work on the machine hardly changes. Without a model it is the
-demo model, on its own text.
+memory, seconds, and seconds of the processor, which other work on the machine hardly changes. What is further off than
+the bounds, which are printed too, has a ! behind it. Without a model it is the demo model, on its own text.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 
 RECIPES = ("gptq-w4a16", "gptq-w2a16", "rtn-w4a16", "alps-2of4", "alps-2of4:llmshrink", "width-prune", "depth-prune")
 COLUMNS = ("output_bytes", "bits_per_weight", "disk_bytes", "peak_ram_bytes", "seconds", "cpu_seconds")
+BOUNDS = {name: 0.35 if name.endswith("seconds") else 0.15 for name in COLUMNS}
+"""Column -> how far predicted / measured may be from 1."""
 LOOKS = 0.05
 """Seconds between two looks at the disk."""
 
@@ -118,12 +120,19 @@ def main() -> None:
     print(
         f"{'predicted / measured':38}" + "".join(f"{name.removesuffix('_bytes'):>17}" for name in COLUMNS) + "   load"
     )
+    print(f"{'may be off by':38}" + "".join(f"{bound:>17.0%}" for bound in BOUNDS.values()))
     for model in arguments.models:
         for recipe in arguments.recipe or RECIPES:
             predicted, measured = both(model, settings(arguments, recipe))
-            cells = (f"{predicted[name] / measured[name]:.3f} of {_short(name, measured[name])}" for name in COLUMNS)
+            cells = (cell(name, predicted[name], measured[name]) for name in COLUMNS)
             line = f"{Path(model).name + ' ' + recipe:38}" + "".join(f"{cell:>17}" for cell in cells)
             print(f"{line}   {os.getloadavg()[0]:.1f}, probe {predicted['probe_seconds']:.1f} s", flush=True)
+
+
+def cell(name: str, predicted: float, measured: float) -> str:
+    """A column's figure, with what was measured, and a ! where it is out of its bounds."""
+    ratio = predicted / measured
+    return f"{ratio:.3f} of {_short(name, measured)}{'!' if abs(ratio - 1) > BOUNDS[name] else ' '}"
 
 
 def _short(name: str, value: float) -> str:

@@ -207,3 +207,10 @@ def test_memory_is_foretold_within_15_percent(tmp_path: Path) -> None:
         for work in ("plan", "run")
     ]  # fmt: skip
     assert 0.85 < said[0] / said[1] < 1.15, said
+
+
+def test_the_benchmark_of_plans_marks_what_is_out_of_its_bounds() -> None:
+    from benchmarks.plan import cell
+
+    assert cell("peak_ram_bytes", 1.16e6, 1e6) == "1.160 of 1.0M!" and cell("disk_bytes", 0.86e6, 1e6).endswith("M ")
+    assert cell("seconds", 64, 100) == "0.640 of 100.0s!" and cell("cpu_seconds", 1.3, 1).endswith("s ")
