@@ -76,7 +76,7 @@ def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, fold
             each for each in trainer.callback_handler.callbacks if type(each).__name__ == "PrinterCallback"
         ]:
             trainer.remove_callback(callback)
-        last = _last_whole(folder)
+        last = last_whole(folder)
         if last is not None:
             progress.note(f"resumed     at step {last.name.rpartition('-')[2]} of {options.steps}")
         with _with_room(module, folder, options.optim):
@@ -143,7 +143,7 @@ def _with_room(module: torch.nn.Module, folder: Path, optim: str) -> Iterator[No
         raise
 
 
-def _last_whole(folder: Path) -> Path | None:
+def last_whole(folder: Path) -> Path | None:
     """The Trainer's last checkpoint that it finished: it writes its state last of all."""
     whole = []
     for checkpoint in folder.glob("checkpoint-*"):

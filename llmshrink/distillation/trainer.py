@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from llmshrink.distillation.chunked import Losses, Teacher, chunked_loss
 from llmshrink.distillation.match import HiddenMatch
 from llmshrink.distillation.objective import IGNORED, Objective
 from llmshrink.distillation.teacher import SplitModel
+from llmshrink.distillation.train import last_whole
 from llmshrink.errors import LlmshrinkError
 
 
@@ -177,9 +179,15 @@ class DistillTrainer(Trainer):
         windows = inputs["window"].tolist()
         loss = super().training_step(model, inputs, *rest, **named)
         if not bool(torch.isfinite(loss)):
+            last = last_whole(Path(str(self.args.output_dir)))
+            kept = (
+                "no checkpoint is before it"
+                if last is None
+                else f"{last.name} is kept, from which this command goes on"
+            )
             raise LlmshrinkError(
-                f"step {self.state.global_step + 1}: the loss of windows {windows} is {float(loss)}; the last good "
-                "checkpoint is kept: lower --lr, or look at the text there"
+                f"step {self.state.global_step + 1}: the loss of windows {windows} is {float(loss)} ({kept}); look at "
+                "the text there, or start anew with a lower --lr and --overwrite"
             )
         return loss
 

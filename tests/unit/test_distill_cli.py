@@ -147,7 +147,9 @@ def test_a_loss_that_is_no_number_names_its_windows_and_keeps_the_last_checkpoin
 
     monkeypatch.setattr(Distiller, "losses", spoiled)
     words = (teacher, student, "-o", tmp_path / "out", "--data", story, *SHORT, "--hidden-weight", "0.5")
-    assert "step 3: the loss of windows [" in refused(capsys, *words)
+    said = refused(capsys, *words)
+    assert "step 3: the loss of windows [" in said
+    assert "is nan (checkpoint-2 is kept, from which this command goes on); look at the text there, or start" in said
     assert not (tmp_path / "out").exists()
     last = tmp_path / "out.partial" / "training" / "checkpoint-2"
     assert len(json.loads((last / "trainer_state.json").read_text())["log_history"]) == 3
@@ -160,6 +162,15 @@ def test_a_loss_that_is_no_number_names_its_windows_and_keeps_the_last_checkpoin
     monkeypatch.undo()
     assert run(["distill", *map(str, words)]) == 0
     assert "resumed     at step 2 of 4" in capsys.readouterr().err
+    # Before the first evaluation there is no checkpoint; with another rate the run starts anew, where that is asked.
+    calls[:] = [1, 1]
+    monkeypatch.setattr(Distiller, "losses", spoiled)
+    words = (*words[:3], tmp_path / "other", *words[4:])
+    assert "is nan (no checkpoint is before it); look" in refused(capsys, *words)
+    monkeypatch.undo()
+    slower = (*words, "--lr", "0.001")
+    assert "start anew with --overwrite" in refused(capsys, *slower)
+    assert run(["distill", *map(str, slower), "--overwrite"]) == 0
 
 
 def test_the_command_the_function_and_the_recipe_have_one_default() -> None:
