@@ -26,7 +26,7 @@ from llmshrink.distillation.write import write
 from llmshrink.run.card import complete
 from llmshrink.run.finish import serve_line
 from llmshrink.run.heldout import Quality
-from llmshrink.run.journal import TRAINING, Workspace, partial_folder
+from llmshrink.run.journal import JOURNAL, TRAINING, Workspace, partial_folder
 from llmshrink.run.progress import Progress, Silent, peak_memory
 from llmshrink.run.seal import weight_bytes
 from llmshrink.run.verify import read_record, verify_reload
@@ -47,6 +47,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
         check_room(options.output, max(0, weight_bytes(job.student.source.folder) - workspace.finished_bytes()))
         parts = workspace.begin(job.identity())
         if parts is None:
+            job.processes.wait(job.device)
             if options.student is None:
                 remove(options.output)
             return _report(job, options.output, read_record(options.output), started)
@@ -94,9 +95,16 @@ def _report(job: Job, folder: Path, record: dict[str, Any], started: float) -> D
 
 
 def _train_along(job: Job) -> None:
-    """The part of a process that isn't the first: from when the windows and the teacher's outputs are there."""
+    """The part of a process that isn't the first: from when the windows and the teacher's outputs are there.
+
+    Nothing, where the first found that the run was published: its journal is gone then, and else stays until all have
+    trained.
+    """
     job.processes.wait(job.device)
-    folder = partial_folder(Path(os.path.abspath(job.options.output))) / TRAINING
+    partial = partial_folder(Path(os.path.abspath(job.options.output)))
+    if not (partial / JOURNAL).exists():
+        return
+    folder = partial / TRAINING
     training = _windows(job, folder, Silent())
     says, exact = _teachers(job, training, Silent())
     train(job, training, says, exact, folder, Silent())

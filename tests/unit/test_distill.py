@@ -20,6 +20,7 @@ from llmshrink.distillation.asked import check_optimizer
 from llmshrink.distillation.chunked import chunked_loss
 from llmshrink.distillation.job import Options, prepare
 from llmshrink.distillation.objective import Objective, TopK
+from llmshrink.distillation.processes import Processes
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import stored
 from llmshrink.methods.learned import ScaledLinear
@@ -194,10 +195,17 @@ def test_a_run_that_died_between_its_last_two_steps_is_only_tidied(
         llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT)
     monkeypatch.undo()
     before = contents(tmp_path / "out")
+    waited: list[int] = []
+    monkeypatch.setattr(Processes, "wait", lambda self, device: waited.append(self.rank))
     report = llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT)
     assert report is not None and report.ok and report.quality.kl_mean < report.before.kl_mean
     assert contents(tmp_path / "out") == before
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    # Another process of that run meets the first as often, and has nothing to do.
+    monkeypatch.setattr(Processes, "here", lambda: Processes(1, 2))
+    assert llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT) is None
+    assert waited == [0, 1]
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_cached_teacher_teaches_the_same(teacher: Path, sparse: Path, story: Path, tmp_path: Path) -> None:
