@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import llmshrink
+from llmshrink.recipe.read import shipped_names
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -22,6 +23,12 @@ def test_the_recipes_reference_is_current() -> None:
         [sys.executable, str(DOCS / "reference.py"), "--check"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_table_has_every_shipped_recipe() -> None:
+    table = (ROOT / "README.md").read_text().partition("\n### Recipes\n")[2].partition("\n### ")[0]
+    named = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall("`([^`]+)`", row)}
+    assert set(shipped_names()) <= named
 
 
 def test_the_site_builds_and_every_link_and_anchor_in_it_leads_somewhere(tmp_path: Path) -> None:
