@@ -24,6 +24,7 @@ from llmshrink.distillation.match import matched_blocks
 from llmshrink.distillation.narrow import TeacherQuant, check_narrow, load_narrow
 from llmshrink.distillation.objective import Divergence, Objective
 from llmshrink.distillation.processes import Processes
+from llmshrink.distillation.quiet import quiet
 from llmshrink.distillation.room import check_memory
 from llmshrink.distillation.smaller import Smaller, make_student
 from llmshrink.distillation.student import Student, Train, open_student, schemes_of
@@ -105,9 +106,10 @@ class Job:
             model = load_narrow(self.teacher_source, self.options.teacher_quant, self.device, trusted)
         else:
             dtype = "float32" if self.device.type == "cpu" else None
-            model = load(
-                self.teacher_source, device=str(self.device), dtype=dtype, trust_remote_code=trusted, plain_too=True
-            )
+            with quiet():
+                model = load(
+                    self.teacher_source, device=str(self.device), dtype=dtype, trust_remote_code=trusted, plain_too=True
+                )
         return SplitModel(model, self.teacher_source.name)
 
     @property

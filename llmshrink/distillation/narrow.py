@@ -6,11 +6,13 @@ and a student learns that too; it is for teachers that don't fit otherwise.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal, get_args
 
 import torch
 
 from llmshrink.checkpoint.source import Source
+from llmshrink.distillation.quiet import quiet
 from llmshrink.errors import LlmshrinkError, SourceError
 from llmshrink.methods.bnb import require
 from llmshrink.runtime.load import one_line, quantization_of
@@ -39,14 +41,17 @@ def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust
         if quant == "nf4"
         else BitsAndBytesConfig(load_in_8bit=True)
     )
+    # A line for each product of 8 bits, which it casts to float16 for, in every forward of the run.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            quantization_config=chosen,
-            device_map={"": device},
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-        )
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                quantization_config=chosen,
+                device_map={"": device},
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+            )
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
         raise SourceError(f"{source.name}: can't be loaded in {quant}: {one_line(error)}") from error
     model.requires_grad_(False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from llmshrink.checkpoint.preflight import check_room
 from llmshrink.distillation.curves import Curves
 from llmshrink.distillation.judge import judge
 from llmshrink.distillation.match import HiddenMatch
+from llmshrink.distillation.quiet import quiet
 from llmshrink.distillation.teacher import TeacherRows
 from llmshrink.run.progress import Progress, duration, peak_memory
 
@@ -62,7 +62,7 @@ def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, fold
 
     told = _Lines(progress, options.steps, options.batch_size * options.accumulate * training.input_ids.shape[1])
     data = Windows(training)
-    with _quiet():
+    with quiet():
         trainer = DistillTrainer(
             module,
             arguments,
@@ -176,20 +176,3 @@ class _Lines:
                 f"step {step}/{self._steps}  loss {values['loss']:.4f}  {self._tokens / pace:,.0f} tokens/s  "
                 f"memory {peak_memory() / 1e9:.2f} GB  left {duration(pace * (self._steps - step))}"
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The Trainer says on its own what we say in our way, and that keys are missing which are the frozen ones."""
-    from transformers.utils import logging as messages
-
-    level = messages.get_verbosity()
-    messages.set_verbosity_error()
-    logger = logging.getLogger("accelerate")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        messages.set_verbosity(level)
-        logger.setLevel(before)

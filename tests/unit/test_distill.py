@@ -283,14 +283,16 @@ def test_a_scaled_linear_is_its_checkpoint(story: Path) -> None:
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_teacher_may_be_held_in_few_bits(
-    quant: Any, teacher: Path, sparse: Path, story: Path, tmp_path: Path, model_of: Callable[..., Path]
-) -> None:
+    quant: Any, teacher: Path, sparse: Path, story: Path, tmp_path: Path, model_of: Callable[..., Path],
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     pytest.importorskip("bitsandbytes")
     settings = {**SHORT, "teacher_quant": quant}
     wide = model_of("llama", intermediate_size=128)
     report = llmshrink.distill(wide, sparse, output=tmp_path / "out", data=story, **settings)
     assert report.ok and report.quality.kl_mean < report.before.kl_mean
     assert report.teacher == f"model in {quant}"
+    assert not [word for word in ("Loading weights", "MatMul8bitLt") if word in capfd.readouterr().err + caplog.text]
     if quant == "nf4":  # whose blocks of 64 don't divide 96 inputs
         with pytest.raises(LlmshrinkError, match="can't compute its shapes in nf4"):
             llmshrink.distill(teacher, sparse, output=tmp_path / "odd", data=story, **settings)
