@@ -164,7 +164,10 @@ class DistillTrainer(Trainer):
             for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
                     groups.setdefault(self._rates.of(name, parameter), []).append(parameter)
-            self.optimizer = kind([{"params": each, "lr": rate} for rate, each in groups.items()], **keywords)
+            # AdamW of torch and others decay unless a group says otherwise; the arguments' own isn't handed to them.
+            self.optimizer = kind(
+                [{"params": each, "lr": rate, "weight_decay": 0.0} for rate, each in groups.items()], **keywords
+            )
         return self.optimizer
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:

@@ -522,6 +522,19 @@ def test_a_loss_that_is_no_number_stops_at_its_step(
     assert llmshrink.distill(teacher, sparse, output=tmp_path / "out", data=story, **SHORT).ok
 
 
+def test_no_parameter_decays() -> None:
+    from types import SimpleNamespace
+
+    from llmshrink.distillation.trainer import DistillTrainer, Rates
+
+    asked: Any = SimpleNamespace(
+        optimizer=None, model=torch.nn.Linear(2, 2), args=None, _rates=Rates(0.1, 0.1, 0.2),
+        get_optimizer_cls_and_kwargs=lambda args: (torch.optim.AdamW, {"lr": 0.1}),
+    )  # fmt: skip
+    groups = DistillTrainer.create_optimizer(asked).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.0), (0.2, 0.0)]
+
+
 def test_nothing_is_dropped_while_a_student_learns() -> None:
     from transformers import OPTConfig
 
