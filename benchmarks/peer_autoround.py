@@ -1,8 +1,8 @@
 """AutoRound, run by the Python of its own environment: `PYTHON peer_autoround.py MODEL TOKENS OUT --bits 2`.
 
-Imports nothing of ours. TOKENS is a safetensors file with `input_ids`, int64 [samples, seq_len]. OUT holds the weights as
-they were rounded, dequantized (AutoRound's format `fake`), so that anything reads them. Prints {"seconds", "cpu_seconds",
-"peak_rss", "version"}, the seconds without imports.
+Imports nothing of ours. TOKENS is a safetensors file with `input_ids`, int64 [samples, seq_len]. OUT holds the weights
+as they were rounded, dequantized (AutoRound's format `fake`), so that anything reads them. Prints {"seconds",
+"cpu_seconds", "peak_rss", "version"}, the seconds without imports.
 """
 
 from __future__ import annotations
