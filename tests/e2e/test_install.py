@@ -138,7 +138,7 @@ def test_a_real_bash_completes_verbs_options_and_choices(scripts: Path, tmp_path
         "complete -p llmshrink\n"
         'ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _llmshrink_completion llmshrink; echo ${COMPREPLY[@]}; }\n'
         "ask llmshrink qu\nask llmshrink quantize --calib\nask llmshrink prune --format l\n"
-        "ask llmshrink quantize --recipe gptq-w4\n"
+        "ask llmshrink quantize --recipe rtn-\n"
     )
     environment = {**clean(), "PATH": f"{scripts}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -147,7 +147,7 @@ def test_a_real_bash_completes_verbs_options_and_choices(scripts: Path, tmp_path
     assert done.returncode == 0 and not done.stderr, done.stderr
     declared, *answers = done.stdout.splitlines()
     assert "-F _llmshrink_completion llmshrink" in declared
-    assert answers == ["quantize", "--calibration", "llmshrink", "gptq-w4a16"]
+    assert answers == ["quantize", "--calibration", "llmshrink", "rtn-w4a16"]
 
 
 @pytest.mark.parametrize(("shell", "arguments"), [("zsh", {}), ("fish", {"_TYPER_COMPLETE_FISH_ACTION": "get-args"})])
