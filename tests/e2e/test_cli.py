@@ -25,6 +25,7 @@ def summary(*arguments: str | Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long  # tests/e2e/test_tutorial.py runs these verbs and compares what they print
 def test_the_demo_goes_through_all_verbs(tmp_path: Path) -> None:
     out = tmp_path / "demo-w4"
     done = llmshrink("quantize", "demo", "-o", out)

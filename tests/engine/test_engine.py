@@ -57,7 +57,7 @@ def test_verify_of_a_damaged_checkpoint_exits_1_and_names_the_worst_prompt(damag
     assert "held-out window" in said.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/engine/test_families.py and test_schemes.py hold groups of 32 and zero-points
 def test_wiki7m_is_served_in_mixed_groups_and_asymmetric(
     wiki7m: Path, calibration_text: Path, tmp_path: Path, serve_once: Callable[[Path], Served]
 ) -> None:
