@@ -80,6 +80,8 @@ def locked(folder: Path) -> Iterator[None]:
     """While open, no other process writes to `folder`; nothing of the lock is left in it after. Raises OutputError."""
     folder = Path(os.path.abspath(folder))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
+        made = [folder]  # by a run that was killed before it wrote anything
     lock = Lock(folder)
     lock.take(folder)
     try:
@@ -87,6 +89,6 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         lock.release()
-        for path in made:  # nothing was written: nothing is left
+        for path in made:  # where nothing was written, nothing is left
             with suppress(OSError):
                 path.rmdir()
