@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -58,6 +59,7 @@ class CheckpointIndex:
         self.reads: Counter[str] = Counter()
         self._entries = {entry.key: entry for entry in entries}
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], arriving: Arriving | None = None) -> CheckpointIndex:
@@ -197,8 +199,11 @@ class CheckpointIndex:
             self._arriving.wait(entry.file)
         try:
             if descriptor is None:
-                descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
-                self._descriptors[entry.file] = descriptor
+                with self._opening:  # a block may be read ahead, on a thread
+                    descriptor = self._descriptors.get(entry.file)
+                    if descriptor is None:
+                        descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+                        self._descriptors[entry.file] = descriptor
             done = 0
             while done < len(into):
                 count = os.preadv(descriptor, [into[done:]], entry.offset + start + done)

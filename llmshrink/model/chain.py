@@ -81,6 +81,13 @@ class Chain:
         """The model's logits for the last block's output: [batch, tokens, dim] -> [batch, tokens, vocabulary]."""
         return logits_of(self.skeleton.model, self.blocks, hidden)
 
+    def load_block(self, number: int, *, check: Check | None = None) -> dict[str, Tensor]:
+        """Make a block real, and let the next one be read meanwhile; what `Skeleton.load` returns."""
+        stored = self.skeleton.load(self.name(number), check=check)
+        if number + 1 < len(self.blocks):
+            self.skeleton.expect(self.name(number + 1))
+        return stored
+
     def load_tail(self) -> None:
         """Make what comes after the blocks real (final norm, head) in float32, for logits of full precision."""
         embedding = self.skeleton.model.get_input_embeddings()
@@ -107,7 +114,7 @@ class Chain:
 
         def visit(i: int, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal chained
-            self.skeleton.load(self.name(i), check=check)
+            self.load_block(i, check=check)
             block = self.blocks[i]
             with _OwnForward(block):
                 found, chained = find_stages(block, self.name(i), i, calls[i], chained, self.skeleton.key_of)

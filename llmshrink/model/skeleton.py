@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmshrink.checkpoint.names import map_names
 from llmshrink.errors import CheckpointError
+from llmshrink.model.ahead import Ahead
 
 
 class TensorReader(Protocol):
@@ -55,7 +56,8 @@ def _parameters_on_meta() -> Iterator[None]:
 class Skeleton:
     """model: the transformers model, parameters on meta. key_of: parameter name -> checkpoint key.
 
-    tied: parameter name -> that of the parameter whose tensor it shares.
+    tied: parameter name -> that of the parameter whose tensor it shares. ahead: reads what `expect` names while the
+    device computes; None on the CPU.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Skeleton:
         self.reader = reader
         self.device = device
         self.dtype = dtype
+        self.ahead = Ahead(device) if device.type == "cuda" else None
         for module in self.model.modules():
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
@@ -101,14 +104,13 @@ class Skeleton:
         stored: dict[str, Tensor] = {}
         for owner, name, full in self._slots(prefixes):
             key = self.key_of[full]
-            if key not in stored:
-                stored[key] = self.reader.read(key)
-                if check is not None:
-                    check(key, stored[key])
             if key in shared:
                 owner._parameters[name] = shared[key]
                 continue
-            real = stored[key].to(device=self.device, dtype=dtype or self.dtype)
+            stored[key], there = self._take(key)
+            if check is not None:
+                check(key, stored[key])
+            real = there.to(device=self.device, dtype=dtype or self.dtype)
             expected = owner._parameters[name]
             assert expected is not None
             if real.shape != expected.shape:
@@ -119,6 +121,19 @@ class Skeleton:
             # One Parameter a key: tied modules stay tied, and a tied tensor is read once.
             owner._parameters[name] = shared[key] = nn.Parameter(real, requires_grad=False)
         return stored
+
+    def expect(self, prefix: str) -> None:
+        """Say that the module `prefix` is loaded next, from the reader of now."""
+        if self.ahead is not None:
+            self.ahead.expect([self.key_of[full] for _, _, full in self._slots((prefix,))], self.reader.read)
+
+    def _take(self, key: str) -> tuple[Tensor, Tensor]:
+        """A tensor as stored, and the one that a parameter is made of: the same, or its copy on the device."""
+        taken = None if self.ahead is None else self.ahead.take(key)
+        if taken is not None:
+            return taken
+        read = self.reader.read(key)
+        return read, read
 
     def release(self, *prefixes: str) -> None:
         """Let the parameters under the modules `prefixes` go."""

@@ -136,7 +136,7 @@ class DepthWork:
     def _carry(self, walk: Walk, number: int) -> dict[str, Tensor]:
         """Both streams through a block, or the original's past one that goes; the block's tensors by source key."""
         chain = walk.chain
-        stored = chain.skeleton.load(chain.name(number))
+        stored = chain.load_block(number)
         block = chain.blocks[number]
         forwards = Forwards(walk, number, block, block)
         if number in self._dropped:
@@ -195,7 +195,7 @@ def angles(chain: Chain, batches: Sequence[Batch], spill: Path | None) -> list[f
     """Mean angle between each block's input and output, as a share of pi, over the batches' real tokens."""
     stream, found = embedded(chain, batches, spill and spill / "original"), []
     for number, block in enumerate(chain.blocks):
-        chain.skeleton.load(chain.name(number))
+        chain.load_block(number)
         total, tokens = 0.0, 0
         for i, batch in enumerate(batches):
             before = stream.get(i)
@@ -233,7 +233,7 @@ def losses(chain: Chain, batches: Sequence[Batch], spill: Path | None, room: Pat
     without: list[Stream] = []
     for number, block in enumerate(chain.blocks):
         without.append(Stream(folder and folder / f"without-{number}"))
-        chain.skeleton.load(chain.name(number))
+        chain.load_block(number)
         for i, batch in enumerate(few):
             call = chain.calls(batch)[number]
             without[number].put(i, original.get(i))

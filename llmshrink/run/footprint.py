@@ -89,7 +89,7 @@ class _Activations:
             at_rest=width * itemsize,
             itemsize=itemsize,
             two=tuned or any("cross" in reads for reads in job.reads.values()),
-            any=tuned or any(job.reads.values()),
+            any=job.calibrates,
             tuned=tuned,
             keep_paused=keep_paused and job.structure is None,
             in_files=in_files,
@@ -178,6 +178,9 @@ def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage
         job,
         job.chain.skeleton.dtype,
     )
+    if job.chain.skeleton.ahead is not None:
+        coming = sum(entry.nbytes for entry in entries)  # the next block, on its way
+        here, there = here + coming, there + coming
     forward = int(held.most * sizes.batch)
     yield here, there + sizes.resting + forward
     solved = 0

@@ -42,7 +42,7 @@ class NarrowWork:
     def solve(self, walk: Walk, number: int) -> Finished:
         assert not walk.keep_paused, "a narrower block is run again from its start"
         chain, stages = walk.chain, self._job.stages[number]
-        stored = chain.skeleton.load(chain.name(number))
+        stored = chain.load_block(number)
         block = chain.blocks[number]
         twin = shared_twin(block)
         tensors, solved, seconds = dict(stored), dict[str, Narrowed](), dict[str, float]()
@@ -75,7 +75,7 @@ class NarrowWork:
 
     def replay(self, walk: Walk, number: int, part: Part) -> None:
         chain = walk.chain
-        chain.skeleton.load(chain.name(number))
+        chain.load_block(number)
         block = chain.blocks[number]
         twin = shared_twin(block)
         with open_shards(self._checkpoint, part.shards) as shards:

@@ -123,7 +123,7 @@ def curves(job: Job, tried: Mapping[str, Sequence[PruneSpec]], spill: Path | Non
     probes = _first(batches, PROBE_TOKENS)
     for number, block in enumerate(chain.blocks):
         stages = [s for s in job.stages[number] if any(site.name in tried for site in s.sites)]
-        weights = chain.skeleton.load(chain.name(number))
+        weights = chain.load_block(number)
         given = [stream.get(i) for i in range(probes)]
         statistics = {stage.tap: Statistics(stage.sites[0].in_features, device=given[0].device) for stage in stages}
         for i, batch in enumerate(batches):

@@ -110,7 +110,7 @@ class Walk:
 def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedBlock:
     """Solve one block. Raises CheckpointError when activations are not finite."""
     chain = walk.chain
-    stored = chain.skeleton.load(chain.name(number))
+    stored = chain.load_block(number)
     block = chain.blocks[number]
     twin = shared_twin(block)
     # Before any tap is set there: a tap's input is then what the compressed model multiplies.
@@ -149,7 +149,7 @@ def replay_block(
     activations: what the inputs of some are rounded to.
     """
     chain = walk.chain
-    chain.skeleton.load(chain.name(number))
+    chain.load_block(number)
     block = chain.blocks[number]
     twin = shared_twin(block)
     for local, weight in weights.items():

@@ -98,7 +98,7 @@ def recompute(
     hidden = [chain.embed(batch) for batch in batches]
     chain.release_outside()
     for number, block in enumerate(chain.blocks):
-        chain.skeleton.load(chain.name(number))
+        chain.load_block(number)
         with torch.no_grad():
             hidden = [chain.calls(batch)[number].run(block, h) for batch, h in zip(batches, hidden, strict=True)]
         chain.skeleton.release(chain.name(number))
