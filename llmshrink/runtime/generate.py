@@ -22,9 +22,7 @@ from llmshrink.errors import LlmshrinkError
 from llmshrink.run import progress
 from llmshrink.run.job import pick_device
 from llmshrink.run.report import size
-from llmshrink.runtime.linear import QuantLinear
-from llmshrink.runtime.load import config_of, load
-from llmshrink.runtime.sparse import SparseLinear
+from llmshrink.runtime.load import PACKED, config_of, load
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def generate(
             ids, attention_mask=torch.ones_like(ids), streamer=heard, **_padding(loaded), **sampling.options()
         )
     new = output[0, ids.shape[1] :]
-    packed = [module for module in loaded.modules() if isinstance(module, QuantLinear | SparseLinear)]
+    packed = [module for module in loaded.modules() if isinstance(module, PACKED)]
     return Generation(
         model=source.name,
         prompt=prompt,

@@ -1,16 +1,16 @@
 """A checkpoint as a transformers model that computes with packed weights.
 
-The modules are built without parameters; each linear that the checkpoint holds packed becomes a QuantLinear, and each
-that it holds as 2:4 without its zeros a SparseLinear. Tensors come from the files one at a time and go to their device
-at once, so that what is resident is the compressed model and one tensor on its way; no weight is ever dense. A
-checkpoint that isn't compressed loads as transformers loads it.
+The modules are built without parameters; each linear that the checkpoint holds packed becomes a QuantLinear, each that
+it holds as 2:4 without its zeros a SparseLinear, and each whose products are of 8 bits an EightBitLinear. Tensors come
+from the files one at a time and go to their device at once, so that what is resident is the compressed model and one
+tensor on its way; no weight is ever dense. A checkpoint that isn't compressed loads as transformers loads it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,25 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_config
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
-from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24, stored
+from llmshrink.formats import bitsandbytes, compressed_tensors, eight_bit, kv_cache, sparse24, stored
+from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.stored import Scheme
 from llmshrink.methods.bnb import require
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run.job import DTYPES, pick_device
 from llmshrink.run.memory import give_back
+from llmshrink.runtime.eight_bit import EightBitLinear
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.scheme import schemes
 from llmshrink.runtime.sparse import SparseLinear
-from llmshrink.weights import GroupedInt, Sparse24
+from llmshrink.weights import FP8, EightBit, GroupedInt, Sparse24, round_cache
 
 logger = logging.getLogger("llmshrink")
 
 MARKS = {".weight_packed": compressed_tensors.SUFFIXES, ".weight_values": sparse24.SUFFIXES}
-"""What tells that a linear is packed, and what its tensors may be called."""
+"""What tells that a linear is packed, and what its tensors may be called. Of 8-bit codes `.weight`'s dtype does."""
+PACKED = (QuantLinear, SparseLinear, EightBitLinear)
+"""The modules of linears that are packed."""
 
 
 class _Reader:
@@ -46,9 +50,7 @@ class _Reader:
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
-        self.packed = {
-            key.removesuffix(mark): suffixes for mark, suffixes in MARKS.items() for key in index if key.endswith(mark)
-        }
+        self.packed = packed_in(index)
 
     def keys(self) -> list[str]:
         own = {f"{name}.{suffix}" for name, suffixes in self.packed.items() for suffix in suffixes}
@@ -56,6 +58,15 @@ class _Reader:
 
     def read(self, key: str) -> Tensor:
         return self._index.read(key)
+
+
+def packed_in(index: CheckpointIndex) -> dict[str, tuple[str, ...]]:
+    """Linear that is packed -> what its tensors may be called, by the checkpoint's tensors alone."""
+    found = {
+        key.removesuffix(mark): suffixes for mark, suffixes in MARKS.items() for key in index if key.endswith(mark)
+    }
+    coded = (key for key in index if key.endswith(".weight") and index.entry(key).dtype in (torch.int8, FP8))
+    return found | {key.removesuffix(".weight"): eight_bit.SUFFIXES for key in coded}
 
 
 def load(
@@ -68,7 +79,7 @@ def load(
     chosen = choose_dtype(dtype, config, place, compressed=quantization is not None)
     if quantization is None:
         with CheckpointIndex.open(source.folder) as index:
-            packed = next((key for key in index if key.endswith((".weight_packed", ".weight_values"))), None)
+            packed = next(iter(packed_in(index)), None)
         if packed is not None:
             raise CheckpointError(
                 f"{source.name}: {packed} is packed, but config.json has no quantization_config; copy config.json again"
@@ -187,14 +198,20 @@ def _load_packed(
     model = skeleton.model
     packed = _packed_linears(skeleton, reader)
     described = _described(quantization, packed)
-    # Where there are no kernels this says so, for every way of computing without them.
-    runs_triton(device)
+    if not all(isinstance(scheme, EightBitScheme) for scheme in described.values()):
+        # Where there are no kernels this says so, for every way of computing without them.
+        runs_triton(device)
     for module_name, stored_name in packed.items():
-        bias = model.get_submodule(module_name).bias
+        linear = model.get_submodule(module_name)
         weight = _read(stored_name, index, described[module_name])
-        model.set_submodule(module_name, linear_of(weight, bias, device=device, dtype=dtype))
+        if weight.shape != tuple(linear.weight.shape):
+            raise CheckpointError(_misfit(f"{stored_name}.weight", weight.shape, linear.weight.shape))
+        model.set_submodule(module_name, linear_of(weight, linear.bias, device=device, dtype=dtype))
         give_back()
     _load_rest(skeleton, index)
+    scales = kv_cache.placed(kv_cache.scales(quantization, index, index.read), skeleton.key_of)
+    for attention, of_cache in scales.items():
+        round_cache(model.get_submodule(attention), of_cache.to(device))
     model.config.use_cache = use_cache
     model.config.name_or_path = source.name
     _generation_config(model, source.folder)
@@ -235,23 +252,25 @@ def _described(quantization: dict[str, Any], packed: dict[str, str]) -> Mapping[
     return described
 
 
-def _read(name: str, index: CheckpointIndex, scheme: Scheme) -> GroupedInt | Sparse24:
+def _read(name: str, index: CheckpointIndex, scheme: Scheme) -> GroupedInt | Sparse24 | EightBit:
     """One linear from the files."""
     if f"{name}.weight_g_idx" in index:
         raise CheckpointError(f"{name}.weight_g_idx: columns in a permuted order can't be run here; serve it with vLLM")
     weight = stored.read(name, index.read, scheme)
-    assert isinstance(weight, GroupedInt | Sparse24), name
+    assert isinstance(weight, GroupedInt | Sparse24 | EightBit), name
     return weight
 
 
 def linear_of(
-    weight: GroupedInt | Sparse24, bias: nn.Parameter | None, *, device: torch.device, dtype: torch.dtype
-) -> QuantLinear | SparseLinear:
+    weight: GroupedInt | Sparse24 | EightBit, bias: nn.Parameter | None, *, device: torch.device, dtype: torch.dtype
+) -> QuantLinear | SparseLinear | EightBitLinear:
     """The module that computes with a weight, packed for the kernels on `device`."""
     if isinstance(weight, Sparse24):
         scale = None if weight.scale is None else weight.scale.to(device)
         moved = replace(weight, values=weight.values.to(device), positions=weight.positions.to(device), scale=scale)
         return SparseLinear.of(moved, bias, dtype=dtype)
+    if isinstance(weight, EightBit):
+        return EightBitLinear(EightBit(weight.codes.to(device), weight.scale.to(device)), bias, dtype=dtype)
     codes, scale, zero_point = (
         None if tensor is None else tensor.to(device) for tensor in (weight.codes, weight.scale, weight.zero_point)
     )
@@ -269,7 +288,7 @@ def _load_rest(skeleton: Skeleton, index: CheckpointIndex) -> None:
                 slots.setdefault(skeleton.key_of[f"{path}.{name}".lstrip(".")], []).append((module, name))
         for name, buffer in module._buffers.items():
             key = f"{path}.{name}".lstrip(".")
-            if buffer is not None and key in index and not isinstance(module, QuantLinear | SparseLinear):
+            if buffer is not None and key in index and not isinstance(module, PACKED):
                 module._buffers[name] = index.read(key).to(buffer.device)
     for key, owners in slots.items():
         real = nn.Parameter(index.read(key).to(skeleton.device, skeleton.dtype), requires_grad=False)
@@ -277,11 +296,15 @@ def _load_rest(skeleton: Skeleton, index: CheckpointIndex) -> None:
             expected = module._parameters[name]
             assert expected is not None
             if real.shape != expected.shape:
-                raise CheckpointError(
-                    f"{key}: has shape {list(real.shape)}, config.json makes it {list(expected.shape)};"
-                    " the two don't belong together: download the model again"
-                )
+                raise CheckpointError(_misfit(key, real.shape, expected.shape))
             module._parameters[name] = real
+
+
+def _misfit(key: str, found: Sequence[int], expected: Sequence[int]) -> str:
+    return (
+        f"{key}: has shape {list(found)}, config.json makes it {list(expected)};"
+        " the two don't belong together: download the model again"
+    )
 
 
 def _generation_config(model: Any, folder: Path) -> None:

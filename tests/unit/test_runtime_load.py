@@ -265,7 +265,7 @@ def test_a_packed_folder_whose_config_does_not_say_so_is_refused(
     document = json.loads((out / "config.json").read_text())
     document["quantization_config"] = quantization
     (out / "config.json").write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=r"weight_packed is packed, but config\.json has no quantization_config"):
+    with pytest.raises(CheckpointError, match=r"_proj is packed, but config\.json has no quantization_config"):
         llmshrink.load(out, device="cpu")
 
 

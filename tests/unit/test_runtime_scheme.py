@@ -8,7 +8,10 @@ import pytest
 
 from llmshrink.errors import CheckpointError
 from llmshrink.formats.compressed_tensors import GroupedIntScheme, quantization_config
+from llmshrink.formats.eight_bit import EightBitScheme
+from llmshrink.formats.eight_bit import group as rounding
 from llmshrink.runtime.scheme import schemes
+from llmshrink.weights import Activations
 
 LINEARS = dict.fromkeys(
     ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"], "Linear"
@@ -67,6 +70,16 @@ def test_mixed_precision_of_packed_groups_is_read() -> None:
     assert len(schemes(config(format="mixed-precision", config_groups=groups), LINEARS)) == len(LINEARS)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_groups_that_round_inputs_are_read_beside_packed_ones(kind: Activations) -> None:
+    eight = EightBitScheme(kind)
+    written = dict(zip(LINEARS, (eight, GroupedIntScheme(4, 32, True), eight), strict=True))
+    assert schemes(quantization_config(dict(written), ["lm_head"]), LINEARS) == written
+    # Other tools name a class, and the format on top alone.
+    other = config(format=eight.format, config_groups={"group_0": {"targets": ["Linear"], **rounding(eight)}})
+    assert set(schemes(other, LINEARS).values()) == {eight}
+
+
 @pytest.mark.parametrize("order", [None, False, "weight", "static"])
 def test_orders_that_leave_columns_in_place(order: object) -> None:
     assert schemes(config(config_groups={"g": group(actorder=order)}), LINEARS)
@@ -78,13 +91,17 @@ def test_orders_that_leave_columns_in_place(order: object) -> None:
         ({"quant_method": "gptq"}, "quantized by gptq"),
         ({"format": "marlin-24"}, "format marlin-24"),
         ({"format": "mixed-precision", "config_groups": {"g": group() | {"format": "float-quantized"}}}, "float-quan"),
+        ({"format": "mixed-precision"}, "group_0 has format None; only pack-quantized, int-quantized, float-quantized"),
+        ({"format": "int-quantized"}, "group_0 has format int-quantized and no input activations"),
+        ({"config_groups": {"g": group() | rounding(EightBitScheme("int8"))}}, "pack-quantized and 8-bit input"),
+        ({"format": "naive-quantized"}, "format naive-quantized"),
         ({"config_groups": {"g": group(actorder="group")}}, "activation order 'group'"),
         ({"config_groups": {"g": group(actorder=True)}}, "activation order True"),
         ({"config_groups": {"g": group(type="float")}}, "float of 4 bits"),
         ({"config_groups": {"g": group(strategy="tensor", group_size=None)}}, "strategy tensor"),
         ({"config_groups": {"g": group(num_bits=5)}}, "5 bits in groups of 128; only bits 2, 3, 4, 8"),
         ({"config_groups": {"g": group(group_size=16)}}, "groups of 16; only bits 2, 3, 4, 8 in groups of -1, 32"),
-        ({"config_groups": {"g": group() | {"input_activations": {"num_bits": 8}}}}, "input activations"),
+        ({"config_groups": {"g": group() | {"input_activations": {"num_bits": 8}}}}, "rounds activations in another"),
         ({"config_groups": {"g": group() | {"output_activations": {"num_bits": 8}}}}, "output activations"),
         ({"config_groups": {}}, "no config group"),
         ({"config_groups": None}, "no config_groups"),
