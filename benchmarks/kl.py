@@ -79,7 +79,7 @@ def load(original: Path, compressed: Path, *, own_reader: bool) -> tuple[Any, bo
     for key, parameter in model.named_parameters():
         if key in keys:
             parameter.data.copy_(reader.read(key))
-    reader.round_inputs(model)
+    reader.round_too(model, {name: name for name, _ in model.named_parameters()})
     return model, True
 
 

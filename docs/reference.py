@@ -47,6 +47,8 @@ TOP = {
     "steps": "What is done, in this order; each step is one of those below.",
     "ignore": "Modules that stay as they are, by name or pattern.",
     "overrides": "Where something else is done; a later one wins over an earlier one.",
+    "kv_cache": "What keys and values are cached in where the result is served: `fp8`, by scales that the run finds, or"
+    " `none`: as the engine likes.",
 }
 ALLOWED = (
     "A recipe has one of these lists of steps, and may have `distill` as one more at the end"

@@ -27,6 +27,7 @@ def plan(
     group_size: int | None = None,
     asymmetric: bool | None = None,
     method: str | None = None,
+    kv_cache: str | None = None,
     repair: bool | None = None,
     verb: Literal["quantize", "prune", "compress"] = "compress",
     measured: bool = True,
@@ -39,7 +40,14 @@ def plan(
     """
     from llmshrink.planning.plan import plan as made
 
-    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method, "repair": repair}
+    flags = {
+        "bits": bits,
+        "group_size": group_size,
+        "asymmetric": asymmetric,
+        "method": method,
+        "kv_cache": kv_cache,
+        "repair": repair,
+    }
     options = options_of(verb, model, NOWHERE if output is None else output, recipe, flags, **settings)
     return made(options, measured=measured)
 

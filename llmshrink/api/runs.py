@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
     ((str, os.PathLike), "a path or a name", ("model", "output", "recipe", "calibration", "work_dir")),
     ((int,), "a whole number", ("samples", "seq_len", "batch_size", "seed", "serve_tp")),
-    ((str,), "text", ("method", "device", "dtype")),
+    ((str,), "text", ("method", "kv_cache", "device", "dtype")),
     ((bool,), "True or False", ("asymmetric", "repair", "overwrite", "trust_remote_code", "strict", "verify")),
 )
 CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format", "push", "private", "yes")
@@ -71,6 +71,7 @@ def quantize(
     group_size: int | None = None,
     asymmetric: bool | None = None,
     method: str | None = None,
+    kv_cache: str | None = None,
     set: str | Sequence[str] = (),
     device: str | None = None,
     dtype: str | None = None,
@@ -91,15 +92,21 @@ def quantize(
     """Quantize a model into a checkpoint that transformers loads and vLLM serves.
 
     model: a Hub id (`id` or `id@revision`), a folder, or "demo". output: the folder to make; it appears only whole.
-    recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method and set ("steps.0.quantize.bits=3", or
-    several such) change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets` name, "demo", or None for the
-    default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the model's limit). push: the Hub's
-    repository ("owner/name") that the result goes to at the end, as `llmshrink.push` does it; private and yes as
-    there. A run that was killed goes on where it stood when it is called again. Returns the closing summary; its `ok`
-    is False when the checkpoint didn't verify, and is no output then, or didn't get to the Hub. Raises LlmshrinkError
-    for bad input.
+    recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method, kv_cache ("fp8" or "none") and set
+    ("steps.0.quantize.bits=3", or several such) change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets`
+    name, "demo", or None for the default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the
+    model's limit). push: the Hub's repository ("owner/name") that the result goes to at the end, as `llmshrink.push`
+    does it; private and yes as there. A run that was killed goes on where it stood when it is called again. Returns
+    the closing summary; its `ok` is False when the checkpoint didn't verify, and is no output then, or didn't get to
+    the Hub. Raises LlmshrinkError for bad input.
     """
-    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method}
+    flags = {
+        "bits": bits,
+        "group_size": group_size,
+        "asymmetric": asymmetric,
+        "method": method,
+        "kv_cache": kv_cache,
+    }
     return _run(
         "quantize",
         model,
@@ -155,6 +162,7 @@ def compress(
     group_size: int | None = None,
     asymmetric: bool | None = None,
     method: str | None = None,
+    kv_cache: str | None = None,
     repair: bool | None = None,
     **settings: Unpack[StoredSettings],
 ) -> QuantizeReport | DistillReport | None:
@@ -167,7 +175,14 @@ def compress(
     from llmshrink.run.progress import Silent
     from llmshrink.run.quantize import quantize as run
 
-    flags = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "method": method, "repair": repair}
+    flags = {
+        "bits": bits,
+        "group_size": group_size,
+        "asymmetric": asymmetric,
+        "method": method,
+        "kv_cache": kv_cache,
+        "repair": repair,
+    }
     options = options_of("compress", model, output, recipe, flags, **settings)
     progress = settings.get("progress") or Silent()
     asked = load_recipe(options.recipe, flags=options.flags or {}, sets=options.sets)

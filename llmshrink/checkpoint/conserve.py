@@ -15,15 +15,19 @@ from llmshrink.errors import CheckpointError
 
 @dataclass
 class Ledger:
-    """replaced: source key -> output keys. copied: keys. dropped: key -> reason."""
+    """replaced: source key -> output keys. copied: keys. dropped: key -> reason. added: output keys that the source has
+    nothing like."""
 
     replaced: dict[str, list[str]] = field(default_factory=dict)
     copied: set[str] = field(default_factory=set)
     dropped: dict[str, str] = field(default_factory=dict)
+    added: set[str] = field(default_factory=set)
 
     def check(self, source_keys: Collection[str], output: Mapping[str, str]) -> None:
         """output: output key -> file. Raises CheckpointError naming the first tensors that are unaccounted for."""
         written = set(output)
+        missing = sorted(self.added - written)
+        assert not missing, missing
         lost = [
             key
             for key in sorted(source_keys)
@@ -33,7 +37,7 @@ class Ledger:
                 or (key in self.replaced and written.issuperset(self.replaced[key]))
             )
         ]
-        expected = self.copied.union(*self.replaced.values())
+        expected = self.copied.union(self.added, *self.replaced.values())
         unknown = sorted(written - expected)
         if lost or unknown:
             what = (

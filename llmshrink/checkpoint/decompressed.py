@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.formats import stored
-from llmshrink.weights import round_inputs
+from llmshrink.formats import kv_cache, stored
+from llmshrink.weights import round_cache, round_inputs
 
 
 class Decompressed:
     """A reader of a compressed checkpoint that answers with the dense names. dtype: of the dequantized weights.
 
-    Where products are of 8 bits that isn't all: `round_inputs` is for the model that computes with the weights.
+    Where products are of 8 bits, or keys and values are cached in FP8, that isn't all: `round_too` is for the model
+    that computes with the weights.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -24,20 +26,30 @@ class Decompressed:
         self._dtype = dtype
         self._schemes = stored.schemes(config.get("quantization_config"), self._index)
         packed = {key for name, scheme in self._schemes.items() for key in stored.names(name, scheme)}
+        self._caches = kv_cache.scales(config.get("quantization_config"), self._index, self._index.read)
+        packed.update(key for name in self._caches for key in kv_cache.keys_of(name))
         self._keys = [key for key in self._index if key not in packed]
         self._keys += [f"{name}.weight" for name in self._schemes]
 
     @property
-    def rounds_inputs(self) -> bool:
-        """Whether the model isn't its weights alone."""
-        return any(stored.activations_of(scheme) for scheme in self._schemes.values())
+    def rounds_too(self) -> str | None:
+        """What the model does beside its weights, in words; None where it is its weights alone."""
+        if any(stored.activations_of(scheme) for scheme in self._schemes.values()):
+            return "rounds the inputs of its linears to 8 bits"
+        return "caches keys and values in FP8" if self._caches else None
 
-    def round_inputs(self, model: nn.Module) -> None:
-        """Let the linears of the dense model round their inputs as the checkpoint's do."""
+    def round_too(self, model: nn.Module, key_of: Mapping[str, str], *, cut: bool = False) -> None:
+        """Let the dense model round what the checkpoint's does: inputs of linears, keys and values that it caches.
+
+        key_of: the model's name of each parameter -> its dense name here. cut: keys and values as vLLM's CPU build has
+        them, towards zero.
+        """
         for name, scheme in self._schemes.items():
             kind = stored.activations_of(scheme)
             if kind is not None:
                 round_inputs(model.get_submodule(name), kind)
+        for module, scales in kv_cache.placed(self._caches, key_of).items():
+            round_cache(model.get_submodule(module), scales, cut=cut)
 
     def keys(self) -> list[str]:
         return self._keys

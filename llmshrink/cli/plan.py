@@ -21,6 +21,7 @@ def plan(
     group_size: runs.GroupSize = None,
     asymmetric: runs.Asymmetric = None,
     method: runs.Method = None,
+    kv_cache: runs.KvCacheAs = None,
     repair: runs.Repair = None,
     format: runs.StoredAs = "compressed-tensors",
     measured: Annotated[
@@ -34,6 +35,7 @@ def plan(
 
     made = api.plan(
         model, output=output, recipe=recipe, bits=bits, group_size=group_size, asymmetric=asymmetric, method=method,
-        repair=repair, format=format, measured=measured, set=tuple(settings.pop("set_") or ()), **settings,
+        kv_cache=kv_cache, repair=repair, format=format, measured=measured,
+        set=tuple(settings.pop("set_") or ()), **settings,
     )  # fmt: skip
     return runs.show_plan(made, json=json)

@@ -80,6 +80,12 @@ Private = Annotated[bool, typer.Option("--private", help="With --push: only its 
 Yes = Annotated[
     bool, typer.Option("--yes", help="With --push: publish what would be asked about, as under a licence that binds.")
 ]
+KvCacheAs = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache", help="fp8: keys and values are cached in FP8, with scales in OUT; none: as the recipe's."
+    ),
+]
 Repair = Annotated[
     bool | None,
     typer.Option("--repair/--no-repair", help="Exact least squares on what is kept, instead of the recipe's choice."),

@@ -28,7 +28,7 @@ from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import CheckpointError, SourceError
-from llmshrink.formats import stored
+from llmshrink.formats import kv_cache, stored
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.stored import Scheme
 from llmshrink.methods.learned import ScaledLinear
@@ -108,6 +108,11 @@ def schemes_of(source: Source) -> dict[str, Scheme]:
         found = dict(stored.schemes(config.get("quantization_config")))
     except CheckpointError as error:
         raise SourceError(f"{source.name}: can't be a student: {error}") from error
+    if kv_cache.rounds(config.get("quantization_config")):
+        raise SourceError(
+            f"{source.name}: can't be a student: its keys and values are cached in FP8, by scales that were found "
+            "for its codes as they are; teach first, and quantize the taught model with kv_cache fp8 instead"
+        )
     rounded = next((name for name, scheme in found.items() if stored.activations_of(scheme)), None)
     if rounded is not None:
         raise SourceError(

@@ -84,7 +84,7 @@ def load(path: str, options: LoadOptions) -> Any:
     for name, module in list(skeleton.model.named_modules()):
         if any(parameter is not None for parameter in module._parameters.values()):
             skeleton.load(name)
-    reader.round_inputs(skeleton.model)
+    reader.round_too(skeleton.model, skeleton.key_of)
     skeleton.model.tie_weights()
     skeleton.model.config.use_cache = True
     return skeleton.model
@@ -102,10 +102,8 @@ def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_
     from safetensors.torch import save_file
 
     config, reader = _opened(folder, dtype, trust_remote_code=trust_remote_code)
-    if reader.rounds_inputs:
-        raise CheckpointError(
-            f"{folder}: rounds the inputs of its linears to 8 bits, which no dense copy of it does; leave --offload out"
-        )
+    if reader.rounds_too:
+        raise CheckpointError(f"{folder}: {reader.rounds_too}, which no dense copy of it does; leave --offload out")
     target.mkdir(parents=True, exist_ok=True)
     index: dict[str, str] = {}
     size = 0

@@ -28,6 +28,7 @@ from llmshrink.formats import eight_bit
 from llmshrink.formats.bitpack import BITS, pack, unpack, words_for
 from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.groups import by_scheme, checked, literal
+from llmshrink.formats.kv_cache import kv_cache_scheme
 from llmshrink.weights import GroupedInt
 
 FORMAT = "pack-quantized"
@@ -125,11 +126,14 @@ def read(name: str, get: Callable[[str], Tensor], scheme: GroupedIntScheme) -> G
     return GroupedInt(unpack(packed, scheme.bits, in_features), scale, zero_point, scheme.bits, group_size)
 
 
-def quantization_config(sites: Mapping[str, StandardScheme | None], ignore: Iterable[str]) -> dict[str, object]:
+def quantization_config(
+    sites: Mapping[str, StandardScheme | None], ignore: Iterable[str], *, kv_cache: bool = False
+) -> dict[str, object]:
     """The `quantization_config` of config.json.
 
     sites: module path of every linear inside the blocks -> its scheme, or None when it stays as it is. ignore: further
-    linears that stay as they are (`lm_head`). One config group for each distinct scheme, in the order met.
+    linears that stay as they are (`lm_head`). One config group for each distinct scheme, in the order met. kv_cache:
+    whether keys and values are cached in FP8.
     """
     targets: dict[StandardScheme, list[str]]
     targets, ignored = by_scheme(sites, ignore)
@@ -148,7 +152,7 @@ def quantization_config(sites: Mapping[str, StandardScheme | None], ignore: Iter
             for number, (scheme, names) in enumerate(targets.items())
         },
         "ignore": ignored,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv_cache_scheme() if kv_cache else None,
         "global_compression_ratio": None,
         "version": VERSION,
     }

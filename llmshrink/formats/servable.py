@@ -25,6 +25,12 @@ Products of 8 bits, weights and inputs (`eight_bit`), have kernels of their own 
     vllm-cuda   int8 on compute capability 7.5 to 9.0 (Turing to Hopper); FP8 from 8.9 (Ada), and before that, from 8.0,
                 as FP8 weights with inputs of 16 bits
 
+A cache of FP8 with the checkpoint's scales is part of attention; vLLM takes it from config.json where nobody asks for
+another (`--kv-cache-dtype auto`, its default):
+
+    vllm-cpu    heads of multiples of 32 values; AVX-512 or AMX; numbers are cut off towards zero instead of rounded
+    vllm-cuda   FP8 E4M3 from compute capability 8.9 (Ada); before that, where FlashInfer is installed
+
 Attention is asked about too, once for a model: the CPU build's takes heads of some widths only, and every engine splits
 heads evenly over ranks.
 
@@ -47,6 +53,12 @@ Parallel = Literal["column", "row"]
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of a head that the attention of vLLM's CPU build takes."""
+CPU_FP8_CACHE = 32
+FP8_CACHE = (
+    "keys and values are cached in FP8 with the checkpoint's scales: vLLM does so by itself, unless another "
+    "--kv-cache-dtype is given, on GPUs of compute capability 8.9 or more, and on CPUs with AVX-512, where 0.32 cuts "
+    "numbers off that others round: what that costs isn't in the KL"
+)
 HUMMING = "vLLM's optional Humming kernels"
 FP8_ON_CPU = "the CPU build has no kernel for FP8 with a scale a row; a GPU of compute capability 8.9 or more has"
 
@@ -73,14 +85,22 @@ class Verdict:
         return sum(why is None for why in self.engines.values())
 
 
-def attention(head_dim: int, heads: int, tp: int = 1) -> dict[str, str]:
-    """The engines that can't compute a model's attention, and why. heads: query heads; tp: tensor-parallel ranks."""
+def attention(head_dim: int, heads: int, tp: int = 1, *, fp8_cache: bool = False) -> dict[str, str]:
+    """The engines that can't compute a model's attention, and why. heads: query heads; tp: tensor-parallel ranks.
+
+    fp8_cache: whether keys and values are cached in FP8.
+    """
     if heads % tp:
         reason = f"{heads} attention heads can't be split over {tp} ranks"
         return {"vllm-cpu": reason, "vllm-cuda": reason}
     if head_dim not in CPU_HEADS:
         widths = ", ".join(map(str, CPU_HEADS))
         return {"vllm-cpu": f"its attention takes heads of {widths} values, and this model's have {head_dim}"}
+    if fp8_cache and head_dim % CPU_FP8_CACHE:
+        return {
+            "vllm-cpu": f"its cache of FP8 takes heads of a multiple of {CPU_FP8_CACHE} values, and this model's have "
+            f"{head_dim}"
+        }
     return {}
 
 

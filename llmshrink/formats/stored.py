@@ -108,14 +108,16 @@ def read(name: str, get: Callable[[str], Tensor], scheme: Scheme | None) -> Weig
 
 
 def quantization_config(
-    sites: Mapping[str, Scheme | None], ignore: Iterable[str], format: Format
+    sites: Mapping[str, Scheme | None], ignore: Iterable[str], format: Format, *, kv_cache: bool = False
 ) -> dict[str, object] | None:
     """The `quantization_config` of config.json; None for a model that is stored as a plain one.
 
     sites: module path of every linear inside the blocks -> its scheme. ignore: further linears that stay as they are.
+    kv_cache: whether keys and values are cached in FP8, which the standard format alone can say.
     """
     if not any(sites.values()):
         return None
+    assert not kv_cache or format == "compressed-tensors", format
     if format == "llmshrink":
         return sparse24.quantization_config(_of(Sparse24Scheme, sites), ignore)
     if format == "bitsandbytes":
@@ -124,7 +126,7 @@ def quantization_config(
     for name, scheme in sites.items():
         assert scheme is None or isinstance(scheme, GroupedIntScheme | EightBitScheme), "one checkpoint has one format"
         standard[name] = scheme
-    return compressed_tensors.quantization_config(standard, ignore)
+    return compressed_tensors.quantization_config(standard, ignore, kv_cache=kv_cache)
 
 
 def _of(kind: type[S], sites: Mapping[str, Scheme | None]) -> dict[str, S | None]:

@@ -46,16 +46,21 @@ class PausedForward:
             self._glet.throw()
 
 
+def pause(value: Tensor) -> None:
+    """Inside a PausedForward, stop, and hand `value` to whoever advanced it; outside of one nothing happens."""
+    current = getcurrent()
+    if current.parent is not None:
+        current.parent.switch(value)
+
+
 @contextmanager
 def pausing_at(block: nn.Module, taps: Sequence[str]) -> Iterator[None]:
     """While open, a forward of `block` inside a PausedForward stops before each linear named in `taps`."""
 
-    def pause(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        current = getcurrent()
-        if current.parent is not None:
-            current.parent.switch(args[0])
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        pause(args[0])
 
-    handles = [block.get_submodule(tap).register_forward_pre_hook(pause) for tap in taps]
+    handles = [block.get_submodule(tap).register_forward_pre_hook(stop) for tap in taps]
     try:
         yield
     finally:

@@ -134,7 +134,7 @@ class _Timer:
     def outside(self, found: Measured) -> None:
         """Add what embedding, head and the rest of the checkpoint cost."""
         chain, job = self._job.chain, self._job
-        tokens = _tokens(job.batches) if any(job.reads.values()) else _tokens(self._held_out)
+        tokens = _tokens(job.batches) if job.calibrates else _tokens(self._held_out)
         found.add("analysis", self._load)
         found.add("calibration", self._load + self._embed * (tokens / self._a_batch))
         keys = set(outside_keys(job))
@@ -231,7 +231,7 @@ class _Timer:
     def _gathered(self, number: int, active: list[Stage], whole: Spent) -> tuple[Spent, Spent, list[Statistics | None]]:
         """A few batches through the run's own loop: (to the taps, from there to the end) of one; what was gathered."""
         job, chain = self._job, self._job.chain
-        if not any(job.reads.values()):
+        if not job.calibrates:
             return Spent(), Spent(), [None for _ in active]
         count = min(len(self._calibration), max(2, min(MOST_BATCHES, int(WALKED / max(whole.wall, 1e-6)))))
         walk = Walk(

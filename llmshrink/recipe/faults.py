@@ -14,6 +14,7 @@ from llmshrink.recipe.steps import (
     Divergence,
     DropBy,
     Importance,
+    KvCache,
     Prune,
     PrunePatch,
     Quantize,
@@ -41,6 +42,7 @@ assert tuple(Prune.model_fields) == tuple(PrunePatch.model_fields)
 
 _CHOICES = {
     "scale_search": ScaleSearch,
+    "kv_cache": KvCache,
     "importance": Importance,
     "by": DropBy,
     "divergence": Divergence,

@@ -31,9 +31,12 @@ _FLAGS = {
     "group_size": "--group-size",
     "symmetric": "--symmetric/--asymmetric",
     "repair": "--repair/--no-repair",
+    "kv_cache": "--kv-cache",
 }
 _KINDS = {"repair": ("prune", "width")}
 """The kinds of step that have a flag's field; of the others it is `quantize`."""
+_OF_THE_RECIPE = ("kv_cache",)
+"""Flags of fields that are no step's."""
 
 
 def load_recipe(
@@ -41,8 +44,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe by its shipped name or from a YAML file, changed by `flags` and then by `sets`.
 
-    flags: any of method, bits, group_size, symmetric (of the quantize step), repair (of the prune or width step); None
-    means not given. A change of method drops the fields that only the old method reads. sets:
+    flags: any of method, bits, group_size, symmetric (of the quantize step), repair (of the prune or width step),
+    kv_cache; None means not given. A change of method drops the fields that only the old method reads. sets:
     `steps.0.quantize.bits=3`, the value a YAML scalar or flow list. What they change is added to the recipe's name and
     summary, which would not be true without it.
     Raises RecipeError with one line for each fault.
@@ -195,6 +198,10 @@ def _apply_flags(
         return []  # what is wrong with the steps is said by their validation
     faults = []
     for name, value in given.items():
+        if name in _OF_THE_RECIPE:
+            document[name] = value
+            origins[name] = _FLAGS[name]
+            continue
         kinds = _KINDS.get(name, ("quantize",))
         kind = next((kind for kind in kinds if any(kind in step for step in found)), " or ".join(kinds))
         places = [number for number, step in enumerate(found) if isinstance(step.get(kind), dict)]

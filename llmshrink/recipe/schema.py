@@ -20,6 +20,7 @@ from llmshrink.recipe.steps import (
     Depth,
     Distill,
     Frozen,
+    KvCache,
     Prune,
     PrunePatch,
     Quantize,
@@ -68,6 +69,7 @@ class Recipe(Frozen):
     steps: Annotated[tuple[Step, ...], Field(strict=False)]
     ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ("lm_head",)
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+    kv_cache: KvCache = "none"
 
     @field_validator("steps")
     @classmethod
@@ -105,6 +107,7 @@ class Recipe(Frozen):
                 {"method": self.quantize.method},
             )
         self._check_products()
+        self._check_cache()
         for number, override in enumerate(self.overrides):
             for kind in ("quantize", "prune"):
                 if getattr(override, kind) is not None and getattr(self, kind) is None:
@@ -127,6 +130,20 @@ class Recipe(Frozen):
                 "activations {kind} can't be trained by a {trains} step; leave one of the two out",
                 {"kind": rounded, "trains": trains},
             )
+
+    def _check_cache(self) -> None:
+        """A cache of FP8 goes with quantized weights, in a checkpoint that says so, and isn't trained through."""
+        if self.kv_cache == "none":
+            return
+        fault = None
+        if self.quantize is None:
+            fault = "needs a quantize step: a checkpoint of plain weights has no word for it; leave it out"
+        elif self.distill is not None:
+            fault = "can't be taught by a distill step; leave one of the two out"
+        elif self.quantize.method in BITSANDBYTES:
+            fault = "has no place in bitsandbytes' checkpoints; leave it out, or take method gptq or rtn"
+        if fault is not None:
+            raise PydanticCustomError("kv_cache", "kv_cache {kind} {fault}", {"kind": self.kv_cache, "fault": fault})
 
     @property
     def quantize(self) -> Quantize | None:

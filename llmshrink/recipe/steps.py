@@ -26,6 +26,7 @@ PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
 """The same of the ways to prune."""
 
 Activations = Literal["none", "int8", "fp8"]
+KvCache = Literal["none", "fp8"]
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 Importance = Literal["activations", "magnitude"]
 DropBy = Literal["angular", "loss"]

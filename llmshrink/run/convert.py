@@ -20,7 +20,7 @@ from torch import Tensor
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.errors import CheckpointError, OutputError, SourceError
-from llmshrink.formats import stored
+from llmshrink.formats import kv_cache, stored
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Layout, Scheme
@@ -143,6 +143,11 @@ class Conversion:
     def of(cls, record: dict[str, Any], config: dict[str, Any], index: CheckpointIndex, format: Format) -> Conversion:
         """Every changed linear, read once to see that the format can hold it. Raises CheckpointError where not."""
         schemes = stored.schemes(config.get("quantization_config"))
+        if kv_cache.rounds(config.get("quantization_config")):
+            raise CheckpointError(
+                f"{index.folder}: caches keys and values in FP8, which the {format} format has no word for; compress "
+                "the original without kv_cache"
+            )
         rounded = next((name for name, scheme in schemes.items() if stored.activations_of(scheme)), None)
         if rounded is not None:
             raise CheckpointError(

@@ -42,7 +42,7 @@ def _over(needed: int, free: int) -> bool:
 
 def _line(job: Job, what: str, needed: int, free: int, last: str) -> str:
     text = job.calibration.input_ids.shape
-    fewer = f"fewer --samples than {text[0]}, " if any(job.reads.values()) else ""
+    fewer = f"fewer --samples than {text[0]}, " if job.calibrates else ""
     smaller = f"a --batch-size below {job.batch_size}, " if job.batch_size > 1 else f"a --seq-len below {text[1]}, "
     return (
         f"{job.source.name}: {job.recipe.name} takes some {size(needed)} of {what} more, {size(free)} are free; "

@@ -25,10 +25,11 @@ from llmshrink.calibration.tokens import TokenWindows, build_windows, window_sha
 from llmshrink.checkpoint.index import CheckpointIndex, check_finite
 from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_config, load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
-from llmshrink.errors import LlmshrinkError, OutputError, RecipeError
-from llmshrink.formats.servable import attention
+from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError
+from llmshrink.formats.servable import FP8_CACHE, attention
 from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import SiteSpec
+from llmshrink.model.caches import CacheSite, find_caches
 from llmshrink.model.chain import Chain
 from llmshrink.model.outline import Blank, outlined_stages
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
@@ -86,7 +87,8 @@ class Options:
 class Job:
     """stages: of each block. assigned: by site name. calibration, held_out: windows; batches: of both, in order.
 
-    structure: what the result has fewer of; None where it has the model's shape.
+    structure: what the result has fewer of; None where it has the model's shape. caches: where each block's keys and
+    values are rounded to FP8; empty where they aren't.
     """
 
     options: Options
@@ -102,6 +104,7 @@ class Job:
     batch_size: int
     other_linears: list[str]
     structure: Structure | None
+    caches: list[CacheSite]
 
     @property
     def sites(self) -> list[Site]:
@@ -120,6 +123,11 @@ class Job:
         if self.structure is not None:
             return {name: spec.reads for name, spec in self.structure.narrow.items()}
         return {name: spec.reads for name, spec in self.specs.items()}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is found by the calibration text, so that it runs through the model."""
+        return self.recipe.tune is not None or bool(self.caches) or any(self.reads.values())
 
     @property
     def format(self) -> Format:
@@ -149,8 +157,10 @@ class Job:
         if self.structure is not None:
             heads = self.structure.heads.after
             notes += self.structure.notes(self.options.serve_tp)
-        for engine, why in attention(width, heads, self.options.serve_tp).items():
+        for engine, why in attention(width, heads, self.options.serve_tp, fp8_cache=bool(self.caches)).items():
             notes.append(f"{engine} won't serve this checkpoint: {why}")
+        if self.caches:
+            notes.append(FP8_CACHE)
         other = made_for(self.options.recipe, self.recipe)
         if other is not None:
             notes.append(
@@ -317,7 +327,19 @@ def _decided(
         batch_size=batch_size,
         other_linears=linears_outside(chain.skeleton.model, chain.prefix),
         structure=structure,
+        caches=_caches(recipe, chain, stages, index),
     )
+
+
+def _caches(recipe: Recipe, chain: Chain, stages: list[list[Stage]], index: CheckpointIndex) -> list[CacheSite]:
+    """Where keys and values are rounded, if the recipe says so. Raises CheckpointError where there are scales."""
+    if recipe.kv_cache == "none":
+        return []
+    found = find_caches(chain, stages, Blank(index), PROBE_TOKENS)
+    there = next((key for cache in found for key in cache.scales if key in index), None)
+    if there is not None:
+        raise CheckpointError(f"{there}: the model has scales of a cache already; leave kv_cache out")
+    return found
 
 
 def _shape(site: Site, chain: Chain) -> SiteShape:

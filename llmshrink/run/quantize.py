@@ -156,6 +156,7 @@ class _Run:
             scale_dtype=job.scale_dtype,
             keep_paused=placement.keep_paused and job.structure is None,
             tune=block_tuning(job, placement.spill),
+            caches=job.caches,
         )
         job.chain.load_outside()
         for i, batch in enumerate(job.batches):

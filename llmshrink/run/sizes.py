@@ -75,6 +75,7 @@ def sizes_of(job: Job) -> Sizes:
             files[name] = disk.shard_size({each: layout[each] for each in names})
             where |= dict.fromkeys(names, name)
     inside = {name for layout in linear.values() for name in layout}
+    inside |= {key for cache in job.caches for key in cache.scales}  # which weigh nothing in the model
     kept = [site.key for block in job.stages[: _blocks(job)] for site in sites_of(block)]
     linear_weights = sum(math.prod(shapes[key]) for key in kept)
     everything = {name: shape for layout in parts.values() for name, (_, shape) in layout.items()}
@@ -131,6 +132,8 @@ def _parts(job: Job, linear: Mapping[str, Layout]) -> dict[str, Layout]:
         layout = next((of_block[block] for block in _ancestors(name) if block in of_block), None)
         if layout is not None:
             layout |= linear.get(key) or {key: (index.entry(key).dtype, _vector(job, key, name, linear))}
+    for cache, layout in zip(job.caches, of_block.values(), strict=False):
+        layout |= dict.fromkeys(cache.scales, (job.scale_dtype, (1,)))
     return parts | {f"block-{number:05}": layout for number, layout in enumerate(of_block.values())}
 
 

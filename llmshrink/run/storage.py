@@ -127,6 +127,8 @@ def check_recipe(recipe: Recipe) -> None:
         faults.append(f"it prunes nothing, and {FLAG} stores {PATTERN} alone; take a recipe that prunes, {INSTEAD}")
     elif recipe.prune.pattern != PATTERN:
         faults.append(_other_pattern(recipe.prune))
+    if recipe.kv_cache != "none":
+        faults.append(f"kv_cache {recipe.kv_cache}: {FLAG} has no word for it; leave it out, {INSTEAD}")
     if recipe.quantize is not None:
         faults += _quantize_faults(recipe.quantize)
         if 0 < recipe.quantize.group_size < GROUP_STEP:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -23,11 +23,13 @@ from llmshrink.calibration.activations import Batch, Stream
 from llmshrink.calibration.statistics import Statistics
 from llmshrink.errors import CheckpointError
 from llmshrink.methods import SiteSpec, solve
+from llmshrink.model.caches import CacheSite
 from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward, pausing_at
 from llmshrink.model.sites import Site, Stage, sites_of
+from llmshrink.run.caches import CalibratedCache
 from llmshrink.run.memory import give_back
-from llmshrink.weights import Activations, Solvable, round_inputs
+from llmshrink.weights import Activations, CacheScales, Solvable, round_cache, round_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +51,13 @@ class SolvedBlock:
     """solved: by checkpoint key of the weight they replace; stored: every tensor of the block as the source has it.
 
     tuned: the block's error on the held-out windows before and after it was tuned, relative to its output's energy.
+    cache: the scales of its cache, by checkpoint key; empty where that isn't rounded.
     """
 
     solved: dict[str, SolvedSite]
     stored: dict[str, Tensor]
     tuned: tuple[float, float] | None = None
+    cache: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Tuning(Protocol):
@@ -78,6 +82,7 @@ class Walk:
     specs: site name -> what happens to it; absent: it stays. reads: site name -> the statistics gathered for it.
     keep_paused: hold half-finished forwards in memory
     instead of running each block again for each stage. tune: how blocks are trained after their sites are solved.
+    caches: where each block's keys and values are rounded to FP8; empty where they aren't.
     """
 
     chain: Chain
@@ -89,6 +94,7 @@ class Walk:
     scale_dtype: torch.dtype
     keep_paused: bool
     tune: Tuning | None = None
+    caches: Sequence[CacheSite] = ()
 
     @property
     def two_streams(self) -> bool:
@@ -98,7 +104,7 @@ class Walk:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.tune is not None or any(self.reads.values())
+        return self.tune is not None or bool(self.caches) or any(self.reads.values())
 
     def carries(self, batch: Batch, *, original: bool) -> bool:
         """Whether a batch travels in a stream. The held-out ones travel in both: they are the closing summary."""
@@ -118,6 +124,7 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         kind = walk.specs[site.name].activations if site.name in walk.specs else None
         if kind is not None:
             round_inputs(twin.get_submodule(site.local), kind)
+    cache = CalibratedCache(twin, walk.caches[number]) if walk.caches else None
     solved: dict[str, SolvedSite] = {}
     if walk.tune is not None:
         walk.tune.remember(walk)
@@ -128,25 +135,46 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         stack.enter_context(pausing_at(twin, taps))
         forwards = Forwards(walk, number, block, twin)
         for position, stage in enumerate(active):
+            if cache is not None and position == cache.place(stages, active):
+                calibrate(cache, walk, forwards, position)
             statistics = gather(walk, active, forwards, position)
             for result in _solve_stage(walk, stage, statistics, stored):
                 solved[result.site.key] = result
                 install(twin, result.site.local, result.weight)
+        if cache is not None and cache.scales is None:
+            calibrate(cache, walk, forwards, len(active))
         give_back()
         forwards.finish_all()
     tuned = None
     if walk.tune is not None:
         solved, tuned = walk.tune.block(walk, number, solved, stored)
     chain.skeleton.release(chain.name(number))
-    return SolvedBlock(solved, stored, tuned)
+    return SolvedBlock(solved, stored, tuned, {} if cache is None else cache.tensors())
+
+
+def calibrate(cache: CalibratedCache, walk: Walk, forwards: Forwards, position: int) -> None:
+    """Run every calibration batch of the compressed model to its cache, and fix the scales by all of them.
+
+    position: of the first active stage after it.
+    """
+    for i, batch in enumerate(walk.batches):
+        if not batch.held_out:
+            give_back()
+            cache.see(batch, forwards.at_tap(i, False, position))
+            forwards.rest(i, False)
+    cache.settle(walk.scale_dtype)
 
 
 def replay_block(
-    walk: Walk, number: int, weights: Mapping[str, Solvable], activations: Mapping[str, Activations] | None = None
+    walk: Walk,
+    number: int,
+    weights: Mapping[str, Solvable],
+    activations: Mapping[str, Activations] | None = None,
+    cache: CacheScales | None = None,
 ) -> None:
     """Carry both streams through a block that an earlier run solved. weights: by the site's path inside the block.
 
-    activations: what the inputs of some are rounded to.
+    activations: what the inputs of some are rounded to. cache: the scales that its keys and values are rounded by.
     """
     chain = walk.chain
     chain.load_block(number)
@@ -156,6 +184,8 @@ def replay_block(
         install(twin, local, weight)
     for local, kind in (activations or {}).items():
         round_inputs(twin.get_submodule(local), kind)
+    if cache is not None:
+        round_cache(twin.get_submodule(walk.caches[number].local), cache)
     Forwards(walk, number, block, twin).finish_all()
     chain.skeleton.release(chain.name(number))
 

@@ -126,7 +126,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the skeleton is the dense model; the reader decompresses
         chain = Chain(Skeleton(config, reader, device=device, dtype=dtype))
-        reader.round_inputs(chain.skeleton.model)
+        reader.round_too(chain.skeleton.model, chain.skeleton.key_of)
         chain.load_outside()
         return chain
     except LlmshrinkError as error:
@@ -209,7 +209,7 @@ def verify_vllm(folder: Path) -> VerifyReport:
     to the run first, and its report returned when it fails. Raises LlmshrinkError when no vLLM is installed or it
     refuses the checkpoint.
     """
-    from llmshrink.serving.vllm.check import compare_with_transformers, only_we_read
+    from llmshrink.serving.vllm.check import compare_with_transformers, cut_cache, only_we_read
     from llmshrink.serving.vllm.engine import EngineError
 
     reload = verify_reload(folder)
@@ -227,11 +227,14 @@ def verify_vllm(folder: Path) -> VerifyReport:
             f"{str(error).rstrip('. ')}; verify with --engine transformers, which needs no vLLM, or quantize again as "
             "vLLM serves it (--bits 4, and the notes of `llmshrink inspect`)"
         ) from error
-    own = only_we_read(json.loads((folder / "config.json").read_text()))
+    config = json.loads((folder / "config.json").read_text())
+    as_decoded = " as llmshrink decodes it" if only_we_read(config) or cut_cache(config) else ""
+    if cut_cache(config):
+        as_decoded += ", with keys and values cut off towards zero, as this build of vLLM caches them"
     return VerifyReport(
         ok=found.ok,
         engine=found.engine,
-        against=f"transformers on the same checkpoint{' as llmshrink decodes it' if own else ''}",
+        against=f"transformers on the same checkpoint{as_decoded}",
         measure="KL of the worst prompt",
         value=found.worst_kl,
         tolerance=found.tolerance,

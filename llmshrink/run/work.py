@@ -25,7 +25,7 @@ from llmshrink.run.journal import Part
 from llmshrink.run.report import SiteRow
 from llmshrink.run.shards import open_shards
 from llmshrink.run.transform import SolvedBlock, SolvedSite, Walk, replay_block, transform_block
-from llmshrink.weights import Dense, GroupedInt, Solvable
+from llmshrink.weights import CacheScales, Dense, GroupedInt, Solvable
 
 OFFSETS = "offsets"
 """The folder, in a checkpoint that is to be taught, of what its codes were rounded from."""
@@ -75,7 +75,7 @@ class SiteWork:
         block = transform_block(walk, number, self._job.stages[number])
         if self._job.recipe.teaches_codes:
             _keep_offsets(self._checkpoint / OFFSETS, number, block)
-        tensors = block_tensors(block, {site.key: self._schemes[site.name] for site in sites})
+        tensors = block_tensors(block, {site.key: self._schemes[site.name] for site in sites}) | dict(block.cache)
         rows = [self._row(site, block.solved.get(site.key), tensors) for site in sites]
         errors = [solved.error for solved in block.solved.values()]
         state: float | str = sum(errors) / len(errors) if errors else 0.0
@@ -95,9 +95,11 @@ class SiteWork:
                 for site in sites_of(self._job.stages[number])
                 if site.name in self._specs
             }
+            scales = [shards.read(key) for key in self._job.caches[number].scales] if self._job.caches else []
         sites = [site for site in sites_of(self._job.stages[number]) if site.name in self._specs]
         rounded = {site.local: self._specs[site.name].activations for site in sites}
-        replay_block(walk, number, weights, {local: kind for local, kind in rounded.items() if kind is not None})
+        activations = {local: kind for local, kind in rounded.items() if kind is not None}
+        replay_block(walk, number, weights, activations, CacheScales(*scales) if scales else None)
 
     @property
     def inside(self) -> frozenset[str]:
@@ -109,6 +111,7 @@ class SiteWork:
 
     def ledger(self) -> Ledger:
         ledger, by_key = Ledger(), {site.key: site for site in self._job.sites}
+        ledger.added.update(key for cache in self._job.caches for key in cache.scales)
         for key in self._job.index:
             site = by_key.get(key)
             if site is None or site.name not in self._specs:
@@ -120,7 +123,7 @@ class SiteWork:
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As it is, with a quantization_config: nothing that a class doesn't know gets lost."""
         job = self._job
-        described = stored.quantization_config(self._schemes, job.other_linears, job.format)
+        described = stored.quantization_config(self._schemes, job.other_linears, job.format, kv_cache=bool(job.caches))
         return config if described is None else {**config, "quantization_config": described}
 
     def _row(self, site: Site, solved: SolvedSite | None, tensors: Mapping[str, Tensor]) -> SiteRow:

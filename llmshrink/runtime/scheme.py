@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmshrink.errors import CheckpointError
-from llmshrink.formats import compressed_tensors, eight_bit
+from llmshrink.formats import compressed_tensors, eight_bit, kv_cache
 from llmshrink.formats.compressed_tensors import FORMAT, MIXED, StandardScheme
 from llmshrink.formats.eight_bit import EightBitScheme
 
@@ -93,7 +93,8 @@ def _groups(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             f"quantized by {method}, format {form}; only compressed-tensors {_listed(FORMATS)} can be run here:"
             " quantize the original with llmshrink, or serve this one with vLLM"
         )
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    kv_cache.rounds(config)  # or refuses another kind
+    for key in ("sparsity_config", "transform_config"):
         value = config.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
             raise CheckpointError(f"quantization_config has a {key}, which can't be run here; serve it with vLLM")

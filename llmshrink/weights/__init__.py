@@ -5,6 +5,7 @@ from llmshrink.weights.bitsandbytes import NormalFloat4, RowInt8
 from llmshrink.weights.dense import Dense
 from llmshrink.weights.eight_bit import FP8, FP8_MOST, EightBit
 from llmshrink.weights.grouped_int import SMALLEST_SCALE, GroupedInt, code_range
+from llmshrink.weights.kv_cache import CacheScales, before_cache, round_cache
 from llmshrink.weights.sparse24 import Sparse24
 
 Solvable = Dense | GroupedInt | NormalFloat4 | RowInt8 | EightBit
@@ -15,6 +16,7 @@ __all__ = [
     "FP8_MOST",
     "SMALLEST_SCALE",
     "Activations",
+    "CacheScales",
     "Dense",
     "EightBit",
     "GroupedInt",
@@ -22,8 +24,10 @@ __all__ = [
     "RowInt8",
     "Solvable",
     "Sparse24",
+    "before_cache",
     "by_token",
     "code_range",
     "coded",
+    "round_cache",
     "round_inputs",
 ]

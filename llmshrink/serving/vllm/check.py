@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from llmshrink.checkpoint.decompressed import Decompressed
-from llmshrink.formats import sparse24
+from llmshrink.formats import kv_cache, sparse24
 from llmshrink.formats.bitpack import WORD
+from llmshrink.serving.launch import installed
 from llmshrink.serving.vllm.engine import EngineError, EngineResult, Generation, engine_logprobs
 
 TOLERANCE = 5e-4
@@ -79,13 +80,14 @@ def transformers_logits(checkpoint: Path) -> Reference:
 
     Its weights come through llmshrink's own reader where transformers has none: llmshrink's own format, and bits that
     don't divide a word, which the compressed-tensors library that vLLM pins packs otherwise; and where inputs are
-    rounded to 8-bit integers, which that library does with other scales than vLLM.
+    rounded to 8-bit integers, which that library does with other scales than vLLM, or keys and values cut off to FP8.
     """
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()), torch.no_grad():  # progress bars of three libraries; what goes wrong is raised
-        if only_we_read(json.loads((checkpoint / "config.json").read_text())):
-            model = _decompressed(checkpoint)
+        config = json.loads((checkpoint / "config.json").read_text())
+        if only_we_read(config) or cut_cache(config):
+            model = _decompressed(checkpoint, cut=cut_cache(config))
         else:
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
         model(
@@ -113,15 +115,24 @@ def only_we_read(config: Mapping[str, Any]) -> bool:
     return any(WORD % int((group.get("weights") or {}).get("num_bits", WORD)) for group in groups)
 
 
-def _decompressed(checkpoint: Path) -> Any:
-    """transformers' model of a checkpoint over dequantized weights, float32. EngineError where they don't fit it."""
+def cut_cache(config: Mapping[str, Any]) -> bool:
+    """Whether the vLLM at hand caches keys and values in FP8 and cuts them off, as its CPU build does."""
+    engine = installed()
+    return engine is not None and engine.cpu and kv_cache.rounds(config.get("quantization_config"))
+
+
+def _decompressed(checkpoint: Path, *, cut: bool = False) -> Any:
+    """transformers' model of a checkpoint over dequantized weights, float32. EngineError where they don't fit it.
+
+    cut: as `cut_cache` says.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     reader = Decompressed(checkpoint, json.loads((checkpoint / "config.json").read_text()), torch.float32)
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    reader.round_inputs(model)
+    reader.round_too(model, {name: name for name, _ in model.named_parameters()}, cut=cut)
     weights = {key: reader.read(key) for key in list(reader.keys())}
     missing, unknown = model.load_state_dict(weights, strict=False)
     absent = set(missing) - set(model.all_tied_weights_keys)
