@@ -216,11 +216,12 @@ def _ask(split: SplitModel, ids: Tensor, mask: Tensor, key: CacheKey) -> dict[st
         padded = None if bool(mask[part].all()) else mask[part].to(device)
         with torch.no_grad():
             hidden = split.hidden(ids[part].to(device), padded)
+        head = split.head(hidden.dtype)
         flat = hidden.reshape(-1, hidden.shape[-1])
         shape = hidden.shape[:2]
         found = []
         for rows in _chunks(flat, split):
-            said = TopK.of(split.logits(rows), key.likeliest, key.temperature)
+            said = TopK.of(head(rows), key.likeliest, key.temperature)
             found.append((said.ids.to(narrow).cpu(), said.logprobs.half().cpu(), said.tail.half().cpu()))
         columns = [torch.cat(column) for column in zip(*found, strict=True)]
         kept.append([column.view(*shape, *column.shape[1:]) for column in columns])
@@ -229,7 +230,7 @@ def _ask(split: SplitModel, ids: Tensor, mask: Tensor, key: CacheKey) -> dict[st
 
 
 def _chunks(flat: Tensor, split: SplitModel) -> Iterator[Tensor]:
-    rows = chunk_rows(split.weight.shape[0])
+    rows = chunk_rows(split.weight.shape[0], flat.device)
     return (flat[start : start + rows] for start in range(0, len(flat), rows))
 
 

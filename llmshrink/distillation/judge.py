@@ -31,10 +31,11 @@ def judge(student: SplitModel, teacher: TeacherRows, batches: Sequence[Batch], l
         with _as_published(student):
             hidden = student.hidden(ids, mask)[where]
         targets = ids.roll(-1, 1)[where]
+        head = student.head(hidden.dtype)
         rows = max(1, LOGITS // student.weight.shape[0])
         for start in range(0, len(hidden), rows):
             part = slice(start, min(start + rows, len(hidden)))
-            after = student.logits(hidden[part]).log_softmax(-1)
+            after = head(hidden[part]).log_softmax(-1)
             columns.append(_compare(said(part).log_softmax(-1), after, targets[part]))
     return Quality.over(*(torch.cat([each[i] for each in columns]).double().cpu() for i in range(4)))
 
@@ -60,6 +61,7 @@ def _compare(before: Tensor, after: Tensor, target: Tensor) -> list[Tensor]:
 def reference(student: SplitModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """What `verify` will hold a reload to; see `run.heldout.reference`."""
     with _as_published(student):
+        head = student.head(torch.float32)
         return heldout.merge(
-            [heldout.reference(batch, student.hidden(batch.input_ids, batch.mask), student.logits) for batch in batches]
+            [heldout.reference(batch, student.hidden(batch.input_ids, batch.mask), head) for batch in batches]
         )

@@ -92,7 +92,9 @@ def row_losses(
     else:
         divergence, slope = _divergence(objective, student, _logprobs(teacher, temperature))
     # d/dz of T^2 D, where D knows z / T: one T is left.
-    slope *= (1.0 - alpha) * temperature
+    share = (1.0 - alpha) * temperature
+    if share != 1.0:
+        slope *= share
     return entropy, temperature**2 * divergence, slope if gradient is None else gradient.add_(slope)
 
 
@@ -114,14 +116,14 @@ def _divergence(objective: Objective, student: Tensor, teacher: Tensor) -> tuple
     """(D [rows], its gradient by student logits over T [rows, n]) of log-probabilities [rows, n]."""
     p_s, p_t = student.exp(), teacher.exp()
     if objective.divergence == "forward_kl":
-        return _weighted(p_t, teacher - student).sum(-1), p_s.sub_(p_t)
+        return _mean(p_t, teacher - student), p_s.sub_(p_t)
     if objective.divergence == "reverse_kl":
         excess = _relevant(p_s, student - teacher)
         value = (p_s * excess).sum(-1)
         return value, p_s.mul_(excess.sub_(value[:, None]))
     beta = objective.beta
     middle = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    value = beta * _weighted(p_t, teacher - middle).sum(-1)
+    value = beta * _mean(p_t, teacher - middle)
     excess = _relevant(p_s, student - middle)
     mean = (p_s * excess).sum(-1)
     return value + (1.0 - beta) * mean, p_s.mul_(excess.sub_(mean[:, None])).mul_(1.0 - beta)
@@ -135,8 +137,14 @@ def _relevant(p: Tensor, difference: Tensor) -> Tensor:
     return difference.masked_fill_(p == 0, 0.0)
 
 
-def _weighted(p: Tensor, difference: Tensor) -> Tensor:
-    return _relevant(p, difference).mul_(p)
+def _mean(p: Tensor, difference: Tensor) -> Tensor:
+    """sum_i p_i difference_i of each row; what is impossible adds nothing, as in `_relevant`, which costs two passes
+    that hardly any row needs."""
+    found: Tensor = torch.linalg.vecdot(p, difference)
+    odd = found.isnan()
+    if bool(odd.any()):
+        found[odd] = torch.linalg.vecdot(p[odd], _relevant(p[odd], difference[odd]))
+    return found
 
 
 def _over_buckets(objective: Objective, student: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:

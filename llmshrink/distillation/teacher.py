@@ -51,12 +51,15 @@ class SplitModel:
         """What the output layer reads: [batch, length, width]. input_ids int64, mask bool or None: [batch, length]."""
         return self._splitter.hidden(input_ids, mask)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Of what the output layer reads, [..., width]: at least float32, the product in the dtype of `rows`."""
-        weight, bias = (None if each is None else each.to(rows.dtype) for each in (self.weight, self.bias))
+    def head(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The output layer: what it reads, [..., width] in `dtype`, to logits of at least float32.
+
+        The product is in `dtype`; the weight is cast once, for as many calls as there will be.
+        """
+        weight, bias = (None if each is None else each.to(dtype) for each in (self.weight, self.bias))
         assert weight is not None
-        found = torch.nn.functional.linear(rows, weight, bias)
-        return self.tail(found.to(torch.promote_types(found.dtype, torch.float32)))
+        wide = torch.promote_types(dtype, torch.float32)
+        return lambda rows: self.tail(torch.nn.functional.linear(rows, weight, bias).to(wide))
 
 
 class TeacherRows(Protocol):
@@ -78,7 +81,8 @@ class LiveTeacher:
         """One forward now, the logits as they are asked for."""
         with torch.no_grad():
             hidden = self._split.hidden(input_ids, mask)[where].to(self._dtype)
-        return lambda rows: self._split.logits(hidden[rows])
+            head = self._split.head(self._dtype)
+        return lambda rows: head(hidden[rows])
 
     def of(self, input_ids: Tensor, mask: Tensor | None, where: Tensor, window: Tensor) -> Callable[[slice], Tensor]:
         """As `rows`; which windows they are makes no difference."""

@@ -7,6 +7,8 @@ through (Bengio et al. 2013, arXiv 1308.3432), for codes inside their range. Use
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,23 @@ def offsets(residual: Tensor, scale: Tensor) -> Tensor:
     """
     groups = residual.view(*scale.shape, -1) / scale.float().unsqueeze(-1)
     return groups.view(residual.shape).clamp(-INSIDE, INSIDE)
+
+
+class _Rounded(torch.autograd.Function):
+    """Latents, rounded; gradients pass straight through. kept: which codes aren't zero, and no others; or None."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, kept: Tensor | None) -> Tensor:
+        ctx.kept = kept
+        codes = latent.round()
+        if kept is None:
+            return codes
+        # What is kept stays kept: a code of zero would be another pattern.
+        return torch.where(codes == 0, torch.where(latent < 0, -1.0, 1.0), codes) * kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient if ctx.kept is None else gradient * ctx.kept, None
 
 
 class ScaledLinear(nn.Module):
@@ -111,9 +130,4 @@ class ScaledLinear(nn.Module):
         if self.latent is None:
             return self.codes.float()
         inside = self.latent.clamp(*code_range(self.bits))
-        codes = inside.detach().round()
-        if self.kept is None:
-            return inside + (codes - inside).detach()
-        # What is kept stays kept: a code of zero would be another pattern.
-        codes = torch.where(codes == 0, torch.where(inside.detach() < 0, -1.0, 1.0), codes)
-        return (inside + (codes - inside).detach()) * self.kept
+        return _Rounded.apply(inside, self.kept)  # type: ignore[no-untyped-call,no-any-return]

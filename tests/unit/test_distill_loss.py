@@ -200,8 +200,14 @@ def test_what_the_bucket_leaves_out_is_the_divergence_within_it_and_less_the_mor
 
 
 def test_chunks_hold_a_fixed_number_of_logits() -> None:
-    assert chunk_rows(128_256) == 32
-    assert chunk_rows(1 << 23) == 1
+    device = torch.device("cuda")
+    assert chunk_rows(128_256, device) == 32 and chunk_rows(4096, device) == 1024
+    assert chunk_rows(1 << 23, device) == 1
+
+
+def test_on_a_cpu_a_chunk_stays_in_the_caches() -> None:
+    cpu = torch.device("cpu")
+    assert [chunk_rows(size, cpu) for size in (4096, 32_768, 128_256, 1 << 23)] == [128, 128, 32, 1]
 
 
 @pytest.mark.parametrize(
