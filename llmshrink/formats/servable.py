@@ -55,9 +55,13 @@ CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of a head that the attention of vLLM's CPU build takes."""
 CPU_FP8_CACHE = 32
 FP8_CACHE = (
-    "keys and values are cached in FP8 with the checkpoint's scales: vLLM does so by itself, unless another "
-    "--kv-cache-dtype is given, on GPUs of compute capability 8.9 or more, and on CPUs with AVX-512, where 0.32 cuts "
-    "numbers off that others round: what that costs isn't in the KL"
+    "keys and values are cached in FP8 with the checkpoint's scales, which vLLM does by itself unless another "
+    "--kv-cache-dtype is given"
+)
+FP8_CACHE_NEEDS = "it takes a GPU of compute capability 8.9 or more, or a CPU with AVX-512"
+FP8_CACHE_CUT = (
+    "vLLM 0.32's CPU build cuts keys and values off towards zero where other engines round them: what that costs isn't "
+    "in the KL"
 )
 HUMMING = "vLLM's optional Humming kernels"
 FP8_ON_CPU = "the CPU build has no kernel for FP8 with a scale a row; a GPU of compute capability 8.9 or more has"

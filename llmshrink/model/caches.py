@@ -42,6 +42,10 @@ class CacheSite:
         """The checkpoint's keys of its two scales."""
         return kv_cache.keys_of(self.key)
 
+    def place(self, stages: Sequence[Stage], active: Sequence[Stage]) -> int:
+        """How many of the active stages come before it. stages: all of the block's, in running order."""
+        return sum(stages.index(stage) < self.after for stage in active)
+
 
 def find_caches(chain: Chain, stages: Sequence[Sequence[Stage]], blank: TensorReader, tokens: int) -> list[CacheSite]:
     """Each block's. blank: zeros in the place of its parameters. tokens: in the forward of one block of each kind.

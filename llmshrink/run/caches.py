@@ -7,9 +7,6 @@ would be read back. What comes after (the output of attention, its errors, the n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -17,17 +14,7 @@ from llmshrink.calibration.activations import Batch
 from llmshrink.errors import CheckpointError
 from llmshrink.model.caches import CacheSite
 from llmshrink.model.paused import pause
-from llmshrink.model.sites import Stage
 from llmshrink.weights import CacheScales, before_cache
-
-
-@dataclass(frozen=True)
-class CacheRow:
-    """One layer's cache in the record. name: of its attention in the checkpoint. keys, values: the scales."""
-
-    name: str
-    keys: float
-    values: float
 
 
 class CalibratedCache:
@@ -38,10 +25,6 @@ class CalibratedCache:
         self.scales: CacheScales | None = None
         self._most = torch.zeros(2)
         before_cache(twin.get_submodule(site.local), self._through)
-
-    def place(self, stages: Sequence[Stage], active: Sequence[Stage]) -> int:
-        """How many of the active stages come before it. stages: all of the block's, in running order."""
-        return sum(stages.index(stage) < self.site.after for stage in active)
 
     def _through(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.scales is None:

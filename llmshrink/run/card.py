@@ -176,6 +176,7 @@ def _what(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str
         f"- Weights: of {len(made.sites)} linear layers in the blocks {changes(made.sites)}"
         + (f" ({schemes})" if schemes else "")
         + f"; {others}.",
+        *([f"- Keys and values are cached in {made.kv_cache}."] if made.kv_cache else []),
         *_distilled(record),
         f"- Format: {layout}.",
         f"- Licence: {licence}{by}." if licence.id else "- Licence: the original names none that llmshrink finds.",

@@ -20,7 +20,7 @@ from llmshrink.run.heldout import Quality
 from llmshrink.run.job import Job
 from llmshrink.run.journal import RECORD, Workspace
 from llmshrink.run.progress import Progress, peak_memory
-from llmshrink.run.report import QuantizeReport, SiteRow, fallen_notes, rows_of, summary_of
+from llmshrink.run.report import QuantizeReport, SiteRow, cache_of, fallen_notes, rows_of, summary_of
 from llmshrink.run.seal import SEAL, shard_sums, weight_bytes
 from llmshrink.run.shards import open_shards
 from llmshrink.run.storage import format_of
@@ -83,6 +83,7 @@ def finish(
         quality=quality,
         held_out=job.held_out.name,
         structure=summary_of(record),
+        kv_cache=cache_of(record),
         sites=tuple(rows),
         notes=tuple(record["notes"]),
         blocks=len(job.stages),
@@ -117,6 +118,7 @@ def reread(output: Path, *, seconds: float) -> QuantizeReport:
         quality=Quality(**record["quality"]),
         held_out=record["held_out"],
         structure=summary_of(record),
+        kv_cache=cache_of(record),
         sites=tuple(rows),
         notes=tuple(record["notes"]),
         blocks=record["blocks"],
@@ -225,6 +227,15 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
         "format_notes": job.format_notes,
         "other_linears": job.other_linears,
         "structure": work.structure,
+        "kv_cache": _cache_scales(job, workspace),
         "shards": shard_sums(workspace.parts),
         "sites": [asdict(row) for row in rows],
     }
+
+
+def _cache_scales(job: Job, workspace: Workspace) -> dict[str, list[float]] | None:
+    """The scales of keys and of values by attention, as they are written; None where they aren't rounded."""
+    if not job.caches:
+        return None
+    with open_shards(workspace.checkpoint, [name for part in workspace.parts for name in part.shards]) as written:
+        return {cache.key: [float(written.read(key)) for key in cache.scales] for cache in job.caches}

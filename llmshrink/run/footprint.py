@@ -169,7 +169,7 @@ def _touched(job: Job, name: str) -> bool:
 
 
 def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage]) -> Iterator[tuple[int, int]]:
-    held = _held(job, number, [stage.tap for stage in active])
+    held = _held(job, number, active)
     keys = {key for name, key in job.chain.skeleton.key_of.items() if name.startswith(f"{job.chain.name(number)}.")}
     entries = [job.index.entry(key) for key in keys]
     here, there = _read(
@@ -225,7 +225,8 @@ def _waiting(active: Sequence[Stage], held: Held, sizes: _Activations, number: i
     """Bytes of all batches of both streams while each stage is gathered and solved, at its fullest.
 
     As `transform.gather` goes: each batch of the compressed model from the tap before to this one; of the original to
-    this one, and on to the next where that isn't wider, or to the block's end after the last.
+    this one, and on to the next where that isn't wider, or to the block's end after the last. The compressed model's
+    wait before they write to a cache of FP8 too.
     """
     if not sizes.keep_paused or not sizes.any:
         return [sizes.resting] * len(active)
@@ -241,11 +242,13 @@ def _waiting(active: Sequence[Stage], held: Held, sizes: _Activations, number: i
             ahead = widths[position + 1] <= widths[position]
             original = held.taps[position + ahead]
         most = max(before, compressed + sizes.two * original)
+        if held.cache is not None and held.cache[0] in (position, position + 1):
+            most = max(most, held.cache[1] + sizes.two * held.taps[position])
         found.append(int(most * sizes.calibration) + 2 * sizes.held_out * rest + sizes.entering)
     return found
 
 
-def _held(job: Job, number: int, taps: Sequence[str]) -> Held:
+def _held(job: Job, number: int, active: Sequence[Stage]) -> Held:
     """What a forward of a block holds, counted on zeros."""
     chain = job.chain
     skeleton = chain.skeleton
@@ -255,7 +258,9 @@ def _held(job: Job, number: int, taps: Sequence[str]) -> Held:
     try:
         skeleton.load(chain.name(number))
         hidden = torch.zeros(1, PROBE_TOKENS, width, dtype=skeleton.dtype, device=skeleton.device)
-        return held_by(chain.blocks[number], call, hidden, taps)
+        cache = job.caches[number] if job.caches else None
+        writes = None if cache is None else (cache.local, cache.place(job.stages[number], active))
+        return held_by(chain.blocks[number], call, hidden, [stage.tap for stage in active], writes)
     finally:
         skeleton.release(chain.name(number))
         skeleton.reader = reader

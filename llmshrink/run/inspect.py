@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.formats import stored
-from llmshrink.run.report import SiteRow, rows_of, size, summary_of
+from llmshrink.formats import kv_cache, stored
+from llmshrink.run.report import SiteRow, cache_of, rows_of, size, summary_of
 from llmshrink.run.verify import read_record
 
 
@@ -21,12 +21,14 @@ class InspectReport:
     """bits_per_weight are stored bits over original weights: of the quantized and unquantized linears, and of all.
 
     structure: how its shape differs from the original's, in words; None where it doesn't. The weights are those it has.
+    kv_cache: what keys and values are cached in, in words; None where nothing says.
     """
 
     folder: Path
     model: str
     recipe: str
     structure: str | None
+    kv_cache: str | None
     sites: tuple[SiteRow, ...]
     weights: int
     bytes: int
@@ -55,6 +57,7 @@ class InspectReport:
             f"{self.model}, {self.recipe}: {size(self.bytes)} of weights",
             *([f"structure    {self.structure}"] if self.structure else []),
             *(f"activations  {said}" for said in _rounded(self.sites)),
+            *([f"kv cache     {self.kv_cache}"] if self.kv_cache else []),
             f"bits/weight  {self.linear_bits_per_weight:.3f} in the blocks' linears, "
             f"{self.bits_per_weight:.3f} over all {self.weights} weights",
         ]
@@ -78,6 +81,7 @@ def inspect(folder: Path) -> InspectReport:
         config = json.loads((folder / "config.json").read_text())
         schemes = stored.schemes(config.get("quantization_config"), index)
         packed = {key for name, scheme in schemes.items() for key in stored.names(name, scheme)}
+        packed |= {key for name in record.get("kv_cache") or () for key in kv_cache.keys_of(name)}
         others = sum(math.prod(index.entry(key).shape) for key in index if key not in packed)
         total = index.nbytes()
     linear = sum(math.prod(row.shape) for row in rows)
@@ -87,6 +91,7 @@ def inspect(folder: Path) -> InspectReport:
         model=record["model"],
         recipe=record["recipe"],
         structure=summary_of(record),
+        kv_cache=cache_of(record),
         sites=rows,
         weights=weights,
         bytes=total,

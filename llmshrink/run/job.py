@@ -26,7 +26,7 @@ from llmshrink.checkpoint.index import CheckpointIndex, check_finite
 from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_config, load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError
-from llmshrink.formats.servable import FP8_CACHE, attention
+from llmshrink.formats.servable import FP8_CACHE, FP8_CACHE_CUT, FP8_CACHE_NEEDS, attention
 from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import SiteSpec
 from llmshrink.model.caches import CacheSite, find_caches
@@ -160,7 +160,7 @@ class Job:
         for engine, why in attention(width, heads, self.options.serve_tp, fp8_cache=bool(self.caches)).items():
             notes.append(f"{engine} won't serve this checkpoint: {why}")
         if self.caches:
-            notes.append(FP8_CACHE)
+            notes += [f"{FP8_CACHE}; {FP8_CACHE_NEEDS}", FP8_CACHE_CUT]
         other = made_for(self.options.recipe, self.recipe)
         if other is not None:
             notes.append(

@@ -99,7 +99,8 @@ class Pushed:
 class QuantizeReport:
     """The closing summary. Sizes in bytes, seconds of wall time without imports, peak memory in bytes.
 
-    structure: how the result's shape differs from the original's, in words; None where it doesn't.
+    structure: how the result's shape differs from the original's, in words; None where it doesn't. kv_cache: what keys
+    and values are cached in, in words; None where nothing says.
     """
 
     output: Path
@@ -110,6 +111,7 @@ class QuantizeReport:
     quality: Quality
     held_out: str
     structure: str | None
+    kv_cache: str | None
     sites: tuple[SiteRow, ...]
     notes: tuple[str, ...]
     blocks: int
@@ -139,6 +141,7 @@ class QuantizeReport:
             f"size        {size(self.bytes_before)} -> {size(self.bytes_after)}  ({ratio:.2f}x smaller)",
             *([f"structure   {self.structure}"] if self.structure else []),
             f"sites       {changes(self.sites)}, {sum(not row.changed for row in self.sites)} left as they were",
+            *([f"kv cache    {self.kv_cache}"] if self.kv_cache else []),
             f"perplexity  {q.ppl_before:.3f} -> {q.ppl_after:.3f}  on {q.tokens} held-out tokens of {self.held_out}",
             f"KL          {q.kl_mean:.5f} +- {q.kl_stderr:.5f} nats/token, same first choice {q.top1_agreement:.1%}",
             f"time        {duration(self.seconds)} ({self.seconds:.1f} s), peak memory {self.peak_memory / 1e9:.2f} GB"
@@ -178,6 +181,18 @@ def summary_of(record: Mapping[str, Any]) -> str | None:
     """What a record (llmshrink.json) says of another shape than the original's, in words; older ones knew of none."""
     structure = record.get("structure")
     return None if structure is None else str(structure["summary"])
+
+
+def cache_of(record: Mapping[str, Any]) -> str | None:
+    """What a record (llmshrink.json) says keys and values are cached in, in words; older ones knew of none."""
+    found = record.get("kv_cache")
+    if not found:
+        return None
+    keys, values = ([scales[i] for scales in found.values()] for i in (0, 1))
+    return (
+        f"FP8 (E4M3) in {len(found)} layers, scales {min(keys):.3g} to {max(keys):.3g} for keys and "
+        f"{min(values):.3g} to {max(values):.3g} for values"
+    )
 
 
 def rows_of(stored: Sequence[dict[str, Any]]) -> list[SiteRow]:

@@ -68,10 +68,15 @@ class Tuning(Protocol):
         ...
 
     def block(
-        self, walk: Walk, number: int, solved: dict[str, SolvedSite], stored: Mapping[str, Tensor]
+        self,
+        walk: Walk,
+        number: int,
+        solved: dict[str, SolvedSite],
+        stored: Mapping[str, Tensor],
+        cache: CacheScales | None,
     ) -> tuple[dict[str, SolvedSite], tuple[float, float] | None]:
         """The sites as they came to be, and the block's error before and after; the compressed stream holds its new
-        output."""
+        output. cache: the scales that its keys and values are rounded by."""
         ...
 
 
@@ -135,7 +140,7 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         stack.enter_context(pausing_at(twin, taps))
         forwards = Forwards(walk, number, block, twin)
         for position, stage in enumerate(active):
-            if cache is not None and position == cache.place(stages, active):
+            if cache is not None and position == cache.site.place(stages, active):
                 calibrate(cache, walk, forwards, position)
             statistics = gather(walk, active, forwards, position)
             for result in _solve_stage(walk, stage, statistics, stored):
@@ -147,7 +152,7 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         forwards.finish_all()
     tuned = None
     if walk.tune is not None:
-        solved, tuned = walk.tune.block(walk, number, solved, stored)
+        solved, tuned = walk.tune.block(walk, number, solved, stored, None if cache is None else cache.scales)
     chain.skeleton.release(chain.name(number))
     return SolvedBlock(solved, stored, tuned, {} if cache is None else cache.tensors())
 

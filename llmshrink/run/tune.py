@@ -29,7 +29,7 @@ from llmshrink.methods.learned import ScaledLinear
 from llmshrink.model.sites import Site
 from llmshrink.run.memory import fast_bfloat16, give_back
 from llmshrink.run.transform import SolvedSite, Walk, install, shared_twin
-from llmshrink.weights import GroupedInt
+from llmshrink.weights import CacheScales, GroupedInt, round_cache
 
 BETAS = (0.9, 0.95)
 WARMUP = 10
@@ -59,13 +59,20 @@ class BlockTuning:
                 self.entry.put(i, walk.compressed.get(i))
 
     def block(
-        self, walk: Walk, number: int, solved: dict[str, SolvedSite], stored: Mapping[str, Tensor]
+        self,
+        walk: Walk,
+        number: int,
+        solved: dict[str, SolvedSite],
+        stored: Mapping[str, Tensor],
+        cache: CacheScales | None = None,
     ) -> tuple[dict[str, SolvedSite], tuple[float, float] | None]:
         """Train a block whose sites are solved; its own parameters must be loaded, and stay as they are.
 
-        stored: every tensor of the block as the source has it. Raises CheckpointError when the loss isn't a number.
+        stored: every tensor of the block as the source has it. cache: the scales that its keys and values are rounded
+        by, which stay as they are: their room is more than training moves. Raises CheckpointError when the loss isn't
+        a number.
         """
-        trained = _Block(walk, number, walk.chain.blocks[number], solved, self.entry)
+        trained = _Block(walk, number, walk.chain.blocks[number], solved, self.entry, cache)
         if not trained.learned:
             return solved, None
         before = trained.error()
@@ -81,7 +88,7 @@ class BlockTuning:
             }
         del trained
         give_back()
-        return self._pass_again(walk, number, found, stored), (before, after)
+        return self._pass_again(walk, number, found, stored, cache), (before, after)
 
     def step_seconds(self, walk: Walk, number: int, sites: Sequence[Site]) -> tuple[float, float]:
         """What a step on a block's shapes takes here, measured before the work: a block of noise is trained for two.
@@ -113,7 +120,12 @@ class BlockTuning:
         return time.perf_counter() - started, time.process_time() - cpu
 
     def _pass_again(
-        self, walk: Walk, number: int, solved: dict[str, SolvedSite], stored: Mapping[str, Tensor]
+        self,
+        walk: Walk,
+        number: int,
+        solved: dict[str, SolvedSite],
+        stored: Mapping[str, Tensor],
+        cache: CacheScales | None,
     ) -> dict[str, SolvedSite]:
         """Put the finished block's outputs into the compressed stream; the sites' errors are those of held-out inputs.
 
@@ -122,6 +134,8 @@ class BlockTuning:
         block = shared_twin(walk.chain.blocks[number])
         for site in solved.values():
             install(block, site.site.local, site.weight)
+        if cache is not None:
+            round_cache(block.get_submodule(walk.caches[number].local), cache)
         last = number == len(walk.chain.blocks) - 1
         with ExitStack() as stack, torch.no_grad():
             losses = {
@@ -191,13 +205,21 @@ class _Block:
     """
 
     def __init__(
-        self, walk: Walk, number: int, block: nn.Module, solved: Mapping[str, SolvedSite], entry: Stream
+        self,
+        walk: Walk,
+        number: int,
+        block: nn.Module,
+        solved: Mapping[str, SolvedSite],
+        entry: Stream,
+        cache: CacheScales | None = None,
     ) -> None:
         self._walk, self._number, self._entry = walk, number, entry
         self._device = walk.chain.skeleton.device
         self._block = copy.deepcopy(block).float()
         for parameter in self._block.parameters():
             parameter.requires_grad_(False)
+        if cache is not None:
+            round_cache(self._block.get_submodule(walk.caches[number].local), cache)
         self.learned: dict[str, ScaledLinear] = {}
         for key, site in solved.items():
             linear = self._block.get_submodule(site.site.local)

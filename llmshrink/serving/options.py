@@ -13,6 +13,7 @@ from llmshrink.errors import LlmshrinkError
 _NAMES = {
     "tensor_parallel_size": ("--tensor-parallel-size", "-tp"),
     "dtype": ("--dtype",),
+    "kv_cache_dtype": ("--kv-cache-dtype",),
     "api_key": ("--api-key",),
     "ssl_certfile": ("--ssl-certfile",),
     "ssl_keyfile": ("--ssl-keyfile",),
@@ -26,12 +27,13 @@ _OURS = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """tp: tensor-parallel ranks. dtype: as given, None for vLLM's choice. api_key: what clients must send, or None.
-    tls: whether the server speaks https.
+    """tp: tensor-parallel ranks. dtype, kv_cache_dtype: as given, None for vLLM's choice. api_key: what clients must
+    send, or None. tls: whether the server speaks https.
     """
 
     tp: int = 1
     dtype: str | None = None
+    kv_cache_dtype: str | None = None
     api_key: str | None = None
     tls: bool = False
 
@@ -48,6 +50,7 @@ def read(words: Sequence[str]) -> EngineOptions:
     return EngineOptions(
         tp=int(ranks),
         dtype=found.get("dtype"),
+        kv_cache_dtype=found.get("kv_cache_dtype"),
         api_key=found.get("api_key"),
         tls="ssl_certfile" in found or "ssl_keyfile" in found,
     )

@@ -20,10 +20,19 @@ from typing import Any
 
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError
-from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
+from llmshrink.formats import bitsandbytes, compressed_tensors, kv_cache, sparse24
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.eight_bit import EightBitScheme
-from llmshrink.formats.servable import Verdict, attention, eight_bit, plugin_kernel, servable, sparse24_kernel
+from llmshrink.formats.servable import (
+    FP8_CACHE,
+    FP8_CACHE_CUT,
+    Verdict,
+    attention,
+    eight_bit,
+    plugin_kernel,
+    servable,
+    sparse24_kernel,
+)
 from llmshrink.formats.sparse24 import Sparse24Scheme
 from llmshrink.model.families import FAMILIES, Family
 from llmshrink.serving.fused import one_scheme
@@ -33,6 +42,9 @@ from llmshrink.serving.vllm.plugin import GROUP, KERNELS, NAME, kernels_place
 
 BNB_PLUGIN = "vllm_bnb_plugin"
 NO_BNB = "vLLM has had no bitsandbytes of its own since 0.28, and vllm-bnb-plugin, which brings it, isn't here"
+NO_FP8_CACHE = (
+    "keys and values are cached in FP8, which vLLM's CPU build does with AVX-512 alone, and this CPU has none"
+)
 OLDEST = (0, 32)
 """The vLLM whose kernels and plugin interface are known."""
 OLDEST_CAPABILITY = (8, 0)
@@ -58,7 +70,9 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Passed:
-    """A checkpoint that can be served. device: "the CPU" or a GPU's name. notes: what wasn't checked."""
+    """A checkpoint that can be served. device: "the CPU" or a GPU's name. notes: what a user should know,
+    and what wasn't checked.
+    """
 
     engine: Installed
     device: str
@@ -72,16 +86,21 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
     plugin = plugin_here(os.environ)
     target = "vllm-cpu" if engine.cpu else "vllm-cuda"
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    refused = _attention(text or {}, asked.tp)
+    quantization = config.get("quantization_config")
+    cached = fp8_cache(quantization, asked)
+    refused = _attention(text or {}, asked.tp, fp8_cache=cached)
     if target in refused:
         ways = _ways_out(target, asked.tp, cuda="vllm-cuda" not in refused)
         raise ServeError(f"{checkpoint}: {refused[target]}; {ways}")
-    quantization = config.get("quantization_config")
+    if cached and engine.cpu and not caches_fp8():
+        raise ServeError(f"{checkpoint}: {NO_FP8_CACHE}; {_ways_out(target, asked.tp, cuda=True)}")
     if quantization is None:
         return Passed(engine, device)
     if not isinstance(quantization, dict):
         raise ServeError(f"{checkpoint}: the quantization_config of config.json is no mapping; copy the folder again")
     notes = check_layers(checkpoint, config, quantization, asked, target, plugin)
+    if cached:
+        notes += [FP8_CACHE, *([FP8_CACHE_CUT] if engine.cpu else [])]
     return Passed(engine, device, tuple(notes))
 
 
@@ -258,13 +277,30 @@ class _Layers:
         return ways
 
 
-def _attention(config: Mapping[str, Any], tp: int) -> dict[str, str]:
+def caches_fp8() -> bool:
+    """Whether this CPU has what the cache of FP8 of vLLM's CPU build takes."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def fp8_cache(quantization: object, asked: EngineOptions) -> bool:
+    """Whether config.json has keys and values cached in FP8 and vLLM's options don't; of other caches vLLM decides."""
+    if asked.kv_cache_dtype not in (None, "auto", "fp8", "fp8_e4m3"):
+        return False
+    try:
+        return isinstance(quantization, dict) and kv_cache.rounds(quantization)
+    except CheckpointError:
+        return False
+
+
+def _attention(config: Mapping[str, Any], tp: int, *, fp8_cache: bool) -> dict[str, str]:
     """The engines that can't compute the model's attention, and why; none where config.json doesn't tell."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         return {}
     width = config.get("head_dim") or hidden // heads
-    return attention(width, heads, tp)
+    return attention(width, heads, tp, fp8_cache=fp8_cache)
 
 
 def _named(layers: Iterable[str]) -> str:

@@ -73,7 +73,8 @@ def cached(x: Tensor, scale: Tensor) -> Tensor:
     step = scale.to(device=x.device, dtype=torch.float32)
     codes = (x.detach().to(torch.float32) / step).clamp_(-FP8_MOST, FP8_MOST).to(FP8)
     read = (codes.to(torch.float32) * step).to(x.dtype)
-    return x + (read - x).detach() if x.requires_grad else read
+    # This way round what is added is exactly zero.
+    return read + (x - x.detach()) if x.requires_grad else read
 
 
 def cut_off(x: Tensor, scale: Tensor) -> Tensor:

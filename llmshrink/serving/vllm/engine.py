@@ -28,7 +28,8 @@ from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.servable import FP8_ON_CPU
 from llmshrink.model.families import FAMILIES
 from llmshrink.serving.launch import AS_MEASURED, Installed, install_line, installed
-from llmshrink.serving.preflight import BNB_PLUGIN, NO_BNB, plugin_here
+from llmshrink.serving.options import EngineOptions
+from llmshrink.serving.preflight import BNB_PLUGIN, NO_BNB, NO_FP8_CACHE, caches_fp8, fp8_cache, plugin_here
 
 TOP = 20
 """How many of the likeliest next tokens the engine is asked for: as many as it gives by default."""
@@ -146,6 +147,8 @@ def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
     quantization = _quantization(checkpoint)
     if not quantization or quantization.get("quant_method") in (sparse24.METHOD, bitsandbytes.METHOD):
         return
+    if fp8_cache(quantization, EngineOptions()) and not caches_fp8():
+        raise EngineError(f"{checkpoint}: {NO_FP8_CACHE}; verify it there, or with --engine transformers")
     schemes = list(compressed_tensors.schemes(quantization).values())
     if any(isinstance(scheme, EightBitScheme) and scheme.activations == "fp8" for scheme in schemes):
         raise EngineError(f"{checkpoint}: {FP8_ON_CPU}; verify it there, or with --engine transformers")
