@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.errors import CheckpointError
-from llmshrink.formats import compressed_tensors, sparse24
+from llmshrink.formats import compressed_tensors, kv_cache, sparse24
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,17 @@ SHARD_BYTES = 500_000_000
 
 def reader_of(folder: Path, *, offload: bool) -> Callable[[str, LoadOptions], Any] | None:
     """What loads the checkpoint in `folder`; None where transformers alone does. offload: whether it is streamed."""
-    if needed(folder) or (offload and packed(folder)):
+    if needed(folder) or caches_fp8(folder) or (offload and packed(folder)):
         return load
     return load_own_format if _quantization(folder).get("quant_method") == sparse24.METHOD else None
+
+
+def caches_fp8(folder: Path) -> bool:
+    """Whether keys and values are cached in FP8, which compressed-tensors rounds twice if it computes in bfloat16."""
+    try:
+        return kv_cache.rounds(_quantization(folder))
+    except CheckpointError:
+        return False
 
 
 def packed(folder: Path) -> bool:

@@ -167,6 +167,23 @@ def test_rounding_is_in_what_is_measured(
     assert "Keys and values are cached in FP8" in card and "cuts keys and values off" in card
 
 
+def test_what_is_evaluated_rounds_as_engines_do(made: Path) -> None:
+    """compressed-tensors takes the quotient in the dtype of the model: in bfloat16 one in fifteen comes out wrong."""
+    from llmshrink_eval.model import LoadOptions
+
+    from llmshrink.evaluation.loader import load, reader_of
+
+    assert reader_of(made, offload=False) is load
+    model, reference = load(str(made), LoadOptions()), read_reference(made)
+    with torch.no_grad():
+        logprobs = model(reference["input_ids"]).logits[:, :-1].float().log_softmax(-1)
+        expected = llmshrink.load(made, dtype="float32")(reference["input_ids"]).logits[:, :-1].log_softmax(-1)
+    assert float((logprobs - expected).abs().mean()) < 1e-3
+    x, scale = numbers(torch.bfloat16), torch.tensor([0.0371]).bfloat16()
+    theirs = fake_quantize(x, scale, None, QuantizationArgs.model_validate(kv_cache.kv_cache_scheme()))
+    assert 0.03 < float((theirs != cached(x, scale)).float().mean()) < 0.1
+
+
 def test_a_prompt_and_its_continuation_read_the_same_cache(made: Path) -> None:
     model, ids = llmshrink.load(made, dtype="float32"), torch.arange(1, 17)[None]
     said = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
