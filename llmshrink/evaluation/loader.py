@@ -5,6 +5,9 @@ transformers reads `pack-quantized` through the compressed-tensors library, and 
 through here. The model is built without parameters and filled module by module, so that the compressed and the dense
 form are never whole in memory together.
 
+Where products are of 8 bits the model is the packed one (`llmshrink.load`), which computes what engines do: that
+library rounds inputs to int8 with other scales than vLLM's, and what is measured should be what is served.
+
 Our own format is read by transformers as soon as llmshrink is imported. Here it has been; in the process that measures
 what a model costs it is not, until that process looks for the model's loader in this module.
 """
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.errors import CheckpointError
 from llmshrink.formats import compressed_tensors, kv_cache, sparse24
+from llmshrink.formats.eight_bit import EightBitScheme
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +37,21 @@ SHARD_BYTES = 500_000_000
 
 def reader_of(folder: Path, *, offload: bool) -> Callable[[str, LoadOptions], Any] | None:
     """What loads the checkpoint in `folder`; None where transformers alone does. offload: whether it is streamed."""
+    if rounds_inputs(folder):
+        return load_packed
     if needed(folder) or caches_fp8(folder) or (offload and packed(folder)):
         return load
     return load_own_format if _quantization(folder).get("quant_method") == sparse24.METHOD else None
+
+
+def rounds_inputs(folder: Path) -> bool:
+    """Whether it holds products of 8 bits that the packed model computes; others are transformers' to take."""
+    from llmshrink.runtime.scheme import of_groups
+
+    try:
+        return any(isinstance(scheme, EightBitScheme) for scheme in of_groups(_quantization(folder)).values())
+    except CheckpointError:
+        return False
 
 
 def caches_fp8(folder: Path) -> bool:
@@ -53,10 +69,10 @@ def packed(folder: Path) -> bool:
 
 def needed(folder: Path) -> bool:
     """Whether it holds some that only our reader reads."""
-    if not packed(folder):
-        return False
-    schemes = compressed_tensors.schemes(_quantization(folder)).values()
-    return not {scheme.bits for scheme in schemes} <= READ_BY_TRANSFORMERS
+    groups = (_quantization(folder).get("config_groups") or {}).values()
+    bits = {(group.get("weights") or {}).get("num_bits") for group in groups}
+    integers = any((group.get("input_activations") or {}).get("type") == "int" for group in groups)
+    return packed(folder) and (integers or not bits <= READ_BY_TRANSFORMERS)
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
@@ -96,6 +112,20 @@ def load(path: str, options: LoadOptions) -> Any:
     skeleton.model.tie_weights()
     skeleton.model.config.use_cache = True
     return skeleton.model
+
+
+def load_packed(path: str, options: LoadOptions) -> Any:
+    """The packed model, in `options.used_dtype` on `options.device`. Raises CheckpointError where it is streamed."""
+    from llmshrink.checkpoint.source import resolve
+    from llmshrink.runtime.load import load as run
+
+    if options.offload is not None:
+        raise CheckpointError(
+            f"{path}: rounds the inputs of its linears to 8 bits, which no dense copy of it does; leave --offload out"
+        )
+    trusted = options.trust_remote_code
+    dtype = str(options.used_dtype).removeprefix("torch.")
+    return run(resolve(path, trust_remote_code=trusted), device=options.device, dtype=dtype, trust_remote_code=trusted)
 
 
 def load_own_format(path: str, options: LoadOptions) -> Any:

@@ -40,7 +40,7 @@ from llmshrink.weights import FP8, EightBit, GroupedInt, Sparse24, round_cache
 logger = logging.getLogger("llmshrink")
 
 MARKS = {".weight_packed": compressed_tensors.SUFFIXES, ".weight_values": sparse24.SUFFIXES}
-"""What tells that a linear is packed, and what its tensors may be called. Of 8-bit codes `.weight`'s dtype does."""
+"""What tells that a linear is packed, and what its tensors may be called. 8-bit codes are a `.weight` with a scale."""
 PACKED = (QuantLinear, SparseLinear, EightBitLinear)
 """The modules of linears that are packed."""
 
@@ -65,7 +65,8 @@ def packed_in(index: CheckpointIndex) -> dict[str, tuple[str, ...]]:
     found = {
         key.removesuffix(mark): suffixes for mark, suffixes in MARKS.items() for key in index if key.endswith(mark)
     }
-    coded = (key for key in index if key.endswith(".weight") and index.entry(key).dtype in (torch.int8, FP8))
+    weights = [key for key in index if key.endswith(".weight")]
+    coded = [key for key in weights if index.entry(key).dtype in (torch.int8, FP8) or f"{key}_scale" in index]
     return found | {key.removesuffix(".weight"): eight_bit.SUFFIXES for key in coded}
 
 

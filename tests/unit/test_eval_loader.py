@@ -60,6 +60,16 @@ def test_our_reader_is_used_where_transformers_reads_other_bits(
     assert spec_of(str(folder), Settings(offload=True)).loader is loader.load
 
 
+def test_other_tools_checkpoints_are_read_by_transformers(tmp_path: Path) -> None:
+    """Which name classes: four bits, and inputs rounded by scales that were fixed beforehand."""
+    packed = {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Linear"]}
+    rounded = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8, "type": "int"}}
+    for form, group in (("pack-quantized", packed), ("int-quantized", {**rounded, "targets": ["Linear"]})):
+        written = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": written}))
+        assert loader.reader_of(tmp_path, offload=False) is None
+
+
 def test_what_is_not_packed_is_left_alone(model_of: Callable[..., Path], tmp_path: Path) -> None:
     assert not loader.packed(model_of("llama")) and not loader.needed(model_of("llama"))
     assert not loader.packed(tmp_path)
