@@ -94,6 +94,8 @@ def _kind(said: dict[str, Any]) -> str:
     """A type of the JSON schema, in words, with its limits."""
     if "anyOf" in said:
         return " or ".join(dict.fromkeys(_kind(each) for each in said["anyOf"] if each.get("type") != "null"))
+    if "const" in said:
+        return f"`{said['const']}`"
     if "enum" in said:
         return ", ".join(f"`{value}`" for value in said["enum"])
     if "$ref" in said or said.get("type") == "object":

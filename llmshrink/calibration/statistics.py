@@ -99,3 +99,23 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
         torch.lerp(a.cross, b.cross.to(a.cross), share, out=merged._cross)
     merged.tokens = total
     return merged
+
+
+class Loudest:
+    """The largest magnitude of each channel at one tap. most: float32 [in_features], 0 before anything is added."""
+
+    def __init__(self, in_features: int, *, device: torch.device | str = "cpu") -> None:
+        self.most = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Count a batch of tokens (padding already taken out): [tokens, in_features], any float dtype."""
+        if inputs.shape[0]:
+            low, high = inputs.amin(0), inputs.amax(0)
+            self.most = torch.maximum(self.most, torch.maximum(high, -low).to(torch.float32))
+
+
+def louder(a: Loudest, b: Loudest) -> Loudest:
+    """The statistics of both sets of tokens together; a and b stay as they are."""
+    both = Loudest(a.most.shape[0], device=a.most.device)
+    both.most = torch.maximum(a.most, b.most.to(a.most))
+    return both

@@ -7,6 +7,7 @@ from llmshrink.methods.contract import QuantizeSpec, ScaleSearch, SiteStatistics
 from llmshrink.methods.narrow import Narrowed, NarrowSpec, narrow
 from llmshrink.methods.pruning import Pattern, PruneSpec
 from llmshrink.methods.registry import Method, names, site_solver, solver
+from llmshrink.methods.smooth import grown, kept_exact, shrunk, smoothing_factors
 from llmshrink.methods.solve import SiteSpec, solve
 
 __all__ = [
@@ -22,9 +23,13 @@ __all__ = [
     "SolveError",
     "Solved",
     "Solver",
+    "grown",
+    "kept_exact",
     "names",
     "narrow",
+    "shrunk",
     "site_solver",
+    "smoothing_factors",
     "solve",
     "solver",
 ]

@@ -37,6 +37,7 @@ class QuantizeSpec:
     descent: sweeps of coordinate descent over the codes at the end.
     activations: what inputs are rounded to where the weight is computed with, "none", "int8" or "fp8" (then weights are
         FP8 too, with one scale a row, and the grid's other fields say nothing).
+    smooth: how much of what is loud in the inputs has moved into the weight before it comes here, 0 to 1, or "none".
     residual: keep what rounding left, for whoever goes on training from there.
     """
 
@@ -52,6 +53,7 @@ class QuantizeSpec:
     block_size: int = 128
     descent: int = 0
     activations: Literal["none", "int8", "fp8"] = "none"
+    smooth: float | Literal["none"] = "none"
     residual: bool = False
 
 

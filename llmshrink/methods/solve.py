@@ -45,6 +45,12 @@ class SiteSpec:
         return None if kind == "none" else kind
 
     @property
+    def smooth(self) -> float | None:
+        """How much of what is loud in its inputs moves into the weight before it is solved; None where nothing does."""
+        strength = "none" if self.quantize is None else self.quantize.smooth
+        return None if isinstance(strength, str) else strength
+
+    @property
     def reads(self) -> frozenset[str]:
         """Which statistics are read: a subset of {"hessian", "cross"}."""
         if self.prune is not None:

@@ -122,6 +122,8 @@ class _Timer:
         if job.structure is not None and job.structure.depth is not None:
             found.add("choosing", block.load + self._choosing(block, batches))
         found.add("calibration", block.load + (block.gathered + block.to_end) * batches + block.whole * (2 * held))
+        if any(stage.sites[0].name in job.smoothing for stage in job.stages[number]):
+            found.add("calibration", block.whole * batches)
         found.add("solving", block.solved)
         if job.recipe.tune is not None:
             # A step without its gradient is a third of it; the block's result passes once more.

@@ -87,7 +87,7 @@ def describe(fault: Mapping[str, Any], label: str, origins: Mapping[str, str]) -
         return f"{where}: {_shown(value)} isn't one of {', '.join(known)}{nearest(str(value), known)}"
     if kind in _WANTED:
         return f"{where}: {_shown(value)} isn't {_WANTED[kind]}{_number_hint(kind, value)}"
-    if kind in ("bits", "group_size", "pattern", "amount"):
+    if kind in ("bits", "group_size", "pattern", "amount", "smooth"):
         return f"{where}: {value} {fault['msg']}"
     if isinstance(value, int | float | str):
         return f"{where}: {_shown(value)}: {_lower(fault['msg']).replace('input ', '')}"

@@ -36,6 +36,18 @@ Train = Literal["weights", "scales"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 
+def _strength(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    if value is None or value == "none":
+        return value
+    if number:
+        return float(value)  # type: ignore[arg-type]
+    raise PydanticCustomError("smooth", "isn't none or a number from 0 to 1")
+
+
+Strength = Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["none"], BeforeValidator(_strength)]
+
+
 class Frozen(BaseModel):
     """Values of the types that are written, and no other key."""
 
@@ -107,6 +119,8 @@ class Quantize(Frozen):
     descent: times that every code is chosen again afterwards, with all others in place (coordinate descent).
     activations: what a linear's inputs are rounded to, token by token, where the result is computed: `none`, or `int8`
         (weights are 8-bit integers, one scale a row), or `fp8` (weights are FP8 E4M3 too; by rtn).
+    smooth: with 8-bit activations, how much of what is loud in some channels of them moves into the weights first, from
+        0 to 1 (SmoothQuant's alpha), where a norm feeds the linear; `none`: nothing moves.
     """
 
     method: Annotated[str, Field(validate_default=True)] = "gptq"
@@ -121,6 +135,7 @@ class Quantize(Frozen):
     block_size: PositiveInt = 128
     descent: NonNegativeInt = 0
     activations: Activations = "none"
+    smooth: Strength = "none"
 
     _bits = field_validator("bits")(_known_bits)
     _group = field_validator("group_size")(_known_group)
@@ -140,6 +155,13 @@ class Quantize(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.smooth != "none" and self.activations == "none":
+            raise PydanticCustomError(
+                "smoothing",
+                "smooth {smooth} is for products of 8 bits, and activations are none: nothing of them is rounded; set "
+                "activations: int8 or fp8, or leave smooth out",
+                {"smooth": self.smooth},
+            )
         if self.method in BITSANDBYTES:
             fixed = _of_bitsandbytes(self.method)
             other = [f"{name}: {_said(getattr(self, name))}" for name in fixed if getattr(self, name) != fixed[name]]
@@ -224,6 +246,7 @@ class QuantizePatch(Frozen):
     block_size: PositiveInt | None = None
     descent: NonNegativeInt | None = None
     activations: Activations | None = None
+    smooth: Strength | None = None
 
     _bits = field_validator("bits")(_known_bits)
     _group = field_validator("group_size")(_known_group)
@@ -239,7 +262,7 @@ class QuantizePatch(Frozen):
             fields = {**fields, "method": method}
         if kind != base.activations:
             # Products of 8 bits have one grid, which is nothing that others should keep, nor the other way round.
-            idle = (*GRID_FIELDS, "scale_search")
+            idle = (*GRID_FIELDS, "scale_search", *(("smooth",) if kind == "none" else ()))
             fields = {name: value for name, value in fields.items() if name not in idle}
         return Quantize.model_validate(fields | patch)
 

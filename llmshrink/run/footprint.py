@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from llmshrink.calibration.activations import Batch
+from llmshrink.checkpoint.header import TensorEntry
 from llmshrink.methods import SiteSpec
 from llmshrink.model.held import Held, held_by
 from llmshrink.model.outline import Blank, kind_of
@@ -25,6 +26,7 @@ from llmshrink.run.heldout import LOGITS
 from llmshrink.run.job import PROBE_TOKENS, Job
 from llmshrink.run.sizes import outside_keys
 from llmshrink.run.workspace import narrowing, solving
+from llmshrink.weights import Activations, round_inputs
 
 LIBRARIES = 15_000_000
 """Bytes that the mathematical libraries take when the first large batch is computed: code, threads' buffers."""
@@ -123,6 +125,8 @@ def _at_the_ends(job: Job, sizes: _Activations) -> Iterator[tuple[int, int]]:
     of_block = _read(block * job.scale_dtype.itemsize, block, job, dtype)
     vocabulary = max((entry.shape[0] for entry in outside if len(entry.shape) == 2), default=0)
     yield here + of_block[0], there + of_block[1] + 3 * PROBE_TOKENS * vocabulary * FLOAT
+    if job.smoothing:  # what can be smoothed is tried in float32
+        yield FLOAT * max(site.out_features * site.in_features for site in job.sites), FLOAT * block
     # Both streams begin as one.
     tokens = sizes.calibration * sizes.any + sizes.held_out
     yield here, there + (sizes.batch if sizes.in_files else tokens) * sizes.at_rest
@@ -140,6 +144,12 @@ def _key_of_head(job: Job) -> str:
     model = job.chain.skeleton.model
     head = model.get_output_embeddings()
     return job.chain.skeleton.key_of[next(f"{name}.weight" for name, each in model.named_modules() if each is head)]
+
+
+def _sizes(entries: Sequence[TensorEntry], job: Job) -> tuple[int, int]:
+    """The same of these tensors of the checkpoint, in the dtype that is computed in."""
+    elements = sum(entry.nbytes // entry.dtype.itemsize for entry in entries)
+    return _read(sum(entry.nbytes for entry in entries), elements, job, job.chain.skeleton.dtype)
 
 
 def _read(stored: int, elements: int, job: Job, dtype: torch.dtype) -> tuple[int, int]:
@@ -169,27 +179,30 @@ def _touched(job: Job, name: str) -> bool:
 
 
 def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage]) -> Iterator[tuple[int, int]]:
-    held = _held(job, number, active)
+    plain = _held(job, number, active, {})
+    kinds = _rounded(job, active)
+    rounding = _held(job, number, active, kinds) if kinds else plain
     keys = {key for name, key in job.chain.skeleton.key_of.items() if name.startswith(f"{job.chain.name(number)}.")}
     entries = [job.index.entry(key) for key in keys]
-    here, there = _read(
-        sum(entry.nbytes for entry in entries),
-        sum(entry.nbytes // entry.dtype.itemsize for entry in entries),
-        job,
-        job.chain.skeleton.dtype,
-    )
+    here, there = _sizes(entries, job)
     if job.chain.skeleton.ahead is not None:
         coming = sum(entry.nbytes for entry in entries)  # the next block, on its way
         here, there = here + coming, there + coming
-    forward = int(held.most * sizes.batch)
+    smoothing = [stage for stage in active if stage.sites[0].name in job.smoothing]
+    # What was smoothed is kept beside the original; before it is known, the block isn't rounded yet.
+    changed = [job.index.entry(site.key) for stage in smoothing for site in stage.sites]
+    copies = _sizes(changed, job)
+    here, there = here + copies[0], there + copies[1]
+    forward = int(max(rounding.most, plain.most) * sizes.batch)
     yield here, there + sizes.resting + forward
     solved = 0
-    for stage, waiting in zip(active, _waiting(active, held, sizes, number), strict=True):
+    for stage, waiting in zip(active, _waiting(active, (rounding, plain), sizes, number), strict=True):
         inputs = stage.sites[0].in_features
         reads = frozenset[str]().union(*(job.reads.get(site.name, ()) for site in stage.sites))
         cross = "cross" in reads
         statistics = (1 + cross) * FLOAT * inputs * inputs if reads else 0
-        adding = sizes.batch * inputs * (FLOAT + 3 * cross * sizes.itemsize) if reads else 0
+        differing = cross * (3 + (stage in smoothing))
+        adding = sizes.batch * inputs * (FLOAT + differing * sizes.itemsize) if reads else 0
         yield here, there + solved + waiting + statistics + max(adding, forward)
         yield here, there + solved + waiting + statistics + _workspace(job, stage, cross)
         weights = sum(site.out_features * site.in_features for site in stage.sites if _touched(job, site.name))
@@ -200,8 +213,15 @@ def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage
     if job.recipe.tune is not None:
         weights = sum(s.out_features * s.in_features for stage in active for s in stage.sites if _touched(job, s.name))
         tokens = job.recipe.tune.windows * job.calibration.input_ids.shape[1]
-        step = int(held.most * FLOAT / sizes.itemsize * GRAPH * tokens)
+        step = int(plain.most * FLOAT / sizes.itemsize * GRAPH * tokens)
         yield here, there + sizes.resting + solved + TRAINING * weights + step
+
+
+def _rounded(job: Job, active: Sequence[Stage]) -> dict[str, Activations]:
+    """By path inside the block, what linears round their inputs to."""
+    specs = job.specs
+    asked = {site.local: specs[site.name].activations for site in sites_of(active) if site.name in specs}
+    return {local: kind for local, kind in asked.items() if kind is not None}
 
 
 def _workspace(job: Job, stage: Stage, cross: bool) -> int:
@@ -221,8 +241,10 @@ def _workspace(job: Job, stage: Stage, cross: bool) -> int:
     return max(solving(spec, count, inputs, cross) for (spec, _), count in rows.items())
 
 
-def _waiting(active: Sequence[Stage], held: Held, sizes: _Activations, number: int) -> list[int]:
+def _waiting(active: Sequence[Stage], held: tuple[Held, Held], sizes: _Activations, number: int) -> list[int]:
     """Bytes of all batches of both streams while each stage is gathered and solved, at its fullest.
+
+    held: by the compressed block, which may round what linears are given, and by the original.
 
     As `transform.gather` goes: each batch of the compressed model from the tap before to this one; of the original to
     this one, and on to the next where that isn't wider, or to the block's end after the last. The compressed model's
@@ -230,37 +252,41 @@ def _waiting(active: Sequence[Stage], held: Held, sizes: _Activations, number: i
     """
     if not sizes.keep_paused or not sizes.any:
         return [sizes.resting] * len(active)
-    found, rest = [], sizes.at_rest
+    (own, plain), found, rest = held, [], sizes.at_rest
     widths = [stage.sites[0].in_features for stage in active]
     compressed, original = float(rest), rest if number else 0.0  # the streams begin as one
     for position in range(len(active)):
         before = compressed + sizes.two * original
-        compressed = held.taps[position]
+        compressed = own.taps[position]
         if position + 1 == len(active):
             original = rest
         else:
             ahead = widths[position + 1] <= widths[position]
-            original = held.taps[position + ahead]
+            original = plain.taps[position + ahead]
         most = max(before, compressed + sizes.two * original)
-        if held.cache is not None and held.cache[0] in (position, position + 1):
-            most = max(most, held.cache[1] + sizes.two * held.taps[position])
+        if own.cache is not None and own.cache[0] in (position, position + 1):
+            most = max(most, own.cache[1] + sizes.two * plain.taps[position])
         found.append(int(most * sizes.calibration) + 2 * sizes.held_out * rest + sizes.entering)
     return found
 
 
-def _held(job: Job, number: int, active: Sequence[Stage]) -> Held:
-    """What a forward of a block holds, counted on zeros."""
+def _held(job: Job, number: int, active: Sequence[Stage], rounded: Mapping[str, Activations]) -> Held:
+    """What a forward of a block holds, counted on zeros. rounded: as `_rounded` has it."""
     chain = job.chain
     skeleton = chain.skeleton
     call = chain.calls(Batch(torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), None, held_out=False))[number]
     width = skeleton.model.config.get_text_config().hidden_size
     reader, skeleton.reader = skeleton.reader, Blank(job.index)
+    block = chain.blocks[number]
+    handles = [round_inputs(block.get_submodule(local), kind) for local, kind in rounded.items()]
     try:
         skeleton.load(chain.name(number))
         hidden = torch.zeros(1, PROBE_TOKENS, width, dtype=skeleton.dtype, device=skeleton.device)
         cache = job.caches[number] if job.caches else None
         writes = None if cache is None else (cache.local, cache.place(job.stages[number], active))
-        return held_by(chain.blocks[number], call, hidden, [stage.tap for stage in active], writes)
+        return held_by(block, call, hidden, [stage.tap for stage in active], writes)
     finally:
+        for handle in handles:
+            handle.remove()
         skeleton.release(chain.name(number))
         skeleton.reader = reader

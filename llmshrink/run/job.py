@@ -31,6 +31,7 @@ from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import SiteSpec
 from llmshrink.model.caches import CacheSite, find_caches
 from llmshrink.model.chain import Chain
+from llmshrink.model.folds import find_folds
 from llmshrink.model.outline import Blank, outlined_stages
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
 from llmshrink.model.skeleton import Skeleton, TensorReader
@@ -38,6 +39,7 @@ from llmshrink.model.uncovered import refuse_family
 from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
+from llmshrink.run.smooth import Smoothing, smoothed_taps
 from llmshrink.run.storage import (
     as_sparse24,
     check_bitsandbytes,
@@ -88,7 +90,8 @@ class Job:
     """stages: of each block. assigned: by site name. calibration, held_out: windows; batches: of both, in order.
 
     structure: what the result has fewer of; None where it has the model's shape. caches: where each block's keys and
-    values are rounded to FP8; empty where they aren't.
+    values are rounded to FP8; empty where they aren't. smoothing: by the name of a tap's first site; empty where no
+    input is smoothed. unsmoothed: in words, which inputs the recipe would smooth that aren't, and why not.
     """
 
     options: Options
@@ -105,6 +108,8 @@ class Job:
     other_linears: list[str]
     structure: Structure | None
     caches: list[CacheSite]
+    smoothing: dict[str, Smoothing]
+    unsmoothed: list[str]
 
     @property
     def sites(self) -> list[Site]:
@@ -127,7 +132,7 @@ class Job:
     @property
     def calibrates(self) -> bool:
         """Whether anything is found by the calibration text, so that it runs through the model."""
-        return self.recipe.tune is not None or bool(self.caches) or any(self.reads.values())
+        return self.recipe.tune is not None or bool(self.caches or self.smoothing) or any(self.reads.values())
 
     @property
     def format(self) -> Format:
@@ -161,6 +166,7 @@ class Job:
             notes.append(f"{engine} won't serve this checkpoint: {why}")
         if self.caches:
             notes += [f"{FP8_CACHE}; {FP8_CACHE_NEEDS}", FP8_CACHE_CUT]
+        notes += [f"not smoothed: {said}" for said in self.unsmoothed]
         other = made_for(self.options.recipe, self.recipe)
         if other is not None:
             notes.append(
@@ -310,6 +316,8 @@ def _decided(
     if structure is None and not any(decision.spec for decision in assigned):
         why = next((f"{a.site.name} {a.note}" for a in assigned if a.note), "the recipe ignores every site")
         raise RecipeError([f"{recipe.name}: nothing would change: {why}; choose other bits, group_size or pattern"])
+    decided = {a.site.name: a for a in assigned}
+    smoothing, unsmoothed = _smoothing(recipe, chain, stages, decided, index)
     return Job(
         options=options,
         source=source,
@@ -317,7 +325,7 @@ def _decided(
         recipe=recipe,
         chain=chain,
         stages=stages,
-        assigned={a.site.name: a for a in assigned},
+        assigned=decided,
         calibration=calibration,
         held_out=held_out,
         batches=[
@@ -328,7 +336,20 @@ def _decided(
         other_linears=linears_outside(chain.skeleton.model, chain.prefix),
         structure=structure,
         caches=_caches(recipe, chain, stages, index),
+        smoothing=smoothing,
+        unsmoothed=unsmoothed,
     )
+
+
+def _smoothing(
+    recipe: Recipe, chain: Chain, stages: list[list[Stage]], assigned: Mapping[str, Assigned], index: CheckpointIndex
+) -> tuple[dict[str, Smoothing], list[str]]:
+    """Which inputs are smoothed, if the recipe says so, and which aren't that it would smooth."""
+    specs = {name: each.spec for name, each in assigned.items() if each.spec is not None}
+    if all(spec.smooth is None for spec in specs.values()):
+        return {}, []
+    folds = find_folds(chain, stages, Blank(index), PROBE_TOKENS)
+    return smoothed_taps(recipe.name, stages, specs, folds, chain.skeleton.key_of)
 
 
 def _caches(recipe: Recipe, chain: Chain, stages: list[list[Stage]], index: CheckpointIndex) -> list[CacheSite]:

@@ -157,6 +157,7 @@ class _Run:
             keep_paused=placement.keep_paused and job.structure is None,
             tune=block_tuning(job, placement.spill),
             caches=job.caches,
+            smoothing=job.smoothing,
         )
         job.chain.load_outside()
         for i, batch in enumerate(job.batches):

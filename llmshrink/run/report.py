@@ -24,6 +24,7 @@ class SiteRow:
     block_error: of its whole block's output on held-out windows, before and after the block was tuned, where it was;
         `error` is then of the site's own output on those windows.
     activations: what its inputs are rounded to where it is computed; None where they aren't.
+    smooth: how much of what is loud in its inputs moved into its weights; None where nothing did.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SiteRow:
     zeros: float | None = None
     block_error: tuple[float, float] | None = None
     activations: str | None = None
+    smooth: float | None = None
 
     @property
     def changed(self) -> bool:

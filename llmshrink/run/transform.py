@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from llmshrink.calibration.activations import Batch, Stream
 from llmshrink.calibration.statistics import Statistics
 from llmshrink.errors import CheckpointError
-from llmshrink.methods import SiteSpec, solve
+from llmshrink.methods import SiteSpec, shrunk, solve
 from llmshrink.model.caches import CacheSite
 from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward, pausing_at
 from llmshrink.model.sites import Site, Stage, sites_of
 from llmshrink.run.caches import CalibratedCache
 from llmshrink.run.memory import give_back
+from llmshrink.run.smooth import Smoothed, Smoothing, loudest_inputs, replace_parameters, smoothed
 from llmshrink.weights import Activations, CacheScales, Solvable, round_cache, round_inputs
 
 
@@ -48,7 +49,8 @@ class SolvedSite:
 
 @dataclass(frozen=True, eq=False)
 class SolvedBlock:
-    """solved: by checkpoint key of the weight they replace; stored: every tensor of the block as the source has it.
+    """solved: by checkpoint key of the weight they replace; stored: every tensor of the block as the source has it, or,
+    where it was smoothed, as the equivalent block has it.
 
     tuned: the block's error on the held-out windows before and after it was tuned, relative to its output's energy.
     cache: the scales of its cache, by checkpoint key; empty where that isn't rounded.
@@ -87,7 +89,8 @@ class Walk:
     specs: site name -> what happens to it; absent: it stays. reads: site name -> the statistics gathered for it.
     keep_paused: hold half-finished forwards in memory
     instead of running each block again for each stage. tune: how blocks are trained after their sites are solved.
-    caches: where each block's keys and values are rounded to FP8; empty where they aren't.
+    caches: where each block's keys and values are rounded to FP8; empty where they aren't. smoothing: by the name of a
+    tap's first site; empty where no input is smoothed.
     """
 
     chain: Chain
@@ -100,6 +103,7 @@ class Walk:
     keep_paused: bool
     tune: Tuning | None = None
     caches: Sequence[CacheSite] = ()
+    smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
 
     @property
     def two_streams(self) -> bool:
@@ -109,7 +113,7 @@ class Walk:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.tune is not None or bool(self.caches) or any(self.reads.values())
+        return self.tune is not None or bool(self.caches) or bool(self.smoothing) or any(self.reads.values())
 
     def carries(self, batch: Batch, *, original: bool) -> bool:
         """Whether a batch travels in a stream. The held-out ones travel in both: they are the closing summary."""
@@ -124,6 +128,8 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
     stored = chain.load_block(number)
     block = chain.blocks[number]
     twin = shared_twin(block)
+    smooth = smooth_block(walk, number, stages, twin, stored)
+    stored = smooth.stored
     # Before any tap is set there: a tap's input is then what the compressed model multiplies.
     for site in sites_of(stages):
         kind = walk.specs[site.name].activations if site.name in walk.specs else None
@@ -142,8 +148,8 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         for position, stage in enumerate(active):
             if cache is not None and position == cache.site.place(stages, active):
                 calibrate(cache, walk, forwards, position)
-            statistics = gather(walk, active, forwards, position)
-            for result in _solve_stage(walk, stage, statistics, stored):
+            statistics = gather(walk, active, forwards, position, smooth.factors.get(stage.tap))
+            for result in _solve_stage(walk, stage, statistics, stored, smooth.events.get(stage.tap, ())):
                 solved[result.site.key] = result
                 install(twin, result.site.local, result.weight)
         if cache is not None and cache.scales is None:
@@ -155,6 +161,26 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         solved, tuned = walk.tune.block(walk, number, solved, stored, None if cache is None else cache.scales)
     chain.skeleton.release(chain.name(number))
     return SolvedBlock(solved, stored, tuned, {} if cache is None else cache.tensors())
+
+
+def smooth_block(
+    walk: Walk, number: int, stages: Sequence[Stage], twin: nn.Module, stored: Mapping[str, Tensor]
+) -> Smoothed:
+    """Make the compressed block the smoothed one, nothing of which is rounded yet. stored: its tensors, by key."""
+    taps = {stage.tap: walk.smoothing[stage.sites[0].name] for stage in stages if stage.sites[0].name in walk.smoothing}
+    if not taps:
+        return Smoothed(dict(stored), {}, {})
+
+    def run(i: int) -> None:
+        give_back()
+        with torch.no_grad():
+            walk.chain.calls(walk.batches[i])[number].run(twin, walk.compressed.get(i))
+
+    loudest = loudest_inputs(twin, [stage for stage in stages if stage.tap in taps], walk.batches, run)
+    found = smoothed(taps, loudest, stored)
+    for asked in taps.values():
+        replace_parameters(twin, {name: found.stored[key] for name, key in asked.parameters.items()})
+    return found
 
 
 def calibrate(cache: CalibratedCache, walk: Walk, forwards: Forwards, position: int) -> None:
@@ -176,15 +202,18 @@ def replay_block(
     weights: Mapping[str, Solvable],
     activations: Mapping[str, Activations] | None = None,
     cache: CacheScales | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Carry both streams through a block that an earlier run solved. weights: by the site's path inside the block.
 
     activations: what the inputs of some are rounded to. cache: the scales that its keys and values are rounded by.
+    others: further parameters that aren't the source's, by their path inside the block.
     """
     chain = walk.chain
     chain.load_block(number)
     block = chain.blocks[number]
     twin = shared_twin(block)
+    replace_parameters(twin, others or {})
     for local, weight in weights.items():
         install(twin, local, weight)
     for local, kind in (activations or {}).items():
@@ -270,8 +299,12 @@ class Forwards:
                     self.finish(i, original)
 
 
-def gather(walk: Walk, stages: Sequence[Stage], forwards: Forwards, position: int) -> Statistics | None:
+def gather(
+    walk: Walk, stages: Sequence[Stage], forwards: Forwards, position: int, factors: Tensor | None = None
+) -> Statistics | None:
     """The statistics at a stage's tap from all calibration batches; None when no method of the stage reads any.
+
+    factors: what the compressed model's inputs are divided by there, where they are smoothed.
 
     Nothing that is solved here changes the original, so it needn't wait for it: from the last tap it goes on to the
     block's end at once, and from one that isn't narrower than the next it goes on to that. So it doesn't hold the
@@ -297,6 +330,8 @@ def gather(walk: Walk, stages: Sequence[Stage], forwards: Forwards, position: in
                 forwards.finish(i, True)
             else:
                 forwards.rest(i, True, ahead=following.sites[0].in_features <= stage.sites[0].in_features)
+        if cross and factors is not None and original is not None:
+            original = shrunk(original, factors)
         if reads:
             statistics.add(compressed, original if cross else None)
     if not reads:
@@ -310,11 +345,15 @@ def gather(walk: Walk, stages: Sequence[Stage], forwards: Forwards, position: in
 
 
 def _solve_stage(
-    walk: Walk, stage: Stage, statistics: Statistics | None, stored: Mapping[str, Tensor]
+    walk: Walk,
+    stage: Stage,
+    statistics: Statistics | None,
+    stored: Mapping[str, Tensor],
+    events: tuple[str, ...] = (),
 ) -> Iterator[SolvedSite]:
     """Solve a stage's sites, those with equal specs stacked into one matrix: rows don't depend on each other.
 
-    Where a share of a whole matrix goes, they do: such sites are solved one by one.
+    Where a share of a whole matrix goes, they do: such sites are solved one by one. events: of the stage, before.
     """
     groups: dict[tuple[SiteSpec, str], list[Site]] = {}
     for site in stage.sites:
@@ -342,7 +381,7 @@ def _solve_stage(
                 weight=result.weight.rows(start, stop),
                 error=lost / total if total > 0 else lost,
                 damping=result.damping,
-                events=(*result.events, "all weights are zero") if total == 0.0 else result.events,
+                events=(*events, *result.events, *(("all weights are zero",) if total == 0.0 else ())),
                 seconds=seconds * site.out_features / stacked.shape[0],
                 residual=None if result.residual is None else result.residual[start:stop],
             )

@@ -69,6 +69,8 @@ class SiteWork:
     def __init__(self, job: Job, checkpoint: Path) -> None:
         self._job, self._checkpoint = job, checkpoint
         self._schemes, self._specs = job.schemes, job.specs
+        stages = [stage for block in job.stages for stage in block if stage.sites[0].name in job.smoothing]
+        self._alphas = {site.name: job.smoothing[each.sites[0].name].alpha for each in stages for site in each.sites}
 
     def solve(self, walk: Walk, number: int) -> Finished:
         sites = sites_of(self._job.stages[number])
@@ -96,10 +98,24 @@ class SiteWork:
                 if site.name in self._specs
             }
             scales = [shards.read(key) for key in self._job.caches[number].scales] if self._job.caches else []
+            others = {name: shards.read(key) for name, key in self._smoothed(number).items()}
         sites = [site for site in sites_of(self._job.stages[number]) if site.name in self._specs]
         rounded = {site.local: self._specs[site.name].activations for site in sites}
         activations = {local: kind for local, kind in rounded.items() if kind is not None}
-        replay_block(walk, number, weights, activations, CacheScales(*scales) if scales else None)
+        replay_block(walk, number, weights, activations, CacheScales(*scales) if scales else None, others)
+
+    def _smoothed(self, number: int) -> dict[str, str]:
+        """Path inside a block -> key, of what was smoothed and not quantized: norms, and linears that stay."""
+        job = self._job
+        taps = [stage.sites[0].name for stage in job.stages[number]]
+        solved = {site.key for site in sites_of(job.stages[number]) if site.name in self._specs}
+        return {
+            name: key
+            for tap in taps
+            if tap in job.smoothing
+            for name, key in job.smoothing[tap].parameters.items()
+            if key not in solved
+        }
 
     @property
     def inside(self) -> frozenset[str]:
@@ -112,7 +128,11 @@ class SiteWork:
     def ledger(self) -> Ledger:
         ledger, by_key = Ledger(), {site.key: site for site in self._job.sites}
         ledger.added.update(key for cache in self._job.caches for key in cache.scales)
+        smoothed = {key for number in range(len(self._job.stages)) for key in self._smoothed(number).values()}
+        ledger.replaced |= {key: [key] for key in smoothed}
         for key in self._job.index:
+            if key in smoothed:
+                continue
             site = by_key.get(key)
             if site is None or site.name not in self._specs:
                 ledger.copied.add(key)
@@ -142,6 +162,7 @@ class SiteWork:
             pruned=f"{prune.method} {prune.pattern}" if prune else None,
             zeros=zeros_of(solved.weight) if solved and prune else None,
             activations=solved.spec.activations if solved else None,
+            smooth=self._alphas.get(site.name),
         )
 
 
