@@ -13,7 +13,7 @@ import torch
 from compressed_tensors.modeling.kvcache import register_key_hook, register_value_hook
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from families import FAMILIES
+from families import FAMILIES, SERVABLE
 from helpers import contents
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ from llmshrink.run.job import Options, prepare
 from llmshrink.run.sizes import sizes_of
 from llmshrink.run.verify import read_reference
 from llmshrink.run.work import SiteWork
+from llmshrink.serving import options, preflight
+from llmshrink.serving.launch import Installed
+from llmshrink.serving.options import EngineOptions
+from llmshrink.serving.vllm import engine
 from llmshrink.weights import FP8, CacheScales, before_cache, round_cache
 from llmshrink.weights.kv_cache import cached, cut_off
 
@@ -127,8 +131,8 @@ def test_scales_are_of_what_the_served_model_caches(
     source = model_of(family.model_type, **family.changes)
     report = llmshrink.quantize(source, output=out, calibration=story, dtype="float32", **SMALL)
     assert report.verification is not None and report.verification.mean_difference == 0.0
-    options = Options(str(source), tmp_path / "never", flags={"kv_cache": "fp8"}, calibration=str(story), **WINDOWS)
-    ids = prepare(options).calibration.input_ids
+    asked = Options(str(source), tmp_path / "never", flags={"kv_cache": "fp8"}, calibration=str(story), **WINDOWS)
+    ids = prepare(asked).calibration.input_ids
     record = json.loads((out / "llmshrink.json").read_text())["kv_cache"]
     most = cached_by_the_library(out, ids)
     assert len(record) == report.blocks and most.keys() == record.keys()
@@ -193,8 +197,8 @@ def test_a_prompt_and_its_continuation_read_the_same_cache(made: Path) -> None:
 
 def test_sizes_are_known_to_the_byte(made: Path, model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
     flags = {"kv_cache": "fp8", "group_size": 32}
-    options = Options(str(model_of("llama")), tmp_path / "never", flags=flags, calibration=str(story), **WINDOWS)
-    assert dict(sizes_of(prepare(options)).files) == {
+    asked = Options(str(model_of("llama")), tmp_path / "never", flags=flags, calibration=str(story), **WINDOWS)
+    assert dict(sizes_of(prepare(asked)).files) == {
         file.name: file.stat().st_size for file in made.glob("*.safetensors")
     }
     plan = llmshrink.plan(
@@ -392,6 +396,27 @@ def test_a_changed_scale_does_not_verify(made: Path, tmp_path: Path) -> None:
 def test_heads_that_no_cpu_caches_in_fp8_are_said() -> None:
     assert attention(80, 4) == {} and attention(64, 4, fp8_cache=True) == {}
     assert "multiple of 32" in attention(80, 4, fp8_cache=True)["vllm-cpu"]
+
+
+def test_serve_asks_for_what_the_cache_takes(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = model_of("llama", **SERVABLE)
+    llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    monkeypatch.setattr(preflight, "installed", lambda: Installed("vllm-cpu", "0.32.0"))
+    for module in (preflight, engine):
+        monkeypatch.setattr(module, "caches_fp8", lambda: True)
+    notes = preflight.check(tmp_path / "out", EngineOptions()).notes
+    assert any("cached in FP8" in note for note in notes) and any("towards zero" in note for note in notes)
+    other = preflight.check(tmp_path / "out", options.read(["--kv-cache-dtype=float16"]))
+    assert not any("cached in FP8" in note for note in other.notes)
+    for module in (preflight, engine):
+        monkeypatch.setattr(module, "caches_fp8", lambda: False)
+    monkeypatch.setattr(engine, "installed", lambda: Installed("vllm-cpu", "0.32.0"))
+    with pytest.raises(preflight.ServeError, match=r"AVX-512 alone, .* serve it where vLLM runs on CUDA"):
+        preflight.check(tmp_path / "out", EngineOptions())
+    with pytest.raises(engine.EngineError, match=r"AVX-512 alone, .* --engine transformers"):
+        engine.engine_logprobs(tmp_path / "out", [[1, 2]])
 
 
 @pytest.mark.parametrize(
