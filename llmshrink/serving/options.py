@@ -33,9 +33,9 @@ class EngineOptions:
 
     tp: int = 1
     dtype: str | None = None
-    kv_cache_dtype: str | None = None
     api_key: str | None = None
     tls: bool = False
+    kv_cache_dtype: str | None = None
 
 
 def read(words: Sequence[str]) -> EngineOptions:

@@ -61,7 +61,7 @@ class ServeError(LlmshrinkError):
 class Plugin:
     """llmshrink's plugin as vLLM will see it. why: None when it is loaded, else why not and what to do.
 
-    kernel: whether its kernel for grouped integers is offered.
+    kernel: whether its kernel for grouped integers is offered, and the CPU build's cache of FP8 mended.
     """
 
     why: str | None
@@ -100,7 +100,7 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
         raise ServeError(f"{checkpoint}: the quantization_config of config.json is no mapping; copy the folder again")
     notes = check_layers(checkpoint, config, quantization, asked, target, plugin)
     if cached:
-        notes += [FP8_CACHE, *([FP8_CACHE_CUT] if engine.cpu else [])]
+        notes += [FP8_CACHE, *([FP8_CACHE_CUT] if engine.cpu and not plugin.kernel else [])]
     return Passed(engine, device, tuple(notes))
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ from llmshrink.run.work import SiteWork
 from llmshrink.serving import options, preflight
 from llmshrink.serving.launch import Installed
 from llmshrink.serving.options import EngineOptions
-from llmshrink.serving.vllm import engine
+from llmshrink.serving.vllm import compat, engine
+from llmshrink.serving.vllm.kv_cache import mend, uncut
 from llmshrink.weights import FP8, CacheScales, before_cache, round_cache
 from llmshrink.weights.kv_cache import cached, cut_off
 
@@ -407,7 +409,9 @@ def test_serve_asks_for_what_the_cache_takes(
     for module in (preflight, engine):
         monkeypatch.setattr(module, "caches_fp8", lambda: True)
     notes = preflight.check(tmp_path / "out", EngineOptions()).notes
-    assert any("cached in FP8" in note for note in notes) and any("towards zero" in note for note in notes)
+    assert any("cached in FP8" in note for note in notes) and not any("towards zero" in note for note in notes)
+    monkeypatch.setenv("LLMSHRINK_VLLM_KERNELS", "off")
+    assert any("towards zero" in note for note in preflight.check(tmp_path / "out", EngineOptions()).notes)
     other = preflight.check(tmp_path / "out", options.read(["--kv-cache-dtype=float16"]))
     assert not any("cached in FP8" in note for note in other.notes)
     for module in (preflight, engine):
@@ -417,6 +421,41 @@ def test_serve_asks_for_what_the_cache_takes(
         preflight.check(tmp_path / "out", EngineOptions())
     with pytest.raises(engine.EngineError, match=r"AVX-512 alone, .* --engine transformers"):
         engine.engine_logprobs(tmp_path / "out", [[1, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_the_plugin_hands_to_vllm_is_cut_off_to_the_nearest(dtype: torch.dtype) -> None:
+    x, scale = numbers(dtype).clamp(-300, 300), 0.0371
+    step = torch.tensor([scale])
+    handed = uncut(x, scale)
+    assert handed.dtype == dtype
+    # Whether the engine cuts off or rounds.
+    assert torch.equal(cut_off(handed.float(), step), cached(x.float(), step))
+    assert torch.equal(cached(handed.float(), step), cached(x.float(), step))
+
+
+def test_the_plugin_mends_caches_of_checkpoints_with_scales_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Attention:
+        kv_cache_dtype = "fp8"
+
+        def do_kv_cache_update(
+            self, layer: Any, key: Tensor, value: Tensor, kv_cache: None, slot_mapping: None
+        ) -> None:
+            self.handed = (key, value)
+
+    monkeypatch.setattr(compat, "CPUAttentionBackendImpl", Attention, raising=False)
+    mend()
+    mend()
+    keys, values = torch.full((1, 1, 2), 1.1), torch.full((1, 1, 2), 2.2)
+    for declared, dtype, mended in (({"num_bits": 8}, "fp8", True), (None, "fp8", False), ({}, "fp8_e5m2", False)):
+        layer = SimpleNamespace(
+            quant_config=SimpleNamespace(kv_cache_scheme=declared), _k_scale_float=1.0, _v_scale_float=2.0
+        )
+        own = Attention()
+        own.kv_cache_dtype = dtype
+        own.do_kv_cache_update(layer, keys, values, None, None)
+        expected = (uncut(keys, 1.0), uncut(values, 2.0)) if mended else (keys, values)
+        assert all(torch.equal(one, other) for one, other in zip(own.handed, expected, strict=True))
 
 
 @pytest.mark.parametrize(

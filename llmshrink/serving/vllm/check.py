@@ -13,6 +13,7 @@ nat are its arithmetic, and cost 1e-5 to 1e-4 nats of KL at most. A weight that 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.formats import kv_cache, sparse24
 from llmshrink.formats.bitpack import WORD
 from llmshrink.serving.launch import installed
+from llmshrink.serving.preflight import plugin_here
 from llmshrink.serving.vllm.engine import EngineError, EngineResult, Generation, engine_logprobs
 
 TOLERANCE = 5e-4
@@ -116,9 +118,10 @@ def only_we_read(config: Mapping[str, Any]) -> bool:
 
 
 def cut_cache(config: Mapping[str, Any]) -> bool:
-    """Whether the vLLM at hand caches keys and values in FP8 and cuts them off, as its CPU build does."""
+    """Whether the vLLM at hand caches keys and values in FP8 and cuts them off: its CPU build, without the plugin."""
     engine = installed()
-    return engine is not None and engine.cpu and kv_cache.rounds(config.get("quantization_config"))
+    cuts = engine is not None and engine.cpu and not plugin_here(os.environ).kernel
+    return cuts and kv_cache.rounds(config.get("quantization_config"))
 
 
 def _decompressed(checkpoint: Path, *, cut: bool = False) -> Any:

@@ -17,11 +17,13 @@ from types import ModuleType
 from typing import Any
 
 KERNELS = "vllm.model_executor.kernels.linear"
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _LINEAR = "vllm.model_executor.layers.linear"
 _PARAMETER = "vllm.model_executor.parameter"
 _WHERE = {
     "BasevLLMParameter": _PARAMETER,
+    "CPUAttentionBackendImpl": CPU_ATTENTION,
     "ChannelQuantScaleParameter": _PARAMETER,
     "GroupQuantScaleParameter": _PARAMETER,
     "LinearBase": _LINEAR,

@@ -7,7 +7,8 @@ the plugin is then refused by vLLM itself.
 
     VLLM_PLUGINS=""                 vLLM's own switch: no plugins
     LLMSHRINK_VLLM_KERNELS=first    our kernel for compressed-tensors' `pack-quantized` before vLLM's own, not after
-    LLMSHRINK_VLLM_KERNELS=off      without it; checkpoints in llmshrink's own format are served all the same
+    LLMSHRINK_VLLM_KERNELS=off      without it, and caches of FP8 on CPUs as vLLM has them; checkpoints in llmshrink's
+                                    own format are served all the same
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ NAME = "llmshrink"
 GROUP = "vllm.general_plugins"
 KERNELS = "LLMSHRINK_VLLM_KERNELS"
 KERNELS_TAKEN = ("last", "first", "off")
+UNMENDED = "keys and values cached in FP8 are cut off on CPUs"
 
 # Below vLLM's own logger, whose handlers it shares.
 _logger = logging.getLogger("vllm.plugins.llmshrink")
 
 
 def register() -> None:
-    """Register the quantization config `llmshrink` and offer the kernel for grouped integers."""
+    """Register the quantization config `llmshrink`, offer the kernel for grouped integers, mend the CPU's FP8 cache."""
     _safely("its format can't be served", _config)
     _safely("its kernel for 2, 3, 4 and 8 bits can't be used", _kernel)
+    _safely(UNMENDED, _cache)
 
 
 def kernels_place(said: str | None) -> str:
@@ -57,6 +60,19 @@ def _kernel() -> None:
         compat.offer_kernel(LlmshrinkLinearKernel, first=place == "first")
 
     compat.once_imported(compat.KERNELS, lambda: _safely("its kernel for 2, 3, 4 and 8 bits can't be used", offer))
+
+
+def _cache() -> None:
+    if kernels_place(os.environ.get(KERNELS)) == "off":
+        return
+    from llmshrink.serving.vllm import compat
+
+    def mend() -> None:
+        from llmshrink.serving.vllm import kv_cache
+
+        kv_cache.mend()
+
+    compat.once_imported(compat.CPU_ATTENTION, lambda: _safely(UNMENDED, mend))
 
 
 def _safely(otherwise: str, step: Callable[[], None]) -> None:
