@@ -25,8 +25,8 @@ from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
 from llmshrink.recipe.schema import Override, Recipe
 from llmshrink.recipe.steps import BITSANDBYTES, Prune, Quantize
 
-SCHEME = {"bits", "group_size", "symmetric", "activations"}
-"""What an engine's layer has one of; how its shards' codes were found may differ."""
+SCHEME = {"bits", "group_size", "symmetric", "activations", "smooth"}
+"""What an engine's layer has one of, and its one input; how its shards' codes were found may differ."""
 PLUGIN = "llmshrink's plugin (llmshrink installed in vLLM's environment)"
 HEAD = "lm_head"
 """The pattern that every recipe ignores by default; a model whose head has another name doesn't make it a mistake."""
