@@ -265,7 +265,8 @@ class _Block:
             loss.backward()
             optimizer.step()
             schedule.step()
-            give_back()
+        # Not after each step: the next one would fault in again all that was given back, a sixth of the run's time.
+        give_back()
 
     def _run(self, batch: Batch, hidden: Tensor) -> Tensor:
         call = self._walk.chain.calls(batch)[self._number]
