@@ -21,6 +21,7 @@ from llmshrink.distillation import room
 from llmshrink.errors import LlmshrinkError, NoRoomError, OutputError, RecipeError
 from llmshrink.model.outline import outlined_stages
 from llmshrink.run import fits, memory, quantize
+from llmshrink.run import footprint as footprints
 from llmshrink.run.job import Options, outline, prepare
 from llmshrink.run.sizes import sizes_of
 
@@ -181,10 +182,26 @@ def test_control_groups_and_limits_of_address_space_are_limits_of_memory(
     assert 0 < memory.free_memory(torch.device("cpu")) <= 50_000_000
 
 
+def test_what_8_bit_inputs_are_rounded_in_is_counted(model_of: ModelOf, story: Path) -> None:
+    """The widest input, in bfloat16, is divided in float32, and its codes are multiplied in it."""
+    wide = 2048
+    model = model_of("llama", intermediate_size=wide)
+    found = {}
+    for recipe in ("fp8-dynamic", "rtn-w4a16"):
+        job = prepare(options(model, story, recipe=recipe))
+        active = job.stages[0]
+        held = footprints._held(job, 0, active, footprints._rounded(job, active))
+        found[recipe] = held.most, footprints.footprint(job, keep_paused=False, in_files=False).ram
+    more = found["fp8-dynamic"][0] - found["rtn-w4a16"][0]
+    assert 5 * wide < more < 10 * wide
+    batch = max(batch.input_ids.numel() for batch in job.batches)
+    assert found["fp8-dynamic"][1] - found["rtn-w4a16"][1] >= 0.9 * more * batch
+
+
 PEAK = """
 import re, sys
 import llmshrink
-asked = {"samples": 32, "recipe": sys.argv[1]}
+asked = {"samples": 32, "recipe": sys.argv[1], **eval(sys.argv[4])}
 if sys.argv[2] == "plan":
     print(llmshrink.plan("demo", measured=False, **asked).peak_ram_bytes)
 else:
@@ -196,11 +213,15 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_foretold_within_15_percent(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("gptq-w4a16", {}), ("gptq-w8a8", {"batch_size": 32, "set": "steps.0.quantize.smooth=0.5"})],
+)
+def test_memory_is_foretold_within_15_percent(recipe: str, more: dict[str, Any], tmp_path: Path) -> None:
     said = [
         int(
             subprocess.run(
-                [sys.executable, "-c", PEAK, "gptq-w4a16", work, str(tmp_path / "out")],
+                [sys.executable, "-c", PEAK, recipe, work, str(tmp_path / "out"), repr(more)],
                 check=True, capture_output=True, text=True,
             ).stdout.splitlines()[-1]
         )
