@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,11 @@ class InspectReport:
         return found + [f"note         {note}" for note in self.notes]
 
 
-def _rounded(rows: Iterable[SiteRow]) -> list[str]:
+def _rounded(rows: Sequence[SiteRow]) -> list[str]:
     counts = Counter(row.activations for row in rows if row.activations is not None)
-    return [f"inputs of {count} sites are rounded to {kind}, token by token" for kind, count in counts.items()]
+    found = [f"inputs of {count} sites are rounded to {kind}, token by token" for kind, count in counts.items()]
+    smooth = Counter(row.smooth for row in rows if row.smooth is not None)
+    return found + [f"inputs of {count} sites are smoothed, with alpha {alpha:g}" for alpha, count in smooth.items()]
 
 
 def _stored_bits(row: SiteRow) -> str:

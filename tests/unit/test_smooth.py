@@ -139,6 +139,9 @@ def test_it_takes_back_what_outliers_cost(outliers: Path, story: Path, tmp_path:
     }  # fmt: skip
     assert "not smoothed: o_proj, down_proj: no norm of their block feeds them" in smooth.notes
     assert llmshrink.verify(tmp_path / "smooth").ok
+    assert any(
+        "10 sites are smoothed, with alpha 0.5" in line for line in llmshrink.inspect(tmp_path / "smooth").lines()
+    )
 
 
 def test_what_is_not_quantized_computes_the_original_to_the_bit(outliers: Path, story: Path, tmp_path: Path) -> None:
@@ -228,15 +231,15 @@ def resumed(model: Path, out: Path, story: Path, monkeypatch: pytest.MonkeyPatch
     assert quantized(model, out, story, **asked).blocks_kept == 1
 
 
-@pytest.mark.parametrize("recipe", ["gptq-w8a8", "fp8-dynamic"])
+@pytest.mark.parametrize(("recipe", "cache"), [("gptq-w8a8", "fp8"), ("fp8-dynamic", "none")])
 def test_rerunning_and_spilling_give_the_same_bytes(
-    recipe: str, outliers: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, cache: str, outliers: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmshrink.run.quantize import Placement
 
     for name, placement in {"kept": Placement(None, True), "files": Placement(tmp_path / "spill", False)}.items():
         monkeypatch.setattr(Placement, "choose", lambda job, folder, placement=placement: placement)
-        quantized(outliers, tmp_path / name, story, recipe=recipe, set=ALPHA)
+        quantized(outliers, tmp_path / name, story, recipe=recipe, set=[ALPHA, f"kv_cache={cache}"])
     assert contents(tmp_path / "kept") == contents(tmp_path / "files")
 
 
