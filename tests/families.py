@@ -83,6 +83,7 @@ SCHEMES: dict[str, Scheme] = {
     "8 bit, FP8": Scheme("quantize", "fp8-dynamic", worst=0.3),
     "4 bit": Scheme("quantize", "gptq-w4a16", {"group_size": 32}),
     "4 bit, zero-points": Scheme("quantize", "gptq-w4a16-asym", {"group_size": 32}),
+    "4 bit, FP8 cache": Scheme("quantize", "gptq-w4a16", {"group_size": 32, "kv_cache": "fp8"}),
     "3 bit": Scheme("quantize", "gptq-w3a16", {"group_size": 32}),
     "2 bit": Scheme("quantize", "gptq-w2a16", {"group_size": 32}),
     "4 bit, tuned": Scheme("quantize", "tuned-w4a16", {"group_size": 32, "set": "steps.1.tune.steps=2"}),
