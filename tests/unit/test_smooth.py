@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llmshrink
+from benchmarks.outliers import with_outliers
 from llmshrink.calibration.statistics import Loudest, louder
 from llmshrink.cli import run as command
 from llmshrink.errors import RecipeError
@@ -104,24 +105,15 @@ def test_the_loudest_of_two_sets_is_that_of_both() -> None:
     assert torch.equal(whole.most, data.bfloat16().float().abs().amax(0))
 
 
-def with_outliers(folder: Path, **changes: Any) -> Path:
-    """A tiny Llama's equal, to the bit, with a few channels that are 64 times as loud behind each norm."""
-    make_model(folder, "llama", **changes)
-    tensors = load_file(folder / "model.safetensors")
-    for name in list(tensors):
-        if name.endswith("layernorm.weight"):
-            block = name.rpartition(".")[0].rpartition(".")[0]
-            linears = ("q_proj", "k_proj", "v_proj") if "input" in name else ("gate_proj", "up_proj")
-            tensors[name][5::16] *= 64
-            for key in (key for key in tensors if key.startswith(block) and key.split(".")[-2] in linears):
-                tensors[key][:, 5::16] /= 64
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("plain") / "model")
 
 
 @pytest.fixture(scope="module")
-def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_outliers(tmp_path_factory.mktemp("outliers") / "model")
+def outliers(plain: Path) -> Path:
+    """Its equal, to the bit, with a few channels that are 64 times as loud behind each norm."""
+    return with_outliers(plain, plain.with_name("outliers"), factor=64.0)
 
 
 def quantized(model: Path, out: Path, story: Path, **more: Any) -> Any:
@@ -142,6 +134,17 @@ def test_it_takes_back_what_outliers_cost(outliers: Path, story: Path, tmp_path:
     assert any(
         "10 sites are smoothed, with alpha 0.5" in line for line in llmshrink.inspect(tmp_path / "smooth").lines()
     )
+
+
+def test_it_finds_the_same_whatever_the_outliers_were(plain: Path, outliers: Path, story: Path, tmp_path: Path) -> None:
+    """A channel that is c times as loud, behind columns that are c times less, is divided by c times as much."""
+    shards = []
+    for model in (plain, outliers):
+        quantized(model, tmp_path / model.name, story, set="steps.0.quantize.smooth=0.75")
+        shards.append(load_file(tmp_path / model.name / "model-block-00001.safetensors"))
+    powers = {float((shards[0][key] / shards[1][key]).float().unique()) for key in shards[0] if "layernorm" in key}
+    assert len(powers) <= 2 and all(power.is_integer() for power in map(math.log2, powers))
+    assert all(torch.equal(shards[0][key], shards[1][key]) for key in shards[0] if key.endswith("_proj.weight"))
 
 
 def test_what_is_not_quantized_computes_the_original_to_the_bit(outliers: Path, story: Path, tmp_path: Path) -> None:
