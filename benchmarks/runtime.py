@@ -1,8 +1,9 @@
 """QuantLinear and, with 4 and 8 bits, SparseLinear on this CPU beside a dense linear: microseconds a call.
 
     python -m benchmarks.runtime [--shape 4096x4096 ...] [--rows 1 16 256 1024] [--group-size 128] [--bits 4]
+    python -m benchmarks.runtime --activations int8     # or fp8: EightBitLinear
 
-Nothing is timed before the packed result is within the kernels' tolerance of float64. Contenders take turns within each
+Nothing is timed before the packed result is within its tolerance of float64. Contenders take turns within each
 round, so that a change in the machine's load meets them all; medians are printed, and one JSON line at the end.
 """
 
@@ -21,9 +22,10 @@ from llmshrink_kernels.wna16 import naive, prepack
 from torch import Tensor
 
 from llmshrink.methods.pruning.pattern import largest_of_blocks
+from llmshrink.runtime.eight_bit import EightBitLinear, tolerance
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.sparse import SparseLinear
-from llmshrink.weights import GroupedInt, Sparse24
+from llmshrink.weights import FP8, Activations, EightBit, GroupedInt, Sparse24, coded
 
 SHAPES = ("256x256", "768x256", "256x768", "4096x4096")
 ROUNDS = 7
@@ -51,6 +53,25 @@ def contenders(shape: tuple[int, int], rows: int, *, bits: int, group_size: int)
         mask = largest_of_blocks(codes.abs().float(), 2, 4)
         halved = Sparse24.of(GroupedInt(codes * mask, scale, None, bits, group_size))
         calls |= _sparse(halved, torch.randn(rows, shape[1]).bfloat16())
+    return calls
+
+
+def eight_bit_contenders(shape: tuple[int, int], rows: int, kind: Activations) -> dict[str, Callable[[], Tensor]]:
+    """As `contenders`, where inputs are of 8 bits too."""
+    torch.manual_seed(0)
+    codes = torch.randn(shape) * 40
+    whole = codes.clamp(-127, 127).round().to(torch.int8) if kind == "int8" else codes.to(FP8)
+    weight = EightBit(whole, (torch.rand(shape[0], 1) * 0.05).bfloat16())
+    exact = weight.dequantize(torch.float64)
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        x, layer = torch.randn(rows, shape[1]).to(dtype), EightBitLinear(weight, dtype=dtype)
+        rounded, scale = coded(x, kind)
+        read = rounded.double() * scale.double()
+        assert ((layer(x).double() - read @ exact.T).abs() <= tolerance(read, exact, dtype)).all(), (shape, rows, dtype)
+        name = str(dtype).removeprefix("torch.")
+        calls[f"{kind} {name}"] = partial(layer, x)
+        calls[f"dense {name}"] = partial(torch.nn.functional.linear, x, exact.to(dtype))
     return calls
 
 
@@ -84,19 +105,26 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 256, 1024])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--activations", choices=("int8", "fp8"), help="of inputs, and of weights with them")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for text in options.shape:
             rows_out, columns = map(int, text.split("x"))
             for rows in options.rows:
-                calls = contenders((rows_out, columns), rows, bits=options.bits, group_size=options.group_size)
+                if options.activations:
+                    calls = eight_bit_contenders((rows_out, columns), rows, options.activations)
+                else:
+                    calls = contenders((rows_out, columns), rows, bits=options.bits, group_size=options.group_size)
                 found = medians(calls)
                 results.append({"shape": text, "rows": rows, "microseconds": found})
                 print(
                     f"{text:>12} M={rows:<5}" + "  ".join(f"{name} {us:.0f}" for name, us in found.items()), flush=True
                 )
-    settings = {"bits": options.bits, "group_size": options.group_size, "threads": torch.get_num_threads()}
+    kind = {"activations": options.activations} if options.activations else {
+        "bits": options.bits, "group_size": options.group_size
+    }  # fmt: skip
+    settings = {**kind, "threads": torch.get_num_threads()}
     print(json.dumps({**settings, "instructions": torch.backends.cpu.get_cpu_capability(), "results": results}))
 
 

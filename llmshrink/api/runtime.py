@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 def load(
     model: PathLike, *, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load a model with its weights packed: transformers' own model, with a QuantLinear for each packed linear,
-    and a SparseLinear for each that is 2:4 without its zeros.
+    """Load a model with its weights packed: transformers' own model, with a QuantLinear for each packed linear, a
+    SparseLinear for each that is 2:4 without its zeros, and an EightBitLinear for each that rounds inputs to 8 bits.
 
     model: a Hub id (`id` or `id@revision`), a folder, or "demo"; compressed-tensors' pack-quantized of 2, 3, 4 or 8
-    bits by any tool, llmshrink's own format, or a model that isn't compressed, which then loads as it is. device:
-    "cpu", "cuda", ...; None is the fastest that is there. dtype: "bfloat16", "float16" or "float32" (a CPU alone
-    computes packed weights in that); None is the checkpoint's own. The model is in evaluation mode, `generate` works,
+    bits, or its int-quantized or float-quantized with inputs rounded token by token, by any tool, llmshrink's own
+    format, or a model that isn't compressed, which then loads as it is. device: "cpu", "cuda", ...; None is the fastest
+    that is there. dtype: "bfloat16", "float16" or "float32" (a CPU alone computes packed weights in that); None is the
+    checkpoint's own. The model is in evaluation mode, `generate` works,
     and its memory is the compressed size; `.to(dtype)` changes the activations' dtype and never the scales. Weights are
     padded to whole tiles: outputs to a multiple of 64, inputs (but for torch's int4 product on a CPU) to one of 256 for
     4 bits, 128 for 8, 512 for 3 and 2, or of half that where it makes a row shorter (with 3 bits by a sixteenth at
