@@ -91,7 +91,8 @@ def test_a_shipped_recipe_is_valid_self_contained_and_named_by_its_file(file: Pa
         assert file.stem == recipe.quantize.method and f"{recipe.quantize.bits}-bit" in recipe.summary
     elif recipe.quantize is not None and recipe.quantize.activations != "none":
         kind = recipe.quantize.activations
-        assert file.stem == {"int8": f"{recipe.quantize.method}-w8a8", "fp8": "fp8-dynamic"}[kind]
+        method = recipe.quantize.method if recipe.quantize.smooth == "none" else "smoothquant"
+        assert file.stem == {"int8": f"{method}-w8a8", "fp8": "fp8-dynamic"}[kind]
         assert {"int8": "8-bit integers", "fp8": "FP8"}[kind] in recipe.summary
     elif recipe.quantize is not None:
         assert f"w{recipe.quantize.bits}a16" in file.stem and str(recipe.quantize.bits) in recipe.summary
