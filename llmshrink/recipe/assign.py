@@ -270,7 +270,10 @@ def _decide(layer: Sequence[SiteShape], asked: dict[str, Asked], tp: int, format
     decided = []
     for site in layer:
         prune, fault = _pruned(site, asked[site.name].prune)
-        spec = SiteSpec(prune, quantize) if prune is not None or quantize is not None else None
+        own = asked[site.name].quantize if quantize is not None else None
+        # What an engine must find alike is; how the codes are found is each site's own.
+        solved = None if own is None or quantize is None else _spec(own, quantize.group_size)
+        spec = SiteSpec(prune, solved) if prune is not None or solved is not None else None
         said = "; ".join(line for line in (note, fault) if line)
         decided.append(Assigned(site, spec, said or None, verdict, plugin))
     return decided
@@ -322,12 +325,12 @@ def _quantized(
                 "that go on in the next row wrongly, without an error"
             )
         # No kernel of an engine's is asked about its blocks.
-        return QuantizeSpec(**asked.model_dump() | {"group_size": wanted}), None
+        return _spec(asked, wanted), None
     if asked.activations != "none":
         verdict = eight_bit(asked.activations, _shards(layer), tp, layer[0].parallel)
         if not verdict.served:
             return None, f"stays as it is: {_reason(verdict.engines)}"
-        return QuantizeSpec(**asked.model_dump() | {"group_size": width}), None
+        return _spec(asked, width), None
     sizes = [size for size in range(min(wanted, width), 0, -1) if width % size == 0]
     # The largest of those that most of them take: `max` takes the first.
     refusals = {size: _refusals(layer, asked, size, tp, format) for size in sizes}
@@ -336,8 +339,12 @@ def _quantized(
     why_not = f"{wanted} doesn't divide {width} inputs" if width % wanted else _reason(refusals[wanted])
     if not served[chosen]:
         return None, f"stays as it is: {why_not}, and no smaller group is served either"
-    spec = QuantizeSpec(**asked.model_dump() | {"group_size": chosen})
+    spec = _spec(asked, chosen)
     return spec, f"group_size {chosen} instead of {wanted}: {why_not}" if chosen != wanted else None
+
+
+def _spec(asked: Quantize, group_size: int) -> QuantizeSpec:
+    return QuantizeSpec(**asked.model_dump() | {"group_size": group_size})
 
 
 def _refusals(layer: Sequence[SiteShape], asked: Quantize, size: int, tp: int, format: Format) -> dict[str, str | None]:

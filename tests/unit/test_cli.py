@@ -170,7 +170,7 @@ def test_quantize_hands_every_flag_to_its_twin(twin: Twin, capsys: pytest.Captur
         "quantize owner/name@v1 -o out --recipe mine.yaml --calibration notes.txt --samples 8 --seq-len 64 --bits 3 "
         "--group-size -1 --asymmetric --method rtn --set a.b=1 --set c=2 --device cpu --dtype float32 --batch-size 2 "
         "--seed 7 --work-dir work --overwrite --max-shard-size 1GB --trust-remote-code --serve-tp 2 "
-        "--strict --no-verify --push user/name --private --yes"
+        "--strict --no-verify --push user/name --private --yes --kv-cache fp8"
     )
     assert run(arguments.split()) == 0
     assert capsys.readouterr().out == "size  3\nserve  this\n"
@@ -181,7 +181,7 @@ def test_quantize_hands_every_flag_to_its_twin(twin: Twin, capsys: pytest.Captur
         "group_size": -1, "asymmetric": True, "method": "rtn", "set": ("a.b=1", "c=2"), "device": "cpu",
         "dtype": "float32", "batch_size": 2, "seed": 7, "work_dir": "work", "overwrite": True, "max_shard_size": "1GB",
         "trust_remote_code": True, "serve_tp": 2, "strict": True, "verify": False,
-        "push": "user/name", "private": True, "yes": True,
+        "push": "user/name", "private": True, "yes": True, "kv_cache": "fp8",
     }  # fmt: skip
 
 

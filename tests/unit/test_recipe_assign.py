@@ -211,9 +211,11 @@ def test_real_widths_fall_to_a_group_that_both_engines_take(width: int, tp: int,
 
 
 def test_shards_of_one_layer_may_be_solved_differently() -> None:
-    damp = "overrides=[{match: '*.q_proj', quantize: {damp: 0.02}}]"
-    found = assigned(None, damp)["model.layers.0.self_attn.q_proj"]
-    assert found.spec is not None and found.spec.quantize.damp == 0.02
+    for one in ("q_proj", "k_proj"):
+        found = assigned(None, f"overrides=[{{match: '*.{one}', quantize: {{damp: 0.02}}}}]")
+        for name in ("q_proj", "k_proj", "v_proj"):
+            spec = found[f"model.layers.0.self_attn.{name}"].spec
+            assert spec is not None and spec.quantize.damp == (0.02 if name == one else 0.01), (one, name)
 
 
 def test_fused_sites_fall_together() -> None:
