@@ -11,7 +11,7 @@ import torch
 from llmshrink.serving import launch
 from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, serve_command
 from llmshrink.serving.vllm import engine
-from llmshrink.serving.vllm.check import TOLERANCE, Reference, compare
+from llmshrink.serving.vllm.check import ROUNDED_TOLERANCE, TOLERANCE, Reference, compare, tolerance_of
 from llmshrink.serving.vllm.engine import EngineError, EngineResult, Generation, engine_logprobs
 
 VOCABULARY = 50
@@ -71,6 +71,16 @@ def test_the_divergence_of_the_whole_vocabulary_is_exact() -> None:
     p, q = (reference([3])[-1].double().log_softmax(-1) for reference in (ours, theirs))
     report = compare(EngineResult("an engine", result.generations[:1]), PROMPTS[:1], ours)
     assert report.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+
+
+def test_what_is_rounded_on_its_way_leaves_the_engine_more_room() -> None:
+    weights, inputs = {"weights": {"num_bits": 8}}, {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
+    found = {
+        name: tolerance_of({"quantization_config": {"config_groups": groups, "kv_cache_scheme": None}})
+        for name, groups in (("weights", {"a": weights}), ("both", {"a": weights, "b": inputs}))
+    }
+    assert found == {"weights": TOLERANCE, "both": ROUNDED_TOLERANCE}
+    assert tolerance_of({}) == TOLERANCE < ROUNDED_TOLERANCE < 5e-2
 
 
 def test_a_nan_is_never_right() -> None:

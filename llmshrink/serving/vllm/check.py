@@ -34,10 +34,10 @@ from llmshrink.serving.vllm.engine import EngineError, EngineResult, Generation,
 TOLERANCE = 5e-4
 """nats/token of KL, averaged over a prompt. Measured on small Llamas in int4: an engine in float16 3e-6, in bfloat16
 2e-4; the wrong weights 5e-2 and more."""
-CACHE_TOLERANCE = 2e-3
-"""The same where keys and values are cached in FP8: of numbers near the middle of two of the cache's, the engine's
-arithmetic in 16 bits decides. Measured on small Llamas 1e-6 to 3e-4; all cut off instead of rounded 1e-2, the wrong
-scales 2e-2 and more."""
+ROUNDED_TOLERANCE = 2e-3
+"""The same where inputs, or keys and values, are rounded to 8 bits on their way: of numbers near the middle of two
+codes, the engine's arithmetic in 16 bits decides. Measured on small Llamas 1e-6 to 3e-4 for an FP8 cache (all cut off
+instead of rounded: 1e-2; the wrong scales: 2e-2 and more), 5e-5 to 1.2e-3 for int8 inputs."""
 
 Reference = Callable[[Sequence[int]], Tensor]
 """Token ids -> logits [tokens, vocabulary] of the model that the engine is held to, in any float dtype."""
@@ -79,9 +79,16 @@ def compare_with_transformers(
     """
     result = engine_logprobs(checkpoint, prompts, max_tokens=max_tokens, dtype=dtype)
     if tolerance is None:
-        config = json.loads((checkpoint / "config.json").read_text())
-        tolerance = CACHE_TOLERANCE if kv_cache.rounds(config.get("quantization_config")) else TOLERANCE
+        tolerance = tolerance_of(json.loads((checkpoint / "config.json").read_text()))
     return compare(result, prompts, transformers_logits(checkpoint), tolerance=tolerance)
+
+
+def tolerance_of(config: Mapping[str, Any]) -> float:
+    """What an engine that serves a checkpoint with this config.json is held to."""
+    quantization = config.get("quantization_config") or {}
+    groups = (quantization.get("config_groups") or {}).values()
+    rounded = kv_cache.rounds(quantization) or any(group.get("input_activations") for group in groups)
+    return ROUNDED_TOLERANCE if rounded else TOLERANCE
 
 
 def transformers_logits(checkpoint: Path) -> Reference:
