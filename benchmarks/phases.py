@@ -101,7 +101,7 @@ def main() -> int:
     arguments = parser.parse_args()
     import llmshrink
     from benchmarks.make_llama import write
-    from llmshrink.run.job import pick_device
+    from llmshrink.run.asked import pick_device
     from llmshrink.run.progress import peak_memory
 
     device = pick_device(arguments.device)

@@ -13,7 +13,7 @@ from llmshrink.errors import LlmshrinkError, PathLike
 
 if TYPE_CHECKING:
     from llmshrink.distillation.report import DistillReport
-    from llmshrink.run.job import Options
+    from llmshrink.run.asked import Options
     from llmshrink.run.progress import Progress
     from llmshrink.run.report import QuantizeReport
 
@@ -240,7 +240,7 @@ def options_of(
     **settings: Unpack[StoredSettings],
 ) -> Options:
     """What a run is asked for, checked one by one. Raises LlmshrinkError."""
-    from llmshrink.run.job import Options
+    from llmshrink.run.asked import Options
 
     typed = {name: value for name, value in {**settings, **flags}.items() if name not in CHECKED_LATER}
     check_types(model=model, output=output, recipe=recipe, **typed)

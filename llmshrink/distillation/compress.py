@@ -13,11 +13,11 @@ from llmshrink.distillation.room import check_memory
 from llmshrink.distillation.run import distill
 from llmshrink.errors import RecipeError
 from llmshrink.recipe.schema import Recipe
-from llmshrink.run import job
+from llmshrink.run import asked
 from llmshrink.run.progress import Progress
 
 
-def compress(options: job.Options, recipe: Recipe, progress: Progress) -> DistillReport | None:
+def compress(options: asked.Options, recipe: Recipe, progress: Progress) -> DistillReport | None:
     """Carry out `recipe`, which the options name: every step into a folder beside the output, the last one into it.
 
     A run that was stopped goes on in the step where it stood. Raises RecipeError for a recipe that makes no student.

@@ -31,7 +31,8 @@ from llmshrink.distillation.student import Student, Train, open_student, schemes
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import CalibrationError, LlmshrinkError, SourceError
 from llmshrink.model.blocks import find_blocks
-from llmshrink.run.job import check_vocabulary, here, pick_device
+from llmshrink.run.asked import check_vocabulary, pick_device
+from llmshrink.run.job import here
 from llmshrink.run.journal import RECORD
 from llmshrink.run.memory import fast_bfloat16
 from llmshrink.run.progress import Progress

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmshrink.errors import LlmshrinkError
-from llmshrink.run.job import Options, prepare
+from llmshrink.run.asked import Options
+from llmshrink.run.job import prepare
 from llmshrink.run.journal import RECORD, check_output, partial_folder
 from llmshrink.run.progress import Progress
 from llmshrink.run.quantize import quantize

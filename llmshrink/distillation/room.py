@@ -7,7 +7,7 @@ import math
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import NoRoomError
-from llmshrink.run.job import pick_device
+from llmshrink.run.asked import pick_device
 from llmshrink.run.memory import free_memory
 from llmshrink.run.progress import size
 

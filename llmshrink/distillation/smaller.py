@@ -15,7 +15,7 @@ from typing import Any
 from llmshrink.distillation.made import made, student_folder
 from llmshrink.errors import LlmshrinkError
 from llmshrink.model.families import family_of
-from llmshrink.run.job import Options
+from llmshrink.run.asked import Options
 from llmshrink.run.progress import Progress
 
 SAMPLES = 128

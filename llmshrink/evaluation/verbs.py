@@ -141,7 +141,7 @@ def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Opt
     from llmshrink_eval.cache import default_folder
     from llmshrink_eval.options import Options, Running, Scoring
 
-    from llmshrink.run.job import pick_device
+    from llmshrink.run.asked import pick_device
 
     device = "cpu" if settings.engine == "vllm" and settings.device is None else str(pick_device(settings.device))
     cache = default_folder() if settings.cache is None else Path(settings.cache)

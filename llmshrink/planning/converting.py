@@ -21,9 +21,9 @@ from llmshrink.planning.probe import writing
 from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import Measured, Spent, once
 from llmshrink.run import disk
+from llmshrink.run.asked import pick_device
 from llmshrink.run.convert import Conversion, check
 from llmshrink.run.footprint import LIBRARIES
-from llmshrink.run.job import pick_device
 from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import resident
 from llmshrink.run.verify import chain_of, held_out_batches, read_reference

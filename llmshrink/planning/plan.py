@@ -17,9 +17,10 @@ from llmshrink.planning.probe import probe
 from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import now
 from llmshrink.recipe.read import load_recipe
+from llmshrink.run.asked import Options
 from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
-from llmshrink.run.job import Job, Options, outline
+from llmshrink.run.job import Job, outline
 from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import give_back, lean_imports, resident
 from llmshrink.run.quantize import Placement

@@ -37,7 +37,8 @@ from llmshrink.run.heldout import LOGITS, TOP
 from llmshrink.run.job import PROBE_TOKENS, Job
 from llmshrink.run.quantize import block_tuning
 from llmshrink.run.sizes import outside_keys
-from llmshrink.run.transform import Forwards, Walk, gather, shared_twin
+from llmshrink.run.transform import gather
+from llmshrink.run.walk import Forwards, Walk, shared_twin
 from llmshrink.weights import Solvable
 
 MOST_BATCHES = 8

@@ -16,10 +16,10 @@ from llmshrink.planning.found import Found, find, fitting
 from llmshrink.planning.report import Plan
 from llmshrink.recipe.steps import Distill
 from llmshrink.run import disk
+from llmshrink.run.asked import Options as RunOptions
 from llmshrink.run.finish import side_files
 from llmshrink.run.inspect import inspect
 from llmshrink.run.job import Job
-from llmshrink.run.job import Options as RunOptions
 from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import resident
 from llmshrink.run.storage import format_of

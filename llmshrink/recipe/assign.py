@@ -22,8 +22,9 @@ from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import Parallel, Verdict, eight_bit, plugin_kernel, servable, sparse24_kernel
 from llmshrink.formats.stored import Format
 from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
+from llmshrink.recipe.fields import BITSANDBYTES
 from llmshrink.recipe.schema import Override, Recipe
-from llmshrink.recipe.steps import BITSANDBYTES, Prune, Quantize
+from llmshrink.recipe.steps import Prune, Quantize
 
 SCHEME = {"bits", "group_size", "symmetric", "activations", "smooth"}
 """What an engine's layer has one of, and its one input; how its shards' codes were found may differ."""

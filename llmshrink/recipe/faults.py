@@ -7,25 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
+from llmshrink.recipe.fields import Divergence, DropBy, Importance, KvCache, ScaleSearch, Train, methods, pruners
 from llmshrink.recipe.schema import Override, Recipe
-from llmshrink.recipe.steps import (
-    Depth,
-    Distill,
-    Divergence,
-    DropBy,
-    Importance,
-    KvCache,
-    Prune,
-    PrunePatch,
-    Quantize,
-    QuantizePatch,
-    ScaleSearch,
-    Step,
-    Train,
-    Width,
-    methods,
-    pruners,
-)
+from llmshrink.recipe.steps import Depth, Distill, Prune, PrunePatch, Quantize, QuantizePatch, Step, Width
 
 _KNOWN_KEYS: dict[str, tuple[str, ...]] = {
     "": tuple(Recipe.model_fields),

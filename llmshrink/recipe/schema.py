@@ -15,21 +15,8 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmshrink.recipe.steps import (
-    BITSANDBYTES,
-    Depth,
-    Distill,
-    Frozen,
-    KvCache,
-    Prune,
-    PrunePatch,
-    Quantize,
-    QuantizePatch,
-    Step,
-    Text,
-    Tune,
-    Width,
-)
+from llmshrink.recipe.fields import BITSANDBYTES, Frozen, KvCache, Text
+from llmshrink.recipe.steps import Depth, Distill, Prune, PrunePatch, Quantize, QuantizePatch, Step, Tune, Width
 
 WORKS = (
     ["quantize"],

@@ -2,103 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
-    StringConstraints,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-BITS = (2, 3, 4, 8)
-BITSANDBYTES = ("bnb-int8", "bnb-nf4", "bnb-nf4-double")
-"""Methods that are bitsandbytes' own; what they make is stored as that library stores it."""
-BUILT_IN = (*BITSANDBYTES, "gptq", "rtn")
-"""Methods accepted without a look into the registry, whose import brings torch; a test checks they are there."""
-PRUNERS = ("alps", "magnitude", "sparsegpt", "wanda")
-"""The same of the ways to prune."""
-
-Activations = Literal["none", "int8", "fp8"]
-KvCache = Literal["none", "fp8"]
-ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
-Importance = Literal["activations", "magnitude"]
-DropBy = Literal["angular", "loss"]
-Ratios = Literal["uniform", "by-error"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-Train = Literal["weights", "scales"]
-Text = Annotated[str, StringConstraints(min_length=1)]
-
-
-def _strength(value: object) -> object:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    if value is None or value == "none":
-        return value
-    if number:
-        return float(value)  # type: ignore[arg-type]
-    raise PydanticCustomError("smooth", "isn't none or a number from 0 to 1")
-
-
-Strength = Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["none"], BeforeValidator(_strength)]
-
-
-class Frozen(BaseModel):
-    """Values of the types that are written, and no other key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _known_bits(bits: int | None) -> int | None:
-    if bits is not None and bits not in BITS:
-        raise PydanticCustomError("bits", "isn't one of 2, 3, 4, 8")
-    return bits
-
-
-def _known_group(group_size: int | None) -> int | None:
-    if group_size is not None and group_size != -1 and group_size < 1:
-        raise PydanticCustomError("group_size", "isn't -1 (one group a row) or a positive number of inputs")
-    return group_size
-
-
-def _known_method(method: str | None) -> str | None:
-    if method is not None and method not in BUILT_IN and method not in methods():
-        raise PydanticCustomError("method", "unknown method")
-    return method
-
-
-def methods() -> tuple[str, ...]:
-    """Every method that is registered."""
-    from llmshrink.methods import names
-
-    return names()
-
-
-def pruners() -> tuple[str, ...]:
-    """Every way to prune that is registered."""
-    from llmshrink.methods.pruning import names
-
-    return names()
-
-
-def _known_pruner(method: str | None) -> str | None:
-    if method is not None and method not in PRUNERS and method not in pruners():
-        raise PydanticCustomError("pruner", "unknown way to prune")
-    return method
-
-
-def _known_pattern(pattern: str | None) -> str | None:
-    if pattern is None:
-        return None
-    keep, of, block = pattern.partition(":")
-    if not (of and keep.isdecimal() and block.isdecimal() and 0 < int(keep) < int(block)):
-        raise PydanticCustomError("pattern", 'isn\'t n:m with 0 < n < m, as "2:4"')
-    return pattern
+from llmshrink.recipe.fields import (
+    BITSANDBYTES,
+    Activations,
+    Amount,
+    Divergence,
+    DropBy,
+    Frozen,
+    Importance,
+    Ratios,
+    ScaleSearch,
+    Strength,
+    Train,
+    known_bits,
+    known_group,
+    known_method,
+    known_pattern,
+    known_pruner,
+)
 
 
 class Quantize(Frozen):
@@ -137,9 +69,9 @@ class Quantize(Frozen):
     activations: Activations = "none"
     smooth: Strength = "none"
 
-    _bits = field_validator("bits")(_known_bits)
-    _group = field_validator("group_size")(_known_group)
-    _method = field_validator("method")(_known_method)
+    _bits = field_validator("bits")(known_bits)
+    _group = field_validator("group_size")(known_group)
+    _method = field_validator("method")(known_method)
 
     @model_validator(mode="before")
     @classmethod
@@ -248,9 +180,9 @@ class QuantizePatch(Frozen):
     activations: Activations | None = None
     smooth: Strength | None = None
 
-    _bits = field_validator("bits")(_known_bits)
-    _group = field_validator("group_size")(_known_group)
-    _method = field_validator("method")(_known_method)
+    _bits = field_validator("bits")(known_bits)
+    _group = field_validator("group_size")(known_group)
+    _method = field_validator("method")(known_method)
 
     def onto(self, base: Quantize) -> Quantize:
         """`base` with this patch's fields; a change of method brings the new method's defaults with it."""
@@ -289,8 +221,8 @@ class Prune(Frozen):
     corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
 
-    _method = field_validator("method")(_known_pruner)
-    _pattern = field_validator("pattern")(_known_pattern)
+    _method = field_validator("method")(known_pruner)
+    _pattern = field_validator("pattern")(known_pattern)
 
     @model_validator(mode="before")
     @classmethod
@@ -322,8 +254,8 @@ class PrunePatch(Frozen):
     corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
     damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
 
-    _method = field_validator("method")(_known_pruner)
-    _pattern = field_validator("pattern")(_known_pattern)
+    _method = field_validator("method")(known_pruner)
+    _pattern = field_validator("pattern")(known_pattern)
 
     def onto(self, base: Prune) -> Prune:
         """`base` with this patch's fields."""
@@ -333,19 +265,6 @@ class PrunePatch(Frozen):
             # A site's own ratio is what it gets, unless the override says that it is to be found.
             fields = {name: value for name, value in fields.items() if name not in ("pattern", "ratio", "ratios")}
         return Prune.model_validate(fields | patch)
-
-
-def _amount(value: object) -> object:
-    """A number of things (a whole number), or a share of them (a number with a point)."""
-    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is None or number or (isinstance(value, float) and 0 < value < 1):
-        return value
-    raise PydanticCustomError(
-        "amount", "isn't a whole number of at least 1, or a share between 0 and 1 (with a point, as 0.25)"
-    )
-
-
-Amount = Annotated[int | float, BeforeValidator(_amount)]
 
 
 class Depth(Frozen):

@@ -31,7 +31,7 @@ from llmshrink.run.journal import Part
 from llmshrink.run.memory import free_memory
 from llmshrink.run.report import SiteRow
 from llmshrink.run.structure import Structure
-from llmshrink.run.transform import Forwards, Walk
+from llmshrink.run.walk import Forwards, Walk
 from llmshrink.run.work import Finished, bytes_of
 
 LOSS_TOKENS = 8192

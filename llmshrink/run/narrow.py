@@ -29,7 +29,8 @@ from llmshrink.run.memory import give_back
 from llmshrink.run.report import SiteRow
 from llmshrink.run.shards import open_shards
 from llmshrink.run.structure import Fewer, Structure
-from llmshrink.run.transform import Forwards, Walk, gather, shared_twin
+from llmshrink.run.transform import gather
+from llmshrink.run.walk import Forwards, Walk, shared_twin
 from llmshrink.run.work import Finished, bytes_of
 
 

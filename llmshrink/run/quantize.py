@@ -14,11 +14,12 @@ from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
+from llmshrink.run.asked import Options
 from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.fits import check_memory, on_one_disk
 from llmshrink.run.footprint import footprint
-from llmshrink.run.job import Job, Options, prepare
+from llmshrink.run.job import Job, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import free_memory, give_back, lean_imports
 from llmshrink.run.narrow import NarrowWork
@@ -27,8 +28,8 @@ from llmshrink.run.ratios import RatioWork
 from llmshrink.run.report import QuantizeReport
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
 from llmshrink.run.sizes import OUTSIDE, outside_keys, sizes_of
-from llmshrink.run.transform import Walk
 from llmshrink.run.tune import BlockTuning
+from llmshrink.run.walk import Walk
 from llmshrink.run.work import SiteWork, Work
 
 

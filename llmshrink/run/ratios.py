@@ -36,7 +36,7 @@ from llmshrink.run.depth import embedded
 from llmshrink.run.job import Job
 from llmshrink.run.memory import give_back
 from llmshrink.run.report import SiteRow
-from llmshrink.run.transform import SolvedSite, Walk, install
+from llmshrink.run.walk import SolvedSite, Walk, install
 from llmshrink.run.work import Finished, SiteWork
 from llmshrink.weights import Dense
 

@@ -48,7 +48,8 @@ def known_files(record: Mapping[str, Any], seal: Mapping[str, Any] | None) -> fr
 
 def seal_of(folder: Path, report: VerifyReport, known: Iterable[str]) -> dict[str, Any]:
     """That the record and the `known` files of `folder` are what `report`, which is ok, was made of."""
-    from llmshrink.run.job import here, pick_device
+    from llmshrink.run.asked import pick_device
+    from llmshrink.run.job import here
 
     assert report.ok, report
     record = read_record(folder)

@@ -22,8 +22,9 @@ from llmshrink.formats.stored import Format, Scheme
 from llmshrink.methods import QuantizeSpec, SiteSpec
 from llmshrink.methods.bnb import require
 from llmshrink.recipe.assign import Assigned, serving_notes
+from llmshrink.recipe.fields import BITSANDBYTES
 from llmshrink.recipe.schema import Recipe
-from llmshrink.recipe.steps import BITSANDBYTES, Prune, Quantize
+from llmshrink.recipe.steps import Prune, Quantize
 from llmshrink.weights.sparse24 import VALUE_DTYPES
 
 FLAG = "--format llmshrink"

@@ -28,7 +28,7 @@ from llmshrink.methods import SiteSpec, solve
 from llmshrink.methods.learned import ScaledLinear
 from llmshrink.model.sites import Site
 from llmshrink.run.memory import fast_bfloat16, give_back
-from llmshrink.run.transform import SolvedSite, Walk, install, shared_twin
+from llmshrink.run.walk import SolvedSite, Walk, install, shared_twin
 from llmshrink.weights import CacheScales, GroupedInt, round_cache
 
 BETAS = (0.9, 0.95)

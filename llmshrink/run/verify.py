@@ -159,7 +159,7 @@ def verify(folder: Path) -> VerifyReport:
 
 def _device(record: dict[str, Any]) -> torch.device:
     """Of the kind that the run was on, where there is one."""
-    from llmshrink.run.job import pick_device
+    from llmshrink.run.asked import pick_device
 
     return pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
 

@@ -24,7 +24,8 @@ from llmshrink.run.job import Job
 from llmshrink.run.journal import Part
 from llmshrink.run.report import SiteRow
 from llmshrink.run.shards import open_shards
-from llmshrink.run.transform import SolvedBlock, SolvedSite, Walk, replay_block, transform_block
+from llmshrink.run.transform import replay_block, transform_block
+from llmshrink.run.walk import SolvedBlock, SolvedSite, Walk
 from llmshrink.weights import CacheScales, Dense, GroupedInt, Solvable
 
 OFFSETS = "offsets"

@@ -20,7 +20,7 @@ from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import LlmshrinkError
 from llmshrink.run import progress
-from llmshrink.run.job import pick_device
+from llmshrink.run.asked import pick_device
 from llmshrink.run.report import size
 from llmshrink.runtime.load import PACKED, config_of, load
 

@@ -29,7 +29,7 @@ from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.stored import Scheme
 from llmshrink.methods.bnb import require
 from llmshrink.model.skeleton import Skeleton
-from llmshrink.run.job import DTYPES, pick_device
+from llmshrink.run.asked import DTYPES, pick_device
 from llmshrink.run.memory import give_back
 from llmshrink.runtime.eight_bit import EightBitLinear
 from llmshrink.runtime.linear import QuantLinear

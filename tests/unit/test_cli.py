@@ -127,7 +127,7 @@ def test_without_a_verb_there_is_help(arguments: list[str], capsys: pytest.Captu
 
 
 def test_help_offers_every_dtype_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    from llmshrink.run.job import DTYPES
+    from llmshrink.run.asked import DTYPES
 
     assert run(["quantize", "--help"]) == 0
     said = capsys.readouterr().out.partition("--dtype")[2].partition("--batch-size")[0]

@@ -28,7 +28,8 @@ from llmshrink.formats.servable import attention
 from llmshrink.model import caches
 from llmshrink.model.blocks import Call
 from llmshrink.run import quantize as runs
-from llmshrink.run.job import Options, prepare
+from llmshrink.run.asked import Options
+from llmshrink.run.job import prepare
 from llmshrink.run.sizes import sizes_of
 from llmshrink.run.verify import read_reference
 from llmshrink.run.work import SiteWork

@@ -22,7 +22,8 @@ from llmshrink.errors import LlmshrinkError, NoRoomError, OutputError, RecipeErr
 from llmshrink.model.outline import outlined_stages
 from llmshrink.run import fits, memory, quantize
 from llmshrink.run import footprint as footprints
-from llmshrink.run.job import Options, outline, prepare
+from llmshrink.run.asked import Options
+from llmshrink.run.job import outline, prepare
 from llmshrink.run.sizes import sizes_of
 
 ModelOf = Callable[..., Path]

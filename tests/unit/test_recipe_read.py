@@ -14,18 +14,10 @@ import llmshrink
 from llmshrink.cli import run
 from llmshrink.errors import RecipeError
 from llmshrink.recipe import read
+from llmshrink.recipe.fields import BITSANDBYTES, BUILT_IN, PRUNERS, methods, pruners
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash, shipped, shipped_names, to_yaml, unreadable
 from llmshrink.recipe.schema import Recipe
-from llmshrink.recipe.steps import (
-    BITSANDBYTES,
-    BUILT_IN,
-    PRUNERS,
-    Prune,
-    Quantize,
-    QuantizePatch,
-    methods,
-    pruners,
-)
+from llmshrink.recipe.steps import Prune, Quantize, QuantizePatch
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))

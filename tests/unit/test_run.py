@@ -19,6 +19,7 @@ from llmshrink.calibration.activations import Stream, batches_of
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
+from llmshrink.run import asked
 from llmshrink.run import job as jobs
 from llmshrink.run import quantize as runs
 from llmshrink.run.report import size
@@ -478,7 +479,7 @@ def test_integer_weights_are_refused_by_name_before_any_work(story: Path, tmp_pa
 
 def test_a_work_dir_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    jobs.check_work_dir(tmp_path / "here" / "not yet")
+    asked.check_work_dir(tmp_path / "here" / "not yet")
     assert list((tmp_path / "here").iterdir()) == []
 
 

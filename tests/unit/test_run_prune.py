@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import llmshrink
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.errors import RecipeError
-from llmshrink.recipe.steps import BITSANDBYTES
+from llmshrink.recipe.fields import BITSANDBYTES
 
 
 def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
