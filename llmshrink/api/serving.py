@@ -15,15 +15,17 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     options: Sequence[str] = (),
+    dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> int:
     """Serve a checkpoint's folder over HTTP with the vLLM of this environment; blocks until the server ends.
 
-    options: vLLM's own, as on its command line ("--max-model-len", "4096"). say: gets every line that `llmshrink serve`
+    options: vLLM's own, as on its command line ("--max-model-len", "4096"). dry_run: check and say what would be
+    started, and start nothing (the exit code is 0). say: gets every line that `llmshrink serve`
     prints. Returns the server's exit code. Raises LlmshrinkError, before anything is started, when there is no vLLM,
     when this one can't serve the checkpoint on this device, or when the port is taken: str(error) says why, and what to
     do. SIGINT and SIGTERM are passed on when this is called from the main thread.
     """
     from llmshrink.serving import serve as serving
 
-    return serving.serve(Path(os.fspath(checkpoint)), host=host, port=port, options=options, say=say)
+    return serving.serve(Path(os.fspath(checkpoint)), host=host, port=port, options=options, dry_run=dry_run, say=say)

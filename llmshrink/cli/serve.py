@@ -16,6 +16,9 @@ def serve(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint's folder.")],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, say what would be started, and start nothing.")
+    ] = False,
 ) -> int:
     """Serve DIR with vLLM, its OpenAI-compatible API on --host and --port.
 
@@ -32,7 +35,7 @@ def serve(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    status = api.serve(checkpoint, host=host, port=port, options=context.args, say=say)
+    status = api.serve(checkpoint, host=host, port=port, options=context.args, dry_run=dry_run, say=say)
     if status:
         print(f"llmshrink: vLLM ended with exit code {status}", file=sys.stderr)
     return status

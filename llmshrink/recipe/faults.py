@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
-from llmshrink.recipe.fields import Divergence, DropBy, Importance, KvCache, ScaleSearch, Train, methods, pruners
+from llmshrink.recipe.fields import methods, pruners
 from llmshrink.recipe.schema import Override, Recipe
 from llmshrink.recipe.steps import Depth, Distill, Prune, PrunePatch, Quantize, QuantizePatch, Step, Width
 
@@ -24,14 +25,6 @@ _KNOWN_KEYS: dict[str, tuple[str, ...]] = {
 assert tuple(Quantize.model_fields) == tuple(QuantizePatch.model_fields)
 assert tuple(Prune.model_fields) == tuple(PrunePatch.model_fields)
 
-_CHOICES = {
-    "scale_search": ScaleSearch,
-    "kv_cache": KvCache,
-    "importance": Importance,
-    "by": DropBy,
-    "divergence": Divergence,
-    "train": Train,
-}
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -67,7 +60,7 @@ def describe(fault: Mapping[str, Any], label: str, origins: Mapping[str, str]) -
     if kind == "string_type" and path.endswith("pattern"):
         return f'{where}: {value} isn\'t text: write the pattern with quotes, as "2:4"'
     if kind == "literal_error":
-        known = get_args(_CHOICES[str(fault["loc"][-1])])
+        known = tuple(re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
         return f"{where}: {_shown(value)} isn't one of {', '.join(known)}{nearest(str(value), known)}"
     if kind in _WANTED:
         return f"{where}: {_shown(value)} isn't {_WANTED[kind]}{_number_hint(kind, value)}"

@@ -239,8 +239,9 @@ def _apply_set(document: dict[str, Any], assignment: str, origins: dict[str, str
         at = joined(_typed(parts[: depth + 1]))
         if isinstance(here, list):
             if not part.isdecimal() or int(part) >= len(here):
-                have = f"0 to {len(here) - 1}" if here else "none, it is empty"
-                return [f"{said}: {joined(_typed(parts[:depth]))} has no item {part} (it has {have})"]
+                have = f"0 to {len(here) - 1}" if len(here) > 1 else "0 alone" if here else "none, it is empty"
+                of = joined(_typed(parts[:depth]))
+                return [f"{said}: {of} has no item {part} (it has {have}); add it in a recipe file of your own"]
             key: Any = int(part)
         elif isinstance(here, dict):
             key = part

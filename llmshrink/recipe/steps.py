@@ -193,8 +193,8 @@ class QuantizePatch(Frozen):
         if method is not None:
             fields = {**fields, "method": method}
         if kind != base.activations:
-            # Products of 8 bits have one grid, which is nothing that others should keep, nor the other way round.
-            idle = (*GRID_FIELDS, "scale_search", *(("smooth",) if kind == "none" else ()))
+            # Products of 8 bits have a grid of their own; weights alone keep it, unless the patch has another.
+            idle = ("smooth",) if kind == "none" else (*GRID_FIELDS, "scale_search")
             fields = {name: value for name, value in fields.items() if name not in idle}
         return Quantize.model_validate(fields | patch)
 

@@ -47,7 +47,7 @@ class InspectReport:
         found = [f"{head}   zeros  pruned" if pruned else head]
         for row in self.sites:
             shape = f"{row.shape[0]}x{row.shape[1]}"
-            bits, group = (str(row.bits), str(row.group_size)) if row.bits is not None else (_stored_bits(row), "-")
+            bits, group = (str(row.bits), _group(row)) if row.bits is not None else (_stored_bits(row), "-")
             error = f"{row.error:.6f}" if row.error is not None else "-"
             line = f"{row.name:{width}}  {shape:>13}  {bits:>4}  {group:>5}  {row.bytes:>9}  {error:>8}"
             zeros = f"{row.zeros:.1%}" if row.zeros is not None else "-"
@@ -69,6 +69,10 @@ def _rounded(rows: Sequence[SiteRow]) -> list[str]:
     found = [f"inputs of {count} sites are rounded to {kind}, token by token" for kind, count in counts.items()]
     smooth = Counter(row.smooth for row in rows if row.smooth is not None)
     return found + [f"inputs of {count} sites are smoothed, with alpha {alpha:g}" for alpha, count in smooth.items()]
+
+
+def _group(row: SiteRow) -> str:
+    return "row" if row.group_size == row.shape[1] else str(row.group_size)
 
 
 def _stored_bits(row: SiteRow) -> str:

@@ -315,7 +315,7 @@ def _decided(
         batch_size=batch_size,
         other_linears=linears_outside(chain.skeleton.model, chain.prefix),
         structure=structure,
-        caches=_caches(recipe, chain, stages, index),
+        caches=_caches(recipe, chain, stages, decided, index),
         smoothing=smoothing,
         unsmoothed=unsmoothed,
     )
@@ -332,10 +332,22 @@ def _smoothing(
     return smoothed_taps(recipe.name, stages, specs, folds, chain.skeleton.key_of)
 
 
-def _caches(recipe: Recipe, chain: Chain, stages: list[list[Stage]], index: CheckpointIndex) -> list[CacheSite]:
-    """Where keys and values are rounded, if the recipe says so. Raises CheckpointError where there are scales."""
+def _caches(
+    recipe: Recipe, chain: Chain, stages: list[list[Stage]], assigned: Mapping[str, Assigned], index: CheckpointIndex
+) -> list[CacheSite]:
+    """Where keys and values are rounded, if the recipe says so.
+
+    Raises CheckpointError where there are scales, RecipeError where no weight is quantized.
+    """
     if recipe.kv_cache == "none":
         return []
+    if not any(each.spec is not None and each.spec.quantize is not None for each in assigned.values()):
+        raise RecipeError(
+            [
+                f"{recipe.name}: kv_cache {recipe.kv_cache}: nothing of this model can be quantized as asked, and a "
+                "checkpoint of plain weights has no word for it; leave it out"
+            ]
+        )
     found = find_caches(chain, stages, Blank(index), PROBE_TOKENS)
     there = next((key for cache in found for key in cache.scales if key in index), None)
     if there is not None:

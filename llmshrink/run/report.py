@@ -138,9 +138,10 @@ class QuantizeReport:
         """The closing summary for a person."""
         q = self.quality
         ratio = self.bytes_before / self.bytes_after
+        change = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
         found = [
             f"{self.model} -> {self.output}  ({self.recipe})",
-            f"size        {size(self.bytes_before)} -> {size(self.bytes_after)}  ({ratio:.2f}x smaller)",
+            f"size        {size(self.bytes_before)} -> {size(self.bytes_after)}  ({change})",
             *([f"structure   {self.structure}"] if self.structure else []),
             f"sites       {changes(self.sites)}, {sum(not row.changed for row in self.sites)} left as they were",
             *([f"kv cache    {self.kv_cache}"] if self.kv_cache else []),

@@ -22,10 +22,10 @@ from llmshrink.run.job import Job
 from llmshrink.run.shards import file_name, split
 
 OUTSIDE = "outside"
-RECORDS = 10_000
+RECORDS = 12_000
 """Bytes of llmshrink.json, timing.json, recipe.yaml and README.md beside what they say of each site."""
-SITE_RECORD = 420
-"""Bytes that these and config.json say of a site."""
+SITE_RECORD, TUNED_RECORD = 420, 400
+"""Bytes that these and config.json say of a site; and how many more of one that is tuned."""
 FILE_RECORD = 240
 """Bytes that these and the seal say of a file of weights."""
 POSITION = 4 + 8 * TOP
@@ -163,6 +163,6 @@ def _beside(job: Job, where: Mapping[str, str], sites: int) -> int:
         + side
         + held_out
         + RECORDS
-        + SITE_RECORD * sites
+        + (SITE_RECORD + TUNED_RECORD * (job.recipe.tune is not None)) * sites
         + FILE_RECORD * len(set(where.values()))
     )

@@ -80,7 +80,8 @@ def _scheme(label: str, group: Mapping[str, Any], form: object) -> StandardSchem
     if not isinstance(scheme, EightBitScheme) and (scheme.bits not in BITS or scheme.group_size not in GROUP_SIZES):
         raise CheckpointError(
             f"quantization_config {label} has {scheme.bits} bits in groups of {scheme.group_size}; only bits"
-            f" {_listed(BITS)} in groups of {_listed(GROUP_SIZES)} (-1: a row) can be run here"
+            f" {_listed(BITS)} in groups of {_listed(GROUP_SIZES)} (-1: a row) can be run here: eval and verify read"
+            " it, and vLLM serves what llmshrink serve takes; or compress the original again with --group-size -1"
         )
     return scheme
 

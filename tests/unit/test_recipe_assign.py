@@ -156,6 +156,16 @@ def test_tied_embeddings_are_outside_the_blocks_and_said_to_be_tied() -> None:
     assert assigned(None, "ignore=[lm_head, embed_tokens]", recipe="alps-2of4", outside=outside)
 
 
+def test_what_an_override_takes_out_of_8_bit_products_keeps_its_bits() -> None:
+    out = "overrides=[{match: down_proj, quantize: {activations: none}}]"
+    found = assigned(None, out, recipe="smoothquant-w8a8")
+    down, up = (found[f"model.layers.0.mlp.{name}"].spec for name in ("down_proj", "up_proj"))
+    assert down is not None and up is not None
+    kept = [(one.quantize.bits, one.quantize.group_size, one.quantize.activations) for one in (down, up)]
+    assert kept == [(8, 768, "none"), (8, 256, "int8")]
+    assert (down.smooth, up.smooth) == (None, 0.5)
+
+
 def test_an_override_of_what_is_ignored_is_refused() -> None:
     (found,) = faults(None, "ignore=[lm_head, down_proj]", "overrides=[{match: down_proj, quantize: {bits: 8}}]")
     assert "matches only modules that `ignore` lists" in found

@@ -139,7 +139,7 @@ stepz: 3
 steps:
   - quantize: {method: gtpq, bits: 5, group_sise: 64, scale_search: mes, symmetric: "yes", corrected: 1e-2, damp: 3}
 overrides:
-  - {match: "*", quantize: {bits: 7, groupsize: 3}}
+  - {match: "*", quantize: {bits: 7, groupsize: 3, activations: int4}}
   - {match: "*"}
   - {quantize: {group_size: 0}}
 ignore: lm_head
@@ -156,6 +156,7 @@ ignore: lm_head
         f"{q}.damp: 3: should be less than 1",
         "recipe.yaml: ignore: 'lm_head' isn't a list",
         "recipe.yaml: overrides[0].quantize.bits: 7 isn't one of 2, 3, 4, 8",
+        "recipe.yaml: overrides[0].quantize.activations: 'int4' isn't one of none, int8, fp8; did you mean int8?",
         "recipe.yaml: overrides[0].quantize.groupsize: unknown key; did you mean group_size?",
         "recipe.yaml: overrides[1]: says nothing or two things; give either `quantize: {...}` (or `prune: {...}`) or "
         "`ignore: true`",
@@ -303,7 +304,7 @@ def test_a_flag_and_a_set_are_named_where_their_value_is_wrong() -> None:
     [
         ("bits", "not a path=value"),
         ("=3", "not a path=value"),
-        ("steps.1.quantize.bits=3", "steps has no item 1 (it has 0 to 0)"),
+        ("steps.1.quantize.bits=3", "steps has no item 1 (it has 0 alone); add it in a recipe file"),
         ("steps.x.quantize=3", "steps has no item x"),
         ("overrides.0.match=x", "overrides has no item 0 (it has none, it is empty)"),
         ("name.x=3", "name is a value, so there is no name.x"),

@@ -83,6 +83,20 @@ def test_int4_passes_and_a_folder_without_a_config_does_not(tmp_path: Path) -> N
     assert "no readable config.json" in refusal(tmp_path / "nowhere")
 
 
+def test_a_dry_run_says_what_would_be_started_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.server, "run", lambda *_, **__: pytest.fail("it was started"))
+    said: list[str] = []
+    folder = int_checkpoint(tmp_path, 4, 64)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert llmshrink.serve(folder, port=port, options=["--dtype", "float16"], dry_run=True, say=said.append) == 0
+    words = server_words(CPU, folder, ["--dtype", "float16", "--host", "127.0.0.1", "--port", str(port)])
+    assert said[-1] == f"would run   {shlex.join(words)}"
+
+
 def test_bits_without_a_kernel_are_named_with_their_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(int_checkpoint(tmp_path, 5, 64))
     assert "model.layers.0.self_attn.qkv_proj: the CPU kernel takes 4 bits, not 5" in said
