@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 
+ROOMS = tuple(f"llmshrink.{name}" for name in ("recipe", "checkpoint", "model", "calibration", "methods", "run"))
+"""What a run imports from; distillation's Trainer, say, brings 250 MB of libraries that no run of these has."""
+
 
 def import_everything() -> None:
     """Import what a run would import while it is timed, as it does it: our own modules, and transformers' Llama."""
-    import llmshrink
     from llmshrink.run.memory import lean_imports
 
-    for module in pkgutil.walk_packages(llmshrink.__path__, "llmshrink."):
-        if not module.name.startswith(("llmshrink.serving", "llmshrink.demo.train", "llmshrink.recipes")):
+    for room in ROOMS:
+        for module in pkgutil.walk_packages(importlib.import_module(room).__path__, f"{room}."):
             importlib.import_module(module.name)
     with lean_imports():
         for name in (
