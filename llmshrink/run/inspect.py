@@ -72,7 +72,8 @@ def _rounded(rows: Sequence[SiteRow]) -> list[str]:
 
 
 def _group(row: SiteRow) -> str:
-    return "row" if row.group_size == row.shape[1] else str(row.group_size)
+    """Products of 8 bits have one scale a row whatever was asked for."""
+    return str(row.group_size) if row.activations is None else "row"
 
 
 def _stored_bits(row: SiteRow) -> str:
