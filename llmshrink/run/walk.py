@@ -77,10 +77,9 @@ class Walk:
     """What stays the same from block to block.
 
     specs: site name -> what happens to it; absent: it stays. reads: site name -> the statistics gathered for it.
-    keep_paused: hold half-finished forwards in memory
-    instead of running each block again for each stage. tune: how blocks are trained after their sites are solved.
-    caches: where each block's keys and values are rounded to FP8; empty where they aren't. smoothing: by the name of a
-    tap's first site; empty where no input is smoothed.
+    keep_paused: hold half-finished forwards in memory instead of running each block again for each stage. tune: how
+    blocks are trained after their sites are solved. caches: where each block's keys and values are rounded to FP8;
+    empty where they aren't. smoothing: by the name of a tap's first site; empty where no input is smoothed.
     """
 
     chain: Chain
