@@ -9,7 +9,6 @@ with noise in float32, so that a plan and its run find the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from llmshrink.calibration.activations import Batch
 from llmshrink.model.blocks import Call
 from llmshrink.model.chain import Chain
-from llmshrink.model.outline import kind_of
+from llmshrink.model.outline import fill_with_noise, kind_of
 from llmshrink.model.sites import Stage
 from llmshrink.model.skeleton import TensorReader
 
@@ -56,7 +55,7 @@ def find_folds(
                 continue
             skeleton.load(chain.name(number), dtype=torch.float32)
             try:
-                _fill(block, noise)
+                fill_with_noise(block, noise)
                 tried = partial(_fold, block, calls[number], hidden)
                 known[kind_of(block)] = {stage.tap: tried(stage) for stage in stages[number]}
             finally:
@@ -64,14 +63,6 @@ def find_folds(
     finally:
         skeleton.reader = reader
     return [known[kind_of(block)] for block in chain.blocks]
-
-
-def _fill(block: nn.Module, noise: torch.Generator) -> None:
-    with torch.no_grad():
-        for parameter in block.parameters():
-            values = torch.randn(parameter.shape, generator=noise)
-            wide = parameter.dim() > 1
-            parameter.copy_(values / math.sqrt(parameter.shape[-1]) if wide else 1 + values / 8)
 
 
 def _fold(block: nn.Module, call: Call, hidden: Tensor, stage: Stage) -> Fold | str:

@@ -6,6 +6,7 @@ built alike run alike, so that one of each kind is run on a few tokens, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import replace
 
@@ -54,6 +55,15 @@ def kind_of(block: nn.Module) -> Hashable:
     """What two blocks must share to run alike: modules by name and type, parameters by shape."""
     modules = tuple((name, type(module)) for name, module in block.named_modules())
     return modules, tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+
+
+def fill_with_noise(block: nn.Module, noise: torch.Generator) -> None:
+    """Give a block's parameters the sizes of a trained one's: matrices that keep a norm, vectors around 1."""
+    with torch.no_grad():
+        for parameter in block.parameters():
+            values = torch.randn(parameter.shape, generator=noise)
+            wide = parameter.dim() > 1
+            parameter.copy_(values / math.sqrt(parameter.shape[-1]) if wide else 1 + values / 8)
 
 
 def _moved(stage: Stage, chain: Chain, number: int) -> Stage:

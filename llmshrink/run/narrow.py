@@ -30,7 +30,7 @@ from llmshrink.run.report import SiteRow
 from llmshrink.run.shards import open_shards
 from llmshrink.run.structure import Fewer, Structure
 from llmshrink.run.transform import gather
-from llmshrink.run.walk import Forwards, Walk, shared_twin
+from llmshrink.run.walk import Forwards, Walk, replace_parameters, shared_twin
 from llmshrink.run.work import Finished, bytes_of
 
 
@@ -184,10 +184,8 @@ class NarrowWork:
 
 def install(block: nn.Module, cut: Cut, keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Put narrower parameters into a block's linears. keys: parameter -> key; tensors: by key, as they are stored."""
-    for name, key in keys.items():
-        local, _, leaf = name.rpartition(".")
-        linear = block.get_submodule(local)
-        old = linear._parameters[leaf]
-        assert old is not None and isinstance(linear, nn.Linear)
-        linear._parameters[leaf] = nn.Parameter(tensors[key].to(old.device, old.dtype), requires_grad=False)
+    replace_parameters(block, {name: tensors[key] for name, key in keys.items()})
+    for name in keys:
+        linear = block.get_submodule(name.rpartition(".")[0])
+        assert isinstance(linear, nn.Linear), name
         linear.out_features, linear.in_features = linear.weight.shape

@@ -155,13 +155,3 @@ def smoothed(taps: Mapping[str, Smoothing], loudest: Mapping[str, Loudest], stor
             events[tap] = (f"{less} of {len(found)} channels smoothed less than asked: {dtype} can't hold more",)
         factors[tap] = found.to(loudest[tap].most.device)
     return Smoothed(changed, factors, events)
-
-
-def replace_parameters(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a block other values. tensors: by a parameter's path inside it, in any dtype."""
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        module = block.get_submodule(owner)
-        old = module._parameters[leaf]
-        assert old is not None, name
-        module._parameters[leaf] = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False)

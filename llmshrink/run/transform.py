@@ -23,8 +23,8 @@ from llmshrink.model.paused import pausing_at
 from llmshrink.model.sites import Site, Stage, sites_of
 from llmshrink.run.caches import CalibratedCache
 from llmshrink.run.memory import give_back
-from llmshrink.run.smooth import Smoothed, loudest_inputs, replace_parameters, smoothed
-from llmshrink.run.walk import Forwards, SolvedBlock, SolvedSite, Walk, install, shared_twin
+from llmshrink.run.smooth import Smoothed, loudest_inputs, smoothed
+from llmshrink.run.walk import Forwards, SolvedBlock, SolvedSite, Walk, install, replace_parameters, shared_twin
 from llmshrink.weights import Activations, CacheScales, Solvable, round_cache, round_inputs
 
 

@@ -26,6 +26,7 @@ from llmshrink.calibration.activations import Batch, Stream
 from llmshrink.errors import CheckpointError
 from llmshrink.methods import SiteSpec, solve
 from llmshrink.methods.learned import ScaledLinear
+from llmshrink.model.outline import fill_with_noise
 from llmshrink.model.sites import Site
 from llmshrink.run.memory import fast_bfloat16, give_back
 from llmshrink.run.walk import SolvedSite, Walk, install, shared_twin
@@ -102,12 +103,7 @@ class BlockTuning:
         entry.put(0, hidden)
         trial = replace(walk, batches=walk.batches[:1], original=entry)
         block = copy.deepcopy(chain.blocks[number]).to_empty(device=chain.skeleton.device)
-        noise = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in block.parameters():
-                wide = parameter.dim() > 1
-                values = torch.randn(parameter.shape, generator=noise) / math.sqrt(parameter.shape[-1])
-                parameter.copy_(values if wide else torch.ones_like(values))
+        fill_with_noise(block, torch.Generator().manual_seed(0))
         solved = {
             site.key: _rounded(site, walk.specs[site.name], block, walk.scale_dtype)
             for site in sites

@@ -125,6 +125,16 @@ def install(block: nn.Module, local: str, weight: Solvable) -> None:
     linear._parameters["weight"] = nn.Parameter(weight.dequantize(old.dtype).to(old.device), requires_grad=False)
 
 
+def replace_parameters(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a block other values. tensors: by a parameter's path inside it, in any dtype."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = block.get_submodule(owner)
+        old = module._parameters[leaf]
+        assert old is not None, name
+        module._parameters[leaf] = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False)
+
+
 class Forwards:
     """Every batch's way through one block, in both streams, kept half-finished or run again up to each tap."""
 
