@@ -22,7 +22,8 @@ def load(
     bits, or its int-quantized or float-quantized with inputs rounded token by token, by any tool, llmshrink's own
     format, or a model that isn't compressed, which then loads as it is. device: "cpu", "cuda", ...; None is the fastest
     that is there. dtype: "bfloat16", "float16" or "float32" (a CPU alone computes packed weights in that); None is the
-    checkpoint's own. The model is in evaluation mode, `generate` works,
+    checkpoint's own, and on a CPU float32 where that is faster: for float16, and for bfloat16 where the CPU has no
+    instructions for it and the weights aren't packed in 4 or 8 bits. The model is in evaluation mode, `generate` works,
     and its memory is the compressed size; `.to(dtype)` changes the activations' dtype and never the scales. Weights are
     padded to whole tiles: outputs to a multiple of 64, inputs (but for torch's int4 product on a CPU) to one of 256 for
     4 bits, 128 for 8, 512 for 3 and 2, or of half that where it makes a row shorter (with 3 bits by a sixteenth at

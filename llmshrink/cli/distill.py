@@ -76,7 +76,9 @@ def distill(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations (an eighth of all).")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Computed in: bfloat16 or float32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Computed in: bfloat16 or float32; left out: what this machine is fastest in.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own Python.")] = False,

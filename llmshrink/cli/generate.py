@@ -20,7 +20,9 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; left out: the fastest that is there.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; left out: the model's own.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; left out: what this machine is fastest in.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time; above: drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up so much.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,

@@ -58,7 +58,9 @@ Set = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; left out: the fastest that is there.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16: what the model computes in meanwhile; auto: as stored."),
+    typer.Option(
+        help="float32, bfloat16 or float16: what the model computes in; auto: what is fastest on this machine."
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences in a forward; left out: chosen by their length.")]
 Seed = Annotated[int, typer.Option(min=0, help="Which calibration text is drawn.")]

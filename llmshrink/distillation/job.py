@@ -31,10 +31,10 @@ from llmshrink.distillation.student import Student, Train, open_student, schemes
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import CalibrationError, LlmshrinkError, SourceError
 from llmshrink.model.blocks import find_blocks
-from llmshrink.run.asked import check_vocabulary, pick_device
+from llmshrink.run.arithmetic import Arithmetic, automatic_training
+from llmshrink.run.asked import DTYPES, check_vocabulary, pick_device
 from llmshrink.run.job import here
 from llmshrink.run.journal import RECORD
-from llmshrink.run.memory import fast_bfloat16
 from llmshrink.run.progress import Progress
 from llmshrink.runtime.load import config_of, load
 
@@ -84,7 +84,7 @@ class Options:
 class Job:
     """objective: the loss. split: the student, in two steps. real: windows of the text; held_out: others, as `batches`.
 
-    dtype: what forwards and backwards compute in. processes: how many share a step.
+    arithmetic: what forwards and backwards compute in, and why. processes: how many share a step.
     """
 
     options: Options
@@ -96,8 +96,13 @@ class Job:
     held_out: TokenWindows
     batches: list[Batch]
     device: torch.device
-    dtype: torch.dtype
+    arithmetic: Arithmetic
     processes: Processes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forwards and backwards compute in; a live teacher's output layer too."""
+        return DTYPES[self.arithmetic.dtype]
 
     @cached_property
     def teacher(self) -> SplitModel:
@@ -233,7 +238,7 @@ def prepare(options: Options, progress: Progress) -> Job:
         held_out=held_out,
         batches=batches_of(held_out, options.batch_size, held_out=True),
         device=device,
-        dtype=_compute_dtype(options.dtype, device),
+        arithmetic=training_arithmetic(options.dtype, device),
         processes=processes,
     )
 
@@ -286,10 +291,10 @@ def _length(seq_len: int | None, limit: int | None) -> int:
     return length
 
 
-def _compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
+def training_arithmetic(name: str | None, device: torch.device) -> Arithmetic:
     """What forwards and backwards compute in, weights and their optimizer being float32."""
     if name is None or name == "auto":
-        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+        return automatic_training(device.type)
     if name not in ("float32", "bfloat16"):
         raise LlmshrinkError(f"--dtype {name}: choose float32 or bfloat16, or auto")
-    return torch.float32 if name == "float32" else torch.bfloat16
+    return Arithmetic(name, "as asked for")

@@ -11,10 +11,13 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llmshrink.doctoring.found import Checked, Problem
+from llmshrink.run.arithmetic import automatic
+from llmshrink.run.arithmetic import processor as processor_here
 from llmshrink.run.progress import size
 
 INSTRUCTIONS = {
@@ -40,7 +43,7 @@ def processor() -> Checked:
     may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
     limit = _memory_limit()
-    facts = {
+    facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": described.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -50,7 +53,9 @@ def processor() -> Checked:
         "memory_free_bytes": memory.available,
         "memory_limit_bytes": limit,
     }
-    notes = []
+    here = processor_here()
+    facts["arithmetic"] = asdict(arithmetic := automatic("bfloat16", "cpu", here))
+    notes = [f"computes models in bfloat16 in {arithmetic.dtype}: {arithmetic.why}; all others in float32"]
     if flags and "avx2" not in flags:
         notes.append("without AVX2 packed layers compute slowly, and vLLM's CPU build doesn't run")
     if limit is not None and limit < memory.total:

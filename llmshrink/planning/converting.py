@@ -21,12 +21,11 @@ from llmshrink.planning.probe import writing
 from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import Measured, Spent, once
 from llmshrink.run import disk
-from llmshrink.run.asked import pick_device
 from llmshrink.run.convert import Conversion, check
 from llmshrink.run.footprint import LIBRARIES
 from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import resident
-from llmshrink.run.verify import chain_of, held_out_batches, read_reference
+from llmshrink.run.verify import arithmetic_of, chain_of, device_of, held_out_batches, read_reference
 
 PASSES = 1.5
 """What storing the linears anew takes, in times of reading and decoding them."""
@@ -74,6 +73,7 @@ def plan(source: Path, output: Path, format: Format, *, overwrite: bool) -> Plan
         cpu_seconds=None,
         parts={},
         activations="a file of weights at a time",
+        arithmetic={"verification": arithmetic_of(record, device_of(record))},
         engines=engines(record["format_notes"][format], format),
         notes=tuple(record["format_notes"][format]),
         faults=(),
@@ -84,7 +84,7 @@ def plan(source: Path, output: Path, format: Format, *, overwrite: bool) -> Plan
 
 def _verifying(source: Path, record: dict[str, Any]) -> Spent:
     """What the reload of the result will take: one block of the source, which is as large decoded, times all."""
-    device = pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
+    device = device_of(record)
     batches = held_out_batches(read_reference(source), record["identity"]["batch_size"])
     opening, chain = once(lambda: chain_of(source, record, device))
     embedding, hidden = once(lambda: [chain.embed(batch) for batch in batches])

@@ -17,6 +17,7 @@ from llmshrink.planning.probe import probe
 from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import now
 from llmshrink.recipe.read import load_recipe
+from llmshrink.run.arithmetic import Arithmetic, automatic_training
 from llmshrink.run.asked import Options
 from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
@@ -69,6 +70,7 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
         cpu_seconds=None,
         parts={},
         activations=_where(placement),
+        arithmetic=_arithmetic(job),
         engines=engines(job.notes, job.format),
         notes=(*job.notes, *unknown(job, found.download)),
         faults=tuple(faults),
@@ -87,6 +89,13 @@ def unknown(job: Job, download: int) -> list[str]:
         found.append("how long the download takes depends on the network: it isn't in the time")
     if any(spec.prune is not None and spec.prune.by_error for spec in job.specs.values()):
         found.append("the pass that finds ratios by error isn't in the time")
+    return found
+
+
+def _arithmetic(job: Job) -> dict[str, Arithmetic]:
+    found = {"model": job.arithmetic}
+    if job.recipe.tune is not None:
+        found["tuning"] = automatic_training(job.chain.skeleton.device.type)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llmshrink.planning.engines import Engine
 from llmshrink.planning.spent import Measured
+from llmshrink.run.arithmetic import Arithmetic
 from llmshrink.run.progress import duration, size
 
 
@@ -17,8 +18,9 @@ class Plan:
     download_bytes: what must still come from the Hub. peak_ram_bytes: of the whole process. peak_vram_bytes: on a CUDA
     device, else 0. disk_bytes: the most that OUT and the work-dir take at any moment. output_bytes: of the
     safetensors. bits_per_weight: over all weights; linear_bits_per_weight: of the blocks' linears. seconds: None where
-    nothing was measured. cpu_seconds: of all threads. parts: seconds by what they go to. engines: what each makes
-    of the result. faults: why the run doesn't fit this machine, and what to change; empty where it does.
+    nothing was measured. cpu_seconds: of all threads. parts: seconds by what they go to. arithmetic: in which dtype
+    each part computes (model, tuning, teaching, verification), and why. engines: what each makes of the result.
+    faults: why the run doesn't fit this machine, and what to change; empty where it does.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Plan:
     cpu_seconds: float | None
     parts: dict[str, float]
     activations: str
+    arithmetic: dict[str, Arithmetic]
     engines: dict[str, Engine]
     notes: tuple[str, ...]
     faults: tuple[str, ...]
@@ -62,6 +65,14 @@ class Plan:
         """The plan as JSON-ready values."""
         return {**asdict(self), "ok": self.ok}
 
+    def _computed_in(self) -> list[str]:
+        """A line for each dtype and reason, which names what computes so where that isn't all."""
+        by: dict[Arithmetic, list[str]] = {}
+        for name, each in self.arithmetic.items():
+            by.setdefault(each, []).append(name)
+        found = [(each, f" ({' and '.join(names)})" if len(by) > 1 else "") for each, names in by.items()]
+        return [f"computed in {each.dtype}{whose}: {each.why}" for each, whose in found]
+
     def lines(self) -> list[str]:
         """The plan for a person."""
         found = [
@@ -71,6 +82,7 @@ class Plan:
             f"bits a weight in the blocks' linears, {self.bits_per_weight:.3f} over all",
             f"disk        {size(self.disk_bytes)} at OUT at most",
             f"memory      {size(self.peak_ram_bytes)} at most, {self.activations}",
+            *self._computed_in(),
             *([f"GPU memory  {size(self.peak_vram_bytes)} at most"] if self.peak_vram_bytes else []),
         ]
         if self.seconds is not None:

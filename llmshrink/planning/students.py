@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from llmshrink.distillation.job import Options
+from llmshrink.distillation.job import Options, training_arithmetic
 from llmshrink.distillation.smaller import SAMPLES, Smaller
 from llmshrink.errors import LlmshrinkError, NoRoomError, SourceError
 from llmshrink.planning import plan as compressing
@@ -17,6 +17,7 @@ from llmshrink.planning.report import Plan
 from llmshrink.recipe.steps import Distill
 from llmshrink.run import disk
 from llmshrink.run.asked import Options as RunOptions
+from llmshrink.run.asked import pick_device
 from llmshrink.run.finish import side_files
 from llmshrink.run.inspect import inspect
 from llmshrink.run.job import Job
@@ -78,6 +79,7 @@ def _as_it_is(found: Found) -> Plan:
         cpu_seconds=None,
         parts={},
         activations="teacher and student whole in memory",
+        arithmetic={},
         engines=served,
         notes=notes,
         faults=(),
@@ -138,6 +140,8 @@ def taught(made: Plan, job: Job, step: Distill, *, measured: bool) -> Plan:
 
 def with_teaching(made: Plan, asked: Options, job: Job | None, *, measured: bool, smaller: float) -> Plan:
     """The plan of making a student, or of none, with that of teaching it. job: that makes it; smaller: its share."""
+    computed = training_arithmetic(asked.dtype, pick_device(asked.device))
+    made = replace(made, arithmetic={**made.arithmetic, "teaching": computed})
     if not measured:
         return replace(made, seconds=None, cpu_seconds=None, notes=(*made.notes, "what teaching takes wasn't measured"))
     try:

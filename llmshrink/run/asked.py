@@ -20,6 +20,7 @@ from llmshrink.checkpoint.source import Source
 from llmshrink.errors import LlmshrinkError, OutputError, RecipeError
 from llmshrink.formats.stored import Format
 from llmshrink.recipe.schema import Recipe
+from llmshrink.run.arithmetic import Arithmetic, automatic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,13 +94,18 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def pick_dtype(name: str | None, stored: torch.dtype) -> torch.dtype:
-    """What activations are computed in: as asked for, else as the weights are stored."""
+def pick_arithmetic(name: str | None, stored: torch.dtype, device: torch.device, *, int4: bool = False) -> Arithmetic:
+    """What is computed in: as asked for, else as `arithmetic.automatic` decides. stored: the dtype of most weights."""
     if name is None or name == "auto":
-        return stored if stored in DTYPES.values() else torch.float32
+        return automatic(dtype_name(stored), device.type, int4=int4)
     if name not in DTYPES:
         raise LlmshrinkError(f"--dtype {name}: choose one of {', '.join(DTYPES)}, or auto")
-    return DTYPES[name]
+    return Arithmetic(name, "as asked for")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and config.json spell it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def stored_dtype(index: CheckpointIndex) -> torch.dtype:

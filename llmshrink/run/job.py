@@ -36,14 +36,15 @@ from llmshrink.model.uncovered import refuse_family
 from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
+from llmshrink.run.arithmetic import Arithmetic, instructions
 from llmshrink.run.asked import (
     DTYPES,
     Options,
     check_verb,
     check_vocabulary,
     check_work_dir,
+    pick_arithmetic,
     pick_device,
-    pick_dtype,
     stored_dtype,
 )
 from llmshrink.run.smooth import Smoothing, smoothed_taps
@@ -67,7 +68,9 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """stages: of each block. assigned: by site name. calibration, held_out: windows; batches: of both, in order.
+    """arithmetic: what the model is computed in meanwhile, and why. stages: of each block. assigned: by site name.
+
+    calibration, held_out: windows; batches: of both, in order.
 
     structure: what the result has fewer of; None where it has the model's shape. caches: where each block's keys and
     values are rounded to FP8; empty where they aren't. smoothing: by the name of a tap's first site; empty where no
@@ -79,6 +82,7 @@ class Job:
     index: CheckpointIndex
     recipe: Recipe
     chain: Chain
+    arithmetic: Arithmetic
     stages: list[list[Stage]]
     assigned: dict[str, Assigned]
     calibration: TokenWindows
@@ -187,7 +191,7 @@ def here(device: torch.device) -> dict[str, Any]:
 
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(torch.backends.cpu.get_cpu_capability()),
         "threads": torch.get_num_threads(),
         "versions": {
             "llmshrink": llmshrink.__version__,
@@ -271,9 +275,17 @@ def _decided(
     samples, seq_len = window_shape(options.samples, options.seq_len, limit=model_limit(config))
     check_work_dir(options.work_dir)
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, stored_dtype(index))
+    arithmetic = pick_arithmetic(options.dtype, stored_dtype(index), device)
     refuse_family(config, trust_remote_code=options.trust_remote_code)
-    chain = Chain(Skeleton(config, reader, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code))
+    chain = Chain(
+        Skeleton(
+            config,
+            reader,
+            device=device,
+            dtype=DTYPES[arithmetic.dtype],
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
     check_dtypes(source, index, chain.skeleton.key_of.values())
     calibration, held_out = _windows(options, source, (samples, seq_len), text_here=text_here)
     check_vocabulary(calibration, config.get_text_config().vocab_size, source)
@@ -304,6 +316,7 @@ def _decided(
         index=index,
         recipe=recipe,
         chain=chain,
+        arithmetic=arithmetic,
         stages=stages,
         assigned=decided,
         calibration=calibration,

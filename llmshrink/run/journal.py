@@ -1,10 +1,10 @@
 """The state of a run is its finished shards; the journal says which they are and what they were made from.
 
 `OUT.partial/journal.jsonl`: the first line is the run's identity (everything that bit-identity depends on: source,
-recipe, calibration, versions, device, threads) and how many parts the last start kept; each further line is one
-finished part with its shards' checksums and what the report will say of it. A line is appended only after its shards
-are durable. On a restart the identity must be equal and the shards are verified; the parts that hold are kept, and the
-run goes on at the first that doesn't.
+recipe, calibration, versions, device, instruction set, dtype, threads) and how many parts the last start kept; each
+further line is one finished part with its shards' checksums and what the report will say of it. A line is appended only
+after its shards are durable. On a restart the identity must be equal and the shards are verified; the parts that hold
+are kept, and the run goes on at the first that doesn't.
 
 The checkpoint grows in `OUT.partial/checkpoint`, which the last step renames to `OUT`. The journal goes after that: a
 crash in between leaves a journal beside a complete `OUT`, and the next start only tidies up.
@@ -22,6 +22,7 @@ from typing import Any
 
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
+from llmshrink.run.arithmetic import processor
 from llmshrink.run.lock import LOCK, Lock
 
 JOURNAL = "journal.jsonl"
@@ -32,6 +33,8 @@ TRAINING = "training"
 OURS = (JOURNAL, JOURNAL + ".tmp", LOCK, CHECKPOINT, OLD, ACTIVATIONS, TRAINING)
 """All that a workspace ever holds; a folder with anything else in it is somebody else's."""
 RECORD = "llmshrink.json"
+MACHINE = ("device", "instructions")
+"""What of an identity tells kinds of machine apart."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,7 @@ class Workspace:
             return None
         check_output(self.output, overwrite=self.overwrite)
         if differs is not None and not self.overwrite:
-            raise OutputError(
-                f"{self.folder} holds an unfinished run with another {differs}; "
-                "repeat that command to finish it, or start anew with --overwrite"
-            )
+            raise OutputError(f"{self.folder} holds an unfinished run {differs}, or start anew with --overwrite")
         self.checkpoint.mkdir(exist_ok=True)
         self.parts = self._verified(lines[1:]) if lines and differs is None else []
         known = {name for part in self.parts for name in part.shards}
@@ -221,10 +221,30 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """What differs first, for a message: values that a person can compare are shown, hashes are not."""
+    """What differs first and how to finish the old run, for a message: values that a person can compare are shown,
+    hashes are not. Another kind of machine comes before all else, since other things follow from it."""
+    if any(old.get(key) != new.get(key) for key in MACHINE):
+        caps = processor().caps
+        elsewhere = f"where {' and '.join(caps)} isn't set" if caps else "there"
+        return (
+            f"of another kind of machine, whose sums end in other bits ({_machine(old)}; here {_machine(new)}): "
+            f"finish it {elsewhere}"
+        )
     for key in [*new, *old]:
         was, now = old.get(key), new.get(key)
+        if was != now and key == "threads":
+            return f"with another number of threads ({was}, now {now}): finish it with OMP_NUM_THREADS={was}"
         if was != now:
             hashes = any(isinstance(value, str) and len(value) == 64 for value in (was, now))
-            return key if hashes else f"{key} ({was!r}, now {now!r})"
+            return (
+                f"with another {key if hashes else f'{key} ({was!r}, now {now!r})'}; repeat that command to finish it"
+            )
     return None
+
+
+def _machine(identity: dict[str, Any]) -> str:
+    """Device, instruction set and the dtype that is computed in."""
+    training = identity.get("distill")
+    dtype = training.get("dtype") if isinstance(training, dict) else identity.get("dtype")
+    said = [identity.get(key) for key in MACHINE]
+    return ", ".join(str(each).removeprefix("torch.") for each in (*said, dtype) if each is not None)

@@ -97,12 +97,6 @@ def _without_triton() -> Iterator[None]:
         closed = True
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 faster than float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cuda" or (cpuinfo.is_file() and "avx512_bf16" in cpuinfo.read_text())
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that are free where a device's tensors live, and that this process may have of them."""
     if device.type != "cpu":

@@ -14,7 +14,7 @@ from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
-from llmshrink.run.asked import Options
+from llmshrink.run.asked import Options, dtype_name, stored_dtype
 from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.fits import check_memory, on_one_disk
@@ -44,6 +44,8 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         parts = workspace.begin(job.identity())
         if parts is None:
             return reread(options.output, seconds=time.perf_counter() - started)
+        if job.arithmetic.dtype != dtype_name(stored_dtype(job.index)):
+            progress.note(f"computed in {job.arithmetic.dtype}: {job.arithmetic.why}")
         for note in job.notes:
             progress.note(f"note: {note}")
         run = _Run(job, workspace, progress, started)

@@ -17,7 +17,7 @@ from typing import Any
 from llmshrink.run import disk
 from llmshrink.run.journal import RECORD, Part
 from llmshrink.run.report import VerifyReport
-from llmshrink.run.verify import read_record
+from llmshrink.run.verify import device_of, read_record
 
 SEAL = Path("verify") / "verified.json"
 FREE = ("README.md", "timing.json", str(SEAL))
@@ -48,13 +48,12 @@ def known_files(record: Mapping[str, Any], seal: Mapping[str, Any] | None) -> fr
 
 def seal_of(folder: Path, report: VerifyReport, known: Iterable[str]) -> dict[str, Any]:
     """That the record and the `known` files of `folder` are what `report`, which is ok, was made of."""
-    from llmshrink.run.asked import pick_device
     from llmshrink.run.job import here
 
     assert report.ok, report
     record = read_record(folder)
     files = sorted(path for path in {RECORD, *known} if (folder / path).is_file())
-    device = pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
+    device = device_of(record)
     return {
         "by": report.engine,
         "against": report.against,

@@ -28,7 +28,8 @@ from llmshrink.methods import SiteSpec, solve
 from llmshrink.methods.learned import ScaledLinear
 from llmshrink.model.outline import fill_with_noise
 from llmshrink.model.sites import Site
-from llmshrink.run.memory import fast_bfloat16, give_back
+from llmshrink.run.arithmetic import automatic_training
+from llmshrink.run.memory import give_back
 from llmshrink.run.walk import SolvedSite, Walk, install, shared_twin
 from llmshrink.weights import CacheScales, GroupedInt, round_cache
 
@@ -270,7 +271,7 @@ class _Block:
 
     def _fast(self) -> AbstractContextManager[object]:
         """bfloat16 products where the machine has them."""
-        if not fast_bfloat16(self._device):
+        if automatic_training(self._device.type).dtype == "float32":
             return nullcontext()
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 

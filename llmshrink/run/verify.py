@@ -26,6 +26,8 @@ from llmshrink.formats import bitsandbytes
 from llmshrink.model.chain import Chain
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run import by_transformers, heldout
+from llmshrink.run.arithmetic import Arithmetic
+from llmshrink.run.asked import DTYPES, dtype_name, pick_arithmetic, pick_device
 from llmshrink.run.journal import RECORD
 from llmshrink.run.memory import give_back
 from llmshrink.run.report import VerifyReport, rows_of
@@ -114,7 +116,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
     """
     from transformers import AutoConfig
 
-    dtype: torch.dtype = getattr(torch, record["identity"]["dtype"].removeprefix("torch."))
+    dtype = DTYPES[arithmetic_of(record, device).dtype]
     raw = json.loads((folder / "config.json").read_text())
     file = folder / "config.json"
     unknown = unknown_type(raw)
@@ -151,29 +153,41 @@ def verify(folder: Path) -> VerifyReport:
         return own
     reference = read_reference(folder)
     scheme = bitsandbytes.scheme_of(json.loads((folder / "config.json").read_text())["quantization_config"])
-    found = by_transformers.token_logprobs(folder, scheme, held_out_batches(reference, 1), _device(record))
+    found = by_transformers.token_logprobs(folder, scheme, held_out_batches(reference, 1), device_of(record))
     return compare(
         folder, reference, found, tolerance=by_transformers.TOLERANCE[scheme.kind], engine=by_transformers.library()
     )
 
 
-def _device(record: dict[str, Any]) -> torch.device:
+def device_of(record: dict[str, Any]) -> torch.device:
     """Of the kind that the run was on, where there is one."""
-    from llmshrink.run.asked import pick_device
-
     return pick_device("cpu" if record["identity"]["device"] == "cpu" else None)
+
+
+def arithmetic_of(record: dict[str, Any], device: torch.device) -> Arithmetic:
+    """What a reload is computed in: on a machine like the run's what the run computed in, since sums are then the same;
+    elsewhere what this device computes fastest of it, which comes no less near (`ELSEWHERE`)."""
+    dtype: torch.dtype = getattr(torch, record["identity"]["dtype"].removeprefix("torch."))
+    if _made_here(record, device) and dtype in DTYPES.values():
+        return Arithmetic(dtype_name(dtype), "as the run that made it")
+    return pick_arithmetic(None, dtype, device)
+
+
+def _made_here(record: dict[str, Any], device: torch.device) -> bool:
+    """Whether the run was on a machine like this one, with the same versions: then bits are the same."""
+    from llmshrink.run.job import here
+
+    return all(record["identity"].get(key) == value for key, value in here(device).items())
 
 
 def verify_reload(folder: Path) -> VerifyReport:
     """Compare the checkpoint on disk with what its run kept. Raises SourceError when nothing was kept."""
-    from llmshrink.run.job import here
-
     record, reference = read_record(folder), read_reference(folder)
-    device = _device(record)
+    device = device_of(record)
     batches = held_out_batches(reference, record["identity"]["batch_size"])
     again = recompute(folder, record, batches, device)
-    same = all(record["identity"].get(key) == value for key, value in here(device).items())
-    return compare(folder, reference, again["token_logprobs"], tolerance=SAME_MACHINE if same else ELSEWHERE)
+    tolerance = SAME_MACHINE if _made_here(record, device) else ELSEWHERE
+    return compare(folder, reference, again["token_logprobs"], tolerance=tolerance)
 
 
 def compare(

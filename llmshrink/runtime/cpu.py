@@ -165,7 +165,8 @@ def _values(
 
 @cache
 def _has_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16; where it doesn't, dense products in it are slow."""
+    """Whether oneDNN has dense products in bfloat16 here, by instructions for them or, with AVX-512 alone, without
+    (`run.arithmetic` asks for the instructions); else they go through plain loops."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

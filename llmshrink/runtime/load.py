@@ -25,15 +25,17 @@ from llmshrink.checkpoint.preflight import load_config
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
 from llmshrink.formats import bitsandbytes, compressed_tensors, eight_bit, kv_cache, sparse24, stored
+from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.stored import Scheme
 from llmshrink.methods.bnb import require
 from llmshrink.model.skeleton import Skeleton
-from llmshrink.run.asked import DTYPES, pick_device
+from llmshrink.run.asked import DTYPES, pick_arithmetic, pick_device
 from llmshrink.run.memory import give_back
+from llmshrink.runtime.cpu import group_for
 from llmshrink.runtime.eight_bit import EightBitLinear
 from llmshrink.runtime.linear import QuantLinear
-from llmshrink.runtime.scheme import schemes
+from llmshrink.runtime.scheme import of_groups, schemes
 from llmshrink.runtime.sparse import SparseLinear
 from llmshrink.weights import FP8, EightBit, GroupedInt, Sparse24, round_cache
 
@@ -77,7 +79,7 @@ def load(
     place = pick_device(device)
     quantization = quantization_of(source)
     config = config_of(source, trust_remote_code)
-    chosen = choose_dtype(dtype, config, place, compressed=quantization is not None)
+    chosen = choose_dtype(dtype, config, place, quantization)
     if quantization is None:
         with CheckpointIndex.open(source.folder) as index:
             packed = next(iter(packed_in(index)), None)
@@ -112,21 +114,35 @@ def quantization_of(source: Source) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found else None
 
 
-def choose_dtype(name: str | None, config: Any, device: torch.device, *, compressed: bool) -> torch.dtype:
-    """What is computed in: as asked for, else the config's own (bfloat16 for float32 where kernels want 16 bits)."""
-    kernels = compressed and device.type == "cuda"
-    if name is None or name == "auto":
-        own = getattr(config, "dtype", None)
-        own = getattr(torch, own, None) if isinstance(own, str) else own
-        fallback = torch.bfloat16 if kernels else torch.float32
-        if not isinstance(own, torch.dtype) or own not in DTYPES.values() or (kernels and own == torch.float32):
-            return fallback
-        return own
-    if name not in DTYPES:
-        raise LlmshrinkError(f"--dtype {name}: choose one of {', '.join(DTYPES)}, or auto")
-    if kernels and name == "float32":
+def choose_dtype(
+    name: str | None, config: Any, device: torch.device, quantization: Mapping[str, Any] | None
+) -> torch.dtype:
+    """What is computed in: as asked for, else what the device computes fastest of the config's own dtype.
+
+    On CUDA packed weights' kernels want 16 bits: bfloat16 for float32. quantization: of config.json, or None.
+    """
+    own = getattr(config, "dtype", None)
+    own = getattr(torch, own, None) if isinstance(own, str) else own
+    stored = own if isinstance(own, torch.dtype) else torch.float32
+    chosen = pick_arithmetic(name, stored, device, int4=_by_int4(quantization)).dtype
+    if quantization is None or device.type != "cuda" or chosen != "float32":
+        return DTYPES[chosen]
+    if name in DTYPES:
         raise LlmshrinkError("--dtype float32: on cuda packed weights run in bfloat16 or float16; choose one of them")
-    return DTYPES[name]
+    return torch.bfloat16
+
+
+def _by_int4(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether torch's int4 product multiplies any of the linears on a CPU.
+
+    It takes bfloat16; what is packed otherwise is multiplied in float32 whatever the model computes in.
+    """
+    if quantization is None or quantization.get("quant_method") in (bitsandbytes.METHOD, sparse24.METHOD):
+        return False
+    groups = of_groups(quantization).values()
+    return any(
+        isinstance(each, GroupedIntScheme) and group_for(each.bits, each.group_size, 0) is not None for each in groups
+    )
 
 
 def config_of(source: Source, trust_remote_code: bool) -> Any:
