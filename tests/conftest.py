@@ -72,6 +72,22 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def cpu_with(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+    """Flags as /proc/cpuinfo has them -> from now on `auto` decides as on such a CPU; torch goes on as it is."""
+    from llmshrink.run import arithmetic
+
+    for name in (arithmetic.ATEN, *arithmetic.ONEDNN):
+        monkeypatch.delenv(name, raising=False)
+
+    def pretend(flags: str) -> None:
+        file = tmp_path_factory.mktemp("cpu") / "cpuinfo"
+        file.write_text(f"flags\t\t: fpu {flags}\n")
+        monkeypatch.setattr(arithmetic, "CPUINFO", file)
+
+    return pretend
+
+
 @pytest.fixture(scope="session")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text in the demo language, long enough for any tiny run."""

@@ -289,5 +289,9 @@ def test_this_environment_is_looked_at_without_importing_torch() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert list(found["checks"]) == ["versions", "processor", "gpu", "vllm", "disk", "hub"]
+    arithmetic = found["checks"]["processor"]["arithmetic"]
+    assert (
+        arithmetic["dtype"] in ("float32", "bfloat16") and arithmetic["why"] in found["checks"]["processor"]["notes"][0]
+    )
     # What CI installs is a set of packages that suit each other.
     assert found["checks"]["versions"]["problems"] == []

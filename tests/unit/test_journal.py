@@ -34,6 +34,40 @@ def test_finished_parts_are_found_again(tmp_path: Path) -> None:
         assert workspace.begin(IDENTITY) == parts
 
 
+def test_a_run_of_another_kind_of_machine_is_told_what_differs_and_where_to_finish_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_with: Callable[[str], None]
+) -> None:
+    cpu_with("avx2 avx512_bf16")
+    fast = {**IDENTITY, "dtype": "torch.bfloat16", "device": "cpu", "instructions": "AVX512 with avx512_bf16"}
+    slow = {**fast, "dtype": "torch.float32", "instructions": "AVX2"}
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        workspace.begin(fast)
+        add(workspace, "a")
+    said = (
+        f"{tmp_path}/out.partial holds an unfinished run of another kind of machine, whose sums end in other bits "
+        "(cpu, AVX512 with avx512_bf16, bfloat16; here cpu, AVX2, float32): finish it %s, "
+        "or start anew with --overwrite"
+    )
+    for caps, where in (({}, "there"), ({"ATEN_CPU_CAPABILITY": "avx2"}, "where ATEN_CPU_CAPABILITY=avx2 isn't set")):
+        for name, value in caps.items():
+            monkeypatch.setenv(name, value)
+        with Workspace(tmp_path / "out", overwrite=False) as workspace, pytest.raises(OutputError) as raised:
+            workspace.begin(slow)
+        assert str(raised.value) == said % where
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        assert [part.name for part in workspace.begin(fast) or []] == ["a"]
+
+
+def test_another_number_of_threads_has_its_way_out(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", overwrite=False) as workspace:
+        workspace.begin({**IDENTITY, "threads": 4})
+    with (
+        Workspace(tmp_path / "out", overwrite=False) as workspace,
+        pytest.raises(OutputError, match=r"number of threads \(4, now 2\): finish it with OMP_NUM_THREADS=4, or start"),
+    ):
+        workspace.begin({**IDENTITY, "threads": 2})
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_shard_and_all_after_it_are_done_again(tmp_path: Path, damage: str) -> None:
     with Workspace(tmp_path / "out", overwrite=False) as workspace:

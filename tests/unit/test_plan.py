@@ -90,6 +90,50 @@ def test_a_plan_reads_no_text_from_elsewhere_and_writes_nothing(
     assert made.seconds == pytest.approx(sum(made.parts.values()))
 
 
+def test_a_plan_says_what_is_computed_in_which_dtype_and_why(
+    model_of: ModelOf, story: Path, cpu_with: Callable[[str], None]
+) -> None:
+    found = {}
+    for flags in ("avx2", "avx2 avx512_bf16"):
+        cpu_with(flags)
+        found[flags] = llmshrink.plan(model_of("llama"), recipe="tuned-w2a16", calibration=story, measured=False, **FEW)
+    slow, fast = found.values()
+    assert slow.to_dict()["arithmetic"]["model"] == {
+        "dtype": "float32", "why": "this CPU has no bfloat16 instructions",
+    }  # fmt: skip
+    assert {each.dtype for each in slow.arithmetic.values()} == {"float32"}
+    assert {each.dtype for each in fast.arithmetic.values()} == {"bfloat16"}
+    assert set(slow.arithmetic) == {"model", "tuning", "teaching"}
+    assert "computed in float32: this CPU has no bfloat16 instructions" in slow.lines()
+    assert "computed in bfloat16: this CPU multiplies bfloat16 (avx512_bf16)" in fast.lines()
+    assert slow.output_bytes == fast.output_bytes
+
+
+def test_memory_is_predicted_for_what_is_computed_in(
+    model_of: ModelOf, story: Path, cpu_with: Callable[[str], None]
+) -> None:
+    found = {}
+    for flags in ("avx2", "avx2 avx512_bf16"):
+        cpu_with(flags)
+        job = prepare(options(model_of("llama"), story, recipe="gptq-w4a16"))
+        found[flags] = footprints.footprint(job, keep_paused=True, in_files=False)
+    slow, fast = found.values()
+    assert slow.streams == 2 * fast.streams and slow.ram > fast.ram
+
+
+def test_parts_that_compute_in_different_dtypes_have_a_line_each(
+    model_of: ModelOf, story: Path, cpu_with: Callable[[str], None]
+) -> None:
+    cpu_with("avx2")
+    made = llmshrink.plan(
+        model_of("llama"), recipe="tuned-w2a16", calibration=story, measured=False, dtype="bfloat16", **FEW
+    )
+    assert [line for line in made.lines() if line.startswith("computed in")] == [
+        "computed in bfloat16 (model): as asked for",
+        "computed in float32 (tuning and teaching): this CPU has no bfloat16 instructions",
+    ]
+
+
 def test_of_a_model_on_the_hub_only_headers_come(
     model_of: ModelOf, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,9 +19,10 @@ from llmshrink.calibration.activations import Stream, batches_of
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
-from llmshrink.run import asked
+from llmshrink.run import asked, verify
 from llmshrink.run import job as jobs
 from llmshrink.run import quantize as runs
+from llmshrink.run.journal import Workspace
 from llmshrink.run.report import size
 
 SMALL: dict[str, Any] = {"samples": 6, "seq_len": 32, "group_size": 32}
@@ -511,3 +512,49 @@ def test_a_changed_config_is_another_run(story: Path, tmp_path: Path, monkeypatc
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(OutputError, match="another config"):
         llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+
+
+def test_a_run_is_computed_in_what_the_cpu_is_fastest_in_and_stored_as_the_source_is(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, cpu_with: Callable[[str], None]
+) -> None:
+    """On a CPU without bfloat16 instructions; where it is read back, with them, it is held to the same numbers."""
+    cpu_with("avx2")
+    llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **SMALL)
+    identity = json.loads((tmp_path / "out" / "llmshrink.json").read_text())["identity"]
+    level = torch.backends.cpu.get_cpu_capability()
+    assert (identity["dtype"], identity["instructions"]) == ("torch.float32", level)
+    tensors = load_file(tmp_path / "out" / "model-block-00000.safetensors")
+    dtypes = {key.rpartition(".")[2]: tensor.dtype for key, tensor in tensors.items()}
+    assert dtypes["weight_scale"] == dtypes["weight"] == torch.bfloat16
+    here = llmshrink.verify(tmp_path / "out")
+    assert here.ok and here.tolerance == verify.SAME_MACHINE and here.value == 0
+    cpu_with("avx2 avx512_bf16")
+    elsewhere = llmshrink.verify(tmp_path / "out")
+    assert elsewhere.ok and elsewhere.tolerance == verify.ELSEWHERE and elsewhere.value == 0
+
+
+def test_what_was_computed_in_bfloat16_is_read_back_in_what_another_cpu_is_fastest_in(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, cpu_with: Callable[[str], None]
+) -> None:
+    cpu_with("avx2 avx512_bf16")
+    llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **SMALL)
+    identity = json.loads((tmp_path / "out" / "llmshrink.json").read_text())["identity"]
+    assert identity["dtype"] == "torch.bfloat16" and identity["instructions"].endswith(" with avx512_bf16")
+    cpu_with("avx2")
+    found = llmshrink.verify(tmp_path / "out")
+    assert found.ok and found.tolerance == verify.ELSEWHERE_BFLOAT16
+    assert 0 < found.value  # what the run rounded to bfloat16 isn't rounded here
+
+
+def test_an_unfinished_run_of_another_kind_of_cpu_is_not_gone_on_with(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path, cpu_with: Callable[[str], None]
+) -> None:
+    cpu_with("avx2 avx512_bf16")
+    out = tmp_path / "out"
+    options = asked.Options(model=str(model_of("llama")), output=out, calibration=str(story), samples=4, seq_len=64)
+    with Workspace(out, overwrite=False) as workspace:
+        workspace.begin(jobs.prepare(options).identity())
+    cpu_with("avx2")
+    with pytest.raises(OutputError, match=r"another kind of machine.*avx512_bf16, bfloat16; here .*, float32\)"):
+        llmshrink.quantize(model_of("llama"), output=out, calibration=story, samples=4, seq_len=64)
+    assert (workspace.folder / "journal.jsonl").is_file()

@@ -122,9 +122,28 @@ def test_a_packed_head_and_one_projection(model_of: ModelOf, tmp_path: Path) -> 
     assert logits(model).isfinite().all()
 
 
+def test_a_cpu_loads_in_what_it_multiplies_fastest(model_of: ModelOf, tmp_path: Path, cpu_with: Any) -> None:
+    """Dense, or of bits that torch has no product for, that is float32 without bfloat16 instructions."""
+    by_bits = {
+        bits: pack_checkpoint(model_of("llama"), tmp_path / str(bits), GroupedIntScheme(bits, 32, True))
+        for bits in (3, 4)
+    }
+    found = {}
+    for flags in ("avx2", "avx2 avx512_bf16"):
+        cpu_with(flags)
+        models = [llmshrink.load(each, device="cpu") for each in (model_of("llama"), by_bits[3], by_bits[4])]
+        asked = llmshrink.load(by_bits[3], device="cpu", dtype="bfloat16")
+        halves = llmshrink.load(model_of("llama", dtype="float16"), device="cpu")
+        found[flags] = [each.dtype for each in (*models, asked, halves)]
+    narrow, wide = torch.bfloat16, torch.float32
+    assert found["avx2"] == [wide, wide, narrow, narrow, wide]
+    assert found["avx2 avx512_bf16"] == [narrow, narrow, narrow, narrow, wide]
+
+
 def test_an_uncompressed_model_loads_as_it_is(
-    model_of: ModelOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model_of: ModelOf, tmp_path: Path, caplog: pytest.LogCaptureFixture, cpu_with: Any
 ) -> None:
+    cpu_with("avx512_bf16")
     with caplog.at_level(logging.WARNING, "llmshrink"):
         model = llmshrink.load(model_of("llama"), device="cpu")
     assert "isn't compressed: loaded as it is" in caplog.text
