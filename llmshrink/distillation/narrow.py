@@ -15,7 +15,9 @@ from llmshrink.checkpoint.source import Source
 from llmshrink.distillation.quiet import quiet
 from llmshrink.errors import LlmshrinkError, SourceError
 from llmshrink.methods.bnb import require
-from llmshrink.runtime.load import one_line, quantization_of
+from llmshrink.run.arithmetic import automatic_training
+from llmshrink.run.asked import DTYPES
+from llmshrink.runtime.load import choose_dtype, config_of, one_line, quantization_of
 
 TeacherQuant = Literal["nf4", "int8"]
 QUANTS: tuple[TeacherQuant, ...] = get_args(TeacherQuant)
@@ -36,8 +38,9 @@ def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust
 
     if quantization_of(source) is not None:
         raise SourceError(f"{source.name}: is compressed already; leave --teacher-quant out")
+    products = DTYPES[automatic_training(device.type).dtype]
     chosen = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=products)
         if quant == "nf4"
         else BitsAndBytesConfig(load_in_8bit=True)
     )
@@ -48,6 +51,7 @@ def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 quantization_config=chosen,
+                dtype=choose_dtype(None, config_of(source, trust_remote_code), device, None),
                 device_map={"": device},
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
