@@ -391,7 +391,7 @@ def test_a_damaged_scale_is_named(made: Path, tmp_path: Path, change: Any, said:
 
 
 def test_a_changed_scale_does_not_verify(made: Path, tmp_path: Path) -> None:
-    folder = damaged(made, tmp_path / "changed", lambda tensors: tensors[KEY].mul_(64))
+    folder = damaged(made, tmp_path / "changed", lambda tensors: tensors[KEY].div_(64))
     assert not llmshrink.verify(folder).ok
 
 

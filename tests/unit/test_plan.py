@@ -233,7 +233,7 @@ def test_what_8_bit_inputs_are_rounded_in_is_counted(model_of: ModelOf, story: P
     model = model_of("llama", intermediate_size=wide)
     found = {}
     for recipe in ("fp8-dynamic", "rtn-w4a16"):
-        job = prepare(options(model, story, recipe=recipe))
+        job = prepare(options(model, story, recipe=recipe, dtype="bfloat16"))
         active = job.stages[0]
         held = footprints._held(job, 0, active, footprints._rounded(job, active))
         found[recipe] = held.most, footprints.footprint(job, keep_paused=False, in_files=False).ram
