@@ -3,42 +3,43 @@
 A spec is one of three things: a local ``.txt`` (ONE document, taken as it is: no newline translation), a local
 ``.jsonl`` or ``.parquet`` (one document a record, under the key ``text`` or ``content``), or a `datasets` name
 ``name[:config][:split]`` with the split ``test`` unless it says another. Records that hold an empty string stay
-documents: the GPTQ protocol joins them too. `datasets` and `pyarrow` are imported only when used.
+documents: the GPTQ protocol joins them too. Records that hold no text are left out, counted and named (`leftout`).
+`datasets` and `pyarrow` are imported only when used.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.leftout import LeftOut, Tally, Unusable, parquet_rows, parse_line, pick_text
 
 TEXT_KEYS = ("text", "content")
 DEFAULT_SPLIT = "test"
 OTHER_WAYS = "give --text FILE.txt, .jsonl or .parquet"
 REACH_SECONDS = 20
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""What JSON can spell and UTF-8 can't: no tokenizer takes it."""
+Found: TypeAlias = tuple[str, str | Unusable]
+"""Where a record stands, and its text or why it has none."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """name: as reports show it. documents: in file order, as they are."""
+    """name: as reports show it. documents: in file order, as they are. left_out: records that hold no text."""
 
     name: str
     documents: tuple[str, ...]
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def load_text(spec: str, *, limit_documents: int | None = None) -> Text:
     """Read a text whole, or its first `limit_documents` records.
 
     spec: a path or a `datasets` name, as the module's docstring says. Raises EvalError, in one line, if the file is
-    missing or of another kind, isn't UTF-8, has a broken record or no such column, if the data set can't be fetched,
-    and if there is no text in it at all.
+    missing or of another kind, isn't UTF-8 (a .txt), has no such column, if the data set can't be fetched, and if
+    there is no text in it at all, or none in its first many records.
     """
     path = Path(spec).expanduser()
     reader = _READERS.get(path.suffix.lower())
@@ -51,39 +52,43 @@ def load_text(spec: str, *, limit_documents: int | None = None) -> Text:
     source = _dataset(spec) if reader is None else reader(path)
     name = spec if reader is None else path.name
     documents: list[str] = []
-    for document in source:
+    tally = Tally()
+    for place, found in source:
         if limit_documents is not None and len(documents) == limit_documents:
             break
-        documents.append(document)
+        tally.read += 1
+        if isinstance(found, str):
+            documents.append(found)
+        else:
+            tally.leave_out(place, str(found))
+            if tally.hopeless:
+                raise EvalError(f"--text {spec}: {tally.result().words()}; no more were read; {OTHER_WAYS}")
+    left_out = tally.result()
     if not any(documents):
-        raise EvalError(f"--text {spec}: holds no text ({len(documents)} records); {OTHER_WAYS}")
-    return Text(name, tuple(documents))
+        said = left_out.words() or f"{tally.read} records"
+        raise EvalError(f"--text {spec}: holds no text ({said}); {OTHER_WAYS}")
+    return Text(name, tuple(documents), left_out)
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _read_txt(path: Path) -> Iterator[Found]:
     try:
-        yield path.read_bytes().decode("utf-8")
+        yield "", path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error, 0) from error
+        raise _not_utf8(path, error) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    position = 0
+def _read_jsonl(path: Path) -> Iterator[Found]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"--text {path}: line {number}"
             if line.strip():
                 try:
-                    record = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(path, error, position) from error
-                except ValueError as error:
-                    raise EvalError(f"{where} isn't JSON ({error}); one object a line is read") from error
-                yield _document(record, where)
-            position += len(line)
+                    record = parse_line(line)
+                except Unusable as error:
+                    record = error
+                yield f"line {number}", _document(record)
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path) -> Iterator[Found]:
     """One row group is in memory at a time, and of it the one column that is read."""
     try:
         import pyarrow
@@ -95,13 +100,25 @@ def _read_parquet(path: Path) -> Iterator[str]:
     except pyarrow.ArrowInvalid as error:
         raise EvalError(f"--text {path}: not a parquet file ({_first_line(error)})") from error
     with file:
-        key = _column(file.schema_arrow.names, f"--text {path}:")
+        names = file.schema_arrow.names
+        keys = [key for key in TEXT_KEYS if key in names]
+        if not keys:
+            has = ", ".join(sorted(names)) if names else "none"
+            raise EvalError(f"--text {path}: has no column text or content; there are: {has}")
+        number = 0
         for group in range(file.num_row_groups):
-            for row in file.read_row_group(group, columns=[key]).to_pylist():
-                yield _document(row, f"--text {path}: a record of row group {group}")
+            try:
+                rows = parquet_rows(file.read_row_group(group, columns=keys))
+            except (pyarrow.ArrowException, OSError) as error:
+                raise EvalError(
+                    f"--text {path}: row group {group} can't be read ({_first_line(error)}); copy the file again"
+                ) from error
+            for row in rows:
+                number += 1
+                yield f"row {number}", _document(row)
 
 
-def _dataset(spec: str) -> Iterator[str]:
+def _dataset(spec: str) -> Iterator[Found]:
     """Stream `name[:config][:split]`; an empty config is the data set's own default."""
     if spec.count(":") > 2:
         raise EvalError(f"--text {spec}: a data set is name[:config][:split]; {OTHER_WAYS}")
@@ -115,10 +132,8 @@ def _dataset(spec: str) -> Iterator[str]:
         # One question first: offline, `datasets` itself would retry for half a minute and log each try.
         huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
         stream = datasets.load_dataset(name, config or None, split=split or DEFAULT_SPLIT, streaming=True)
-        for number, record in enumerate(stream):
-            yield _document(record, f"--text {spec}: record {number}")
-    except EvalError:
-        raise
+        for number, record in enumerate(stream, start=1):
+            yield f"record {number}", _document(record)
     # The package and its transports raise dozens of unrelated types for a name that isn't there or no network.
     except Exception as error:
         raise EvalError(
@@ -126,37 +141,24 @@ def _dataset(spec: str) -> Iterator[str]:
         ) from error
 
 
-def _document(record: Any, where: str) -> str:
-    if not isinstance(record, dict):
-        raise EvalError(f"{where} is a {type(record).__name__}; read is a string under text or content")
-    key = _column(list(record), f"{where}:")
-    value = record[key]
-    if not isinstance(value, str):
-        raise EvalError(f"{where}: {key} is a {type(value).__name__}, not a string")
-    half = LONE_SURROGATE.search(value)
-    if half:
-        raise EvalError(f"{where}: {key} has half of a surrogate pair ({half[0]!a}), which is no character")
-    return value
+def _document(record: Any) -> str | Unusable:
+    try:
+        if isinstance(record, Unusable):
+            raise record
+        return pick_text(record, TEXT_KEYS)
+    except Unusable as error:
+        return error
 
 
-def _column(names: Sequence[str], where: str) -> str:
-    """The first of TEXT_KEYS that is there."""
-    for key in TEXT_KEYS:
-        if key in names:
-            return key
-    has = ", ".join(sorted(names)) if names else "none"
-    raise EvalError(f"{where} has no column text or content; there are: {has}")
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError, start: int) -> EvalError:
-    return EvalError(f"--text {path}: not UTF-8 text ({error.reason} at byte {start + error.start}); save it as UTF-8")
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> EvalError:
+    return EvalError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
 
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")[:160]
 
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

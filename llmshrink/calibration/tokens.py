@@ -9,20 +9,27 @@ Three kinds of text, three rules:
   it has one), closed by EOS, packed end to end, then cut into windows;
 - conversations: the chat template, one conversation a window, cut at ``seq_len`` or padded; padding is False in the
   mask and counts nowhere. A completion that is a text is packed, with its prompt, like a document.
+
+Where a model needs BOS (`llmshrink_eval.beginning` says when), every window begins with it, and is no longer for that.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from llmshrink_eval.beginning import Beginning, Bos, beginning_of
+from llmshrink_eval.leftout import LeftOut, Tally
+from llmshrink_eval.templates import DATE
 from torch import Tensor
 
-from llmshrink.calibration.packing import continuous, packed, padded, refuse_silence
-from llmshrink.calibration.text import OTHER_WAYS, Completion, Document, Documents
+from llmshrink.calibration.packing import begun, continuous, packed, padded, refuse_silence
+from llmshrink.calibration.reading import Reading
+from llmshrink.calibration.records import Document, Record, usable
+from llmshrink.calibration.text import OTHER_WAYS, Documents
 from llmshrink.calibration.turns import is_conversation
 from llmshrink.errors import CalibrationError
 
@@ -40,6 +47,7 @@ class TokenWindows:
     input_ids: int64 [samples, seq_len]. mask: bool [samples, seq_len], False where a position is padding (always at
     the end of a window). name: the text's. fingerprint: sha256 over ids, mask, `said` and the tokenizer. said: bool,
     the same shape, True where the assistant said the token (`turns.py`), and only that is learned; None: everything is.
+    reading: what is to be told of how it was read.
     """
 
     input_ids: Tensor
@@ -47,6 +55,7 @@ class TokenWindows:
     name: str
     fingerprint: str
     said: Tensor | None = None
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def tokens(self) -> int:
@@ -88,6 +97,8 @@ def build_windows(
     seed: int,
     fewer: bool = False,
     mask_prompts: bool | None = False,
+    bos: Bos = "auto",
+    model_type: str | None = None,
 ) -> tuple[TokenWindows, TokenWindows]:
     """Tokenize no more text than needed and cut it into (calibration, held-out) windows.
 
@@ -96,42 +107,62 @@ def build_windows(
     are the last calibration windows and their name says so. fewer: a text with less than samples windows gives what it
     has (a training run reads it again), the last of it still to the held-out windows, and at least one to each.
     mask_prompts: whether what the assistant said is told apart (`TokenWindows.said`), and windows without any of it are
-    left out; None: where the text has turns.
-    Raises CalibrationError if the text is empty or has fewer than samples x seq_len tokens, with both numbers; and for
-    a mask of a text that has no turns.
+    left out; None: where the text has turns. bos: whether each window begins with BOS; model_type: of the model's
+    config, for "auto". Records that can't be used are left out and counted (`TokenWindows.reading`).
+    Raises CalibrationError if the text is empty or has fewer than samples x seq_len tokens, with both numbers; for a
+    mask of a text that has no turns; for a chat template that can't be used; and for a BOS that there isn't.
     """
-    stream = documents.stream(seed)
+    name, tally = documents.name, Tally()
+    beginning = _beginning(tokenizer, model_type, bos)
+    stream = usable(documents.stream(seed), tally, name)
     first = next(stream, None)
-    turns = first is not None and not isinstance(first, str)
-    masked = turns if mask_prompts is None else mask_prompts
-    if masked and first is not None and not turns:
-        raise CalibrationError(
-            f"--mask-prompts: calibration data {documents.name} has no turns, all of it is text; leave the option out, "
-            "or give records of messages, or of prompt and completion"
-        )
-    if first is not None and is_conversation(first):
-        kept = padded(_chain(first, stream), tokenizer, samples + held_out, seq_len, documents.name, masked=masked)
-        ids, mask, said = kept
+    document = None if first is None else first.document
+    masked = _masked(document, mask_prompts, name)
+    wanted = samples + held_out
+    records = _chain(first, stream)
+    reading = Reading(beginning.put)
+    if document is not None and is_conversation(document):
+        found = padded(records, tokenizer, wanted, seq_len, name, beginning, tally, masked=masked)
+        ids, mask, said = found.ids, found.mask, found.said
         samples = _at_most(samples, len(ids), held_out) if fewer else samples
         if len(ids) < samples:
-            _refuse_conversations(documents.name, len(ids), int(mask.sum()), samples, seq_len)
+            _refuse_conversations(name, len(ids), int(mask.sum()), samples, seq_len, tally.result())
+        reading = replace(reading, date=DATE if found.dated else None, untold_tools=found.untold)
     else:
-        texts = _texts(_chain(first, stream), documents.name)
-        wanted = (samples + held_out) * seq_len
-        ids, said, tokens = _cut(documents, texts, tokenizer, wanted, seq_len, masked=masked)
+        texts = _texts(records, name)
+        ids, said, tokens = _cut(documents, texts, tokenizer, wanted * seq_len, seq_len, beginning, masked=masked)
         samples = _at_most(samples, len(ids), held_out) if fewer else samples
         if len(ids) < samples:
-            _refuse(documents.name, tokens, samples, seq_len)
-        ids, said = ids[: samples + held_out], said[: samples + held_out]
+            _refuse(name, tokens, samples, seq_len, tally.result())
+        ids, said = ids[:wanted], said[:wanted]
         mask = torch.ones_like(ids, dtype=torch.bool)
-    spoken = said if masked else None
-    identity = tokenizer_hash(tokenizer)
-    calibration = _windows(ids, mask, spoken, slice(0, samples), documents.name, identity)
+    if not documents.single:
+        reading = replace(reading, left_out=tally.result())
+    cut = _Cut(ids, mask, said if masked else None, name, tokenizer_hash(tokenizer), reading)
     if held_out and len(ids) == samples:
-        again = slice(samples - min(held_out, samples), samples)
-        name = f"{documents.name} (the calibration windows again: the text has no more)"
-        return calibration, _windows(ids, mask, spoken, again, name, identity)
-    return calibration, _windows(ids, mask, spoken, slice(samples, None), documents.name, identity)
+        same = f"{name} (the calibration windows again: the text has no more)"
+        again = replace(cut, name=same).windows(slice(samples - min(held_out, samples), samples))
+        return cut.windows(slice(0, samples)), again
+    return cut.windows(slice(0, samples)), cut.windows(slice(samples, None))
+
+
+def _masked(document: Document | None, mask_prompts: bool | None, name: str) -> bool:
+    """Whether what the assistant said is told apart, in data that begins with this document."""
+    turns = document is not None and not isinstance(document, str)
+    masked = turns if mask_prompts is None else mask_prompts
+    if masked and document is not None and not turns:
+        raise CalibrationError(
+            f"--mask-prompts: calibration data {name} has no turns, all of it is text; leave the option out, or give "
+            "records of messages, or of prompt and completion"
+        )
+    return masked
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, model_type: str | None, bos: Bos) -> Beginning:
+    try:
+        return beginning_of(tokenizer, model_type, bos)
+    except ValueError as error:
+        raise CalibrationError(str(error)) from error
 
 
 def _at_most(samples: int, windows: int, held_out: int) -> int:
@@ -139,56 +170,64 @@ def _at_most(samples: int, windows: int, held_out: int) -> int:
     return max(1, min(samples, windows - min(held_out, max(1, windows // 4))))
 
 
-def _refuse(name: str, tokens: int, samples: int, seq_len: int) -> None:
+def _refuse(name: str, tokens: int, samples: int, seq_len: int, left_out: LeftOut) -> None:
     needed = f"{samples} x {seq_len} = {samples * seq_len} are needed"
     if tokens == 0:
-        raise CalibrationError(f"calibration data {name} is empty or white space: 0 tokens, {needed}; {OTHER_WAYS}")
+        why = f": {left_out.words()}; " if left_out.count else " is empty or white space: "
+        raise CalibrationError(f"calibration data {name}{why}0 tokens, {needed}; {OTHER_WAYS}")
     fits = tokens // seq_len
     shorter = f", or --samples {fits}" if fits else f", or --samples 1 --seq-len {tokens}" if tokens > 1 else ""
-    raise CalibrationError(f"calibration data {name} has {tokens} tokens, {needed}; give more text{shorter}")
+    raise CalibrationError(
+        f"calibration data {name} has {tokens} tokens, {needed}{_left(left_out)}; give more text{shorter}"
+    )
 
 
-def _refuse_conversations(name: str, found: int, tokens: int, samples: int, seq_len: int) -> None:
+def _refuse_conversations(name: str, found: int, tokens: int, samples: int, seq_len: int, left_out: LeftOut) -> None:
     needed = f"{samples} conversations of up to {seq_len} tokens (at most {samples * seq_len}) are needed"
     if found == 0:
-        raise CalibrationError(
-            f"calibration data {name} is empty: its conversations have 0 tokens, {needed}; {OTHER_WAYS}"
-        )
+        why = f": {left_out.words()}; " if left_out.count else " is empty: "
+        raise CalibrationError(f"calibration data {name}{why}its conversations have 0 tokens, {needed}; {OTHER_WAYS}")
     raise CalibrationError(
-        f"calibration data {name} has {tokens} tokens in {found} conversations, {needed}; "
+        f"calibration data {name} has {tokens} tokens in {found} conversations, {needed}{_left(left_out)}; "
         f"give more, or --samples {found}"
     )
 
 
-def _chain(first: Document | None, rest: Iterator[Document]) -> Iterator[Document]:
+def _left(left_out: LeftOut) -> str:
+    return f"; {left_out.words()}" if left_out.count else ""
+
+
+def _chain(first: Record | None, rest: Iterator[Record]) -> Iterator[Record]:
     if first is not None:
         yield first
         yield from rest
 
 
-def _texts(documents: Iterator[Document], name: str) -> Iterator[str | Completion]:
-    for document in documents:
-        if is_conversation(document):
+def _texts(records: Iterator[Record], name: str) -> Iterator[Record]:
+    for record in records:
+        if record.document is not None and is_conversation(record.document):
             raise CalibrationError(f"calibration data {name} mixes texts with conversations; give one kind")
-        assert isinstance(document, str | Completion)
-        yield document
+        yield record
 
 
 def _cut(
     documents: Documents,
-    texts: Iterator[str | Completion],
+    texts: Iterator[Record],
     tokenizer: PreTrainedTokenizerBase,
     wanted: int,
     seq_len: int,
+    beginning: Beginning,
     *,
     masked: bool,
 ) -> tuple[Tensor, Tensor, int]:
     """(ids int64 [windows, seq_len], which of them are a completion's, how many tokens were found)."""
     if documents.single:
-        ids = continuous((piece for piece in texts if isinstance(piece, str)), tokenizer, wanted)
+        pieces = (record.document for record in texts)
+        ids = continuous((piece for piece in pieces if isinstance(piece, str)), tokenizer, wanted)
         said = [True] * len(ids)
     else:
-        ids, said = packed(texts, tokenizer, wanted, documents.name, masked=masked)
+        ids, said = packed(texts, tokenizer, wanted, documents.name, beginning, masked=masked)
+    ids, said = begun(ids, said, seq_len, beginning.bos, wanted)
     windows = len(ids) // seq_len
     found = torch.tensor(ids[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
     marks = torch.tensor(said[: windows * seq_len], dtype=torch.bool).view(windows, seq_len)
@@ -200,18 +239,27 @@ def _cut(
     return found[taught], marks[taught], len(ids)
 
 
-def _windows(
-    ids: Tensor, mask: Tensor, said: Tensor | None, which: slice, name: str, tokenizer_hash: str
-) -> TokenWindows:
-    ids, mask = ids[which], mask[which]
-    digest = hashlib.sha256(tokenizer_hash.encode())
-    digest.update(repr(tuple(ids.shape)).encode())
-    digest.update(ids.contiguous().numpy().tobytes())
-    digest.update(mask.contiguous().numpy().tobytes())
-    if said is not None:
-        said = said[which]
-        digest.update(said.contiguous().numpy().tobytes())
-    return TokenWindows(ids, mask, name, digest.hexdigest(), said)
+@dataclass(frozen=True)
+class _Cut:
+    """All windows of a text, of which some become a `TokenWindows`. The fields are those."""
+
+    ids: Tensor
+    mask: Tensor
+    said: Tensor | None
+    name: str
+    tokenizer: str
+    reading: Reading
+
+    def windows(self, which: slice) -> TokenWindows:
+        ids, mask, said = self.ids[which], self.mask[which], self.said
+        digest = hashlib.sha256(self.tokenizer.encode())
+        digest.update(repr(tuple(ids.shape)).encode())
+        digest.update(ids.contiguous().numpy().tobytes())
+        digest.update(mask.contiguous().numpy().tobytes())
+        if said is not None:
+            said = said[which]
+            digest.update(said.contiguous().numpy().tobytes())
+        return TokenWindows(ids, mask, self.name, digest.hexdigest(), said, self.reading)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

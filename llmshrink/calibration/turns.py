@@ -16,10 +16,13 @@ A token counts if any of its characters does. That needs a tokenizer that knows 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llmshrink.calibration.text import Completion, Document, Messages
+from llmshrink_eval.prefix import characters_for, tokenize_beginning
+from llmshrink_eval.templates import ASKS_DATE, TemplateFault, chat_marks, chat_text, template_of
+
+from llmshrink.calibration.records import Completion, Document, Messages, Record
 from llmshrink.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -43,6 +46,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> l
     return list(encoded["input_ids"])
 
 
+def encode_beginning(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    spans: Sequence[Span] | None,
+    name: str,
+    wanted: int,
+    *,
+    special: bool,
+) -> tuple[list[int], list[bool], bool]:
+    """(the text's first `wanted` ids, whether each has a character within one of the spans, whether these are all).
+
+    spans: None where every token counts. Of a long text only a prefix is tokenized.
+    """
+
+    def columns(prefix: str) -> tuple[list[Any], ...]:
+        if spans is None:
+            ids = encode(tokenizer, prefix, special=special)
+            return ids, [True] * len(ids)
+        return encode_spans(tokenizer, prefix, spans, name, special=special)
+
+    found = tokenize_beginning(
+        lambda length: (text[:length], length >= len(text)), columns, wanted, characters_for(wanted)
+    )
+    return found.columns[0], found.columns[1], found.whole
+
+
 def encode_spans(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], name: str, *, special: bool
 ) -> tuple[list[int], list[bool]]:
@@ -59,49 +88,64 @@ def encode_spans(
     return list(encoded["input_ids"]), counted
 
 
-def encode_conversation(
-    document: Messages | Completion, tokenizer: PreTrainedTokenizerBase, name: str, *, masked: bool
-) -> tuple[list[int], list[bool]]:
-    """(ids, whether each is the assistant's; all are where nothing is masked). Raises CalibrationError."""
+def encode_conversation(record: Record, writer: Writer, wanted: int, *, masked: bool) -> tuple[list[int], list[bool]]:
+    """(the first `wanted` ids of a conversation, whether each is the assistant's; all are where nothing is masked).
+
+    Raises CalibrationError where all of the data can't be used, `Refused` where this record can't.
+    """
+    document = record.document
+    assert document is not None and not isinstance(document, str)
     prompt: list[Any] = list(document.prompt) if isinstance(document, Completion) else []
     rest = document.completion if isinstance(document, Completion) else document
-    writer = _Writer(tokenizer, name)
     messages = [*prompt, *rest]
+    if not messages:
+        return [], []
+    text, spans = writer.spans(messages, prompt) if masked else (writer(messages), None)
     # The template writes the special tokens itself.
-    text = writer(messages)
-    if not masked:
-        ids = encode(tokenizer, text, special=False)
-        return ids, [True] * len(ids)
-    if GENERATION.search(tokenizer.get_chat_template()):
-        ids, counted = writer.marked(messages)
-        if prompt:
-            after = [(len(writer.beginning(text, prompt, prompts=True)), len(text))]
-            within = encode_spans(tokenizer, text, after, name, special=False)[1]
-            counted = [both and one for both, one in zip(within, counted, strict=True)]
-        return ids, counted
-    spans = [
-        writer.turn(text, messages, number)
-        for number in range(len(prompt), len(messages))
-        if messages[number]["role"] == ASSISTANT
-    ]
-    return encode_spans(tokenizer, text, spans, name, special=False)
+    return encode_beginning(writer.tokenizer, text, spans, writer.name, wanted, special=False)[:2]
 
 
-class _Writer:
-    """A tokenizer's chat template, for the data of a name."""
+class Writer:
+    """A tokenizer's chat template, for the data of a name and the tools of one record."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        self._tokenizer, self._name = tokenizer, name
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, tools: Sequence[Mapping[str, Any]]) -> None:
+        self.tokenizer, self.name, self._tools = tokenizer, name, tools
+        try:
+            self._template = template_of(tokenizer, tools)
+        except TemplateFault as error:
+            raise self._fault(error) from error
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template asks for the date."""
+        return ASKS_DATE in self._template
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the template knows of tools."""
+        return "tools" in self._template
 
     def __call__(self, messages: Messages, **how: Any) -> str:
         """The messages as the template writes them; nothing for none."""
-        return str(self._apply(messages, tokenize=False, **how)) if messages else ""
+        if not messages:
+            return ""
+        try:
+            return chat_text(self.tokenizer, messages, tools=self._tools, **how)
+        except TemplateFault as error:
+            raise self._fault(error) from error
 
-    def marked(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """(ids, whether they are within the template's own marks)."""
-        encode_spans(self._tokenizer, "", [], self._name, special=False)
-        found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
+    def spans(self, messages: Messages, prompt: Messages) -> tuple[str, list[Span]]:
+        """(the messages as written, what of it the assistant says after the prompt)."""
+        if GENERATION.search(self._template):
+            try:
+                text, marks = chat_marks(self.tokenizer, messages, tools=self._tools)
+            except TemplateFault as error:
+                raise self._fault(error) from error
+            after = len(self.beginning(text, prompt, prompts=True)) if prompt else 0
+            return text, [(max(start, after), end) for start, end in marks if end > after]
+        text = self(messages)
+        turns = [n for n in range(len(prompt), len(messages)) if messages[n]["role"] == ASSISTANT]
+        return text, [self.turn(text, messages, number) for number in turns]
 
     def turn(self, text: str, messages: Messages, number: int) -> Span:
         """Where in `text`, which is all messages, one of them is."""
@@ -119,17 +163,10 @@ class _Writer:
         found = self(messages, add_generation_prompt=prompts)
         if not text.startswith(found):
             raise CalibrationError(
-                f"calibration data {self._name}: the chat template writes a turn otherwise when another follows, so "
+                f"calibration data {self.name}: the chat template writes a turn otherwise when another follows, so "
                 f"where the assistant's begin isn't known; mark them in the template ({{% generation %}}), or {NO_MASK}"
             )
         return found
 
-    def _apply(self, messages: Messages, **how: Any) -> Any:
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template([dict(message) for message in messages], **how)
-        except TemplateError as error:
-            raise CalibrationError(
-                f"calibration data {self._name}: the chat template refuses a conversation ({error}); remove it"
-            ) from error
+    def _fault(self, error: TemplateFault) -> CalibrationError:
+        return CalibrationError(f"calibration data {self.name} has messages, and {error}; or give text")

@@ -1,0 +1,140 @@
+"""Records of a text that can't be used: each is left out, counted, and named by its place with the reason.
+
+One bad record of a million is no reason to refuse the others, and none to pass over it in silence. A source none of
+whose first records can be used is another matter: it isn't read to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What JSON can spell and UTF-8 can't: no tokenizer takes it."""
+HOPELESS = 1000
+"""Records without a usable one among them, after which no more are read."""
+NAMED = 100
+SHOWN = 3
+
+
+class Unusable(ValueError):
+    """Why a record can't be used, as what follows its place in a line."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """count: records that were left out, of `read`. named: the first of them, each its place and why."""
+
+    count: int = 0
+    read: int = 0
+    named: tuple[str, ...] = ()
+
+    def words(self) -> str:
+        """Which, and why; nothing where nothing was left out."""
+        if not self.count:
+            return ""
+        more = f" and {self.count - SHOWN:,} more" if self.count > SHOWN else ""
+        of = "all" if self.count == self.read else f"{self.count:,} of"
+        were = "was" if self.count == 1 else "were"
+        return f"{of} {self.read:,} records {were} left out: {'; '.join(self.named[:SHOWN])}{more}"
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"count": self.count, "read": self.read, "named": list(self.named)}
+
+
+class Tally:
+    """Counts while a source is read."""
+
+    def __init__(self) -> None:
+        self.read = self.count = 0
+        self._named: list[str] = []
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many have been read, and none was of use, that it isn't worth going on."""
+        return self.count == self.read >= HOPELESS
+
+    def leave_out(self, place: str, why: str) -> None:
+        """One of those that were read."""
+        self.count += 1
+        if len(self._named) < NAMED:
+            self._named.append(f"{place} {why}")
+
+    def result(self) -> LeftOut:
+        """What was counted so far."""
+        return LeftOut(self.count, self.read, tuple(self._named))
+
+
+def parse_line(line: bytes) -> Any:
+    """The JSON of one line. Raises Unusable."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Unusable(f"isn't UTF-8 ({error.reason} at its byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"isn't JSON ({_first_line(error)}); one object a line is read") from error
+
+
+def parquet_rows(table: Any) -> list[Any]:
+    """The rows of a table of pyarrow as plain data; in the place of one that isn't text, an Unusable that says so."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        return [_row(table.slice(number, 1)) for number in range(table.num_rows)]
+
+
+def _row(table: Any) -> Any:
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Unusable(f"isn't UTF-8 ({error.reason} at byte {error.start})")
+
+
+def present(value: Any) -> Any:
+    """A record without its keys that are null, at any depth: parquet fills in null wherever a key is absent."""
+    if isinstance(value, dict):
+        return {key: present(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [present(item) for item in value]
+    return value
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Raise Unusable where a text, at any depth, holds half of a surrogate pair."""
+    if isinstance(value, str):
+        half = None if value.isascii() else LONE_SURROGATE.search(value)
+        if half:
+            raise Unusable(f"{where} has half of a surrogate pair ({half[0]!a}), which is no character")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_characters(key, where)
+            check_characters(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            check_characters(item, f"{where}[{number}]")
+
+
+def pick_text(record: Any, keys: Sequence[str]) -> str:
+    """The text under the first of `keys` that a record has. Raises Unusable."""
+    if not isinstance(record, dict):
+        raise Unusable(f"is a {type(record).__name__}; read is a string under {' or '.join(keys)}")
+    for key in keys:
+        value = record.get(key)
+        if value is not None and not isinstance(value, str):
+            raise Unusable(f"has {key} that is a {type(value).__name__}, not a string")
+        if isinstance(value, str):
+            check_characters(value, key)
+            return value
+    null = next((key for key in keys if key in record), None)
+    if null is not None:
+        raise Unusable(f"has {null} that is null")
+    has = ", ".join(sorted(map(str, record))) or "none"
+    raise Unusable(f"has no column {' or '.join(keys)}; there are: {has}")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
