@@ -64,7 +64,7 @@ def measure(command: list[str]) -> dict[str, float]:
 def write_tokens(arguments: argparse.Namespace, path: Path) -> None:
     """The calibration windows that ours would take, for those that don't tokenize themselves."""
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from llmshrink.calibration.text import load_documents
     from llmshrink.calibration.tokens import build_windows
@@ -76,6 +76,7 @@ def write_tokens(arguments: argparse.Namespace, path: Path) -> None:
         seq_len=arguments.seq_len,
         held_out=0,
         seed=0,
+        model_type=AutoConfig.from_pretrained(arguments.model).model_type,
     )
     save_file({"input_ids": windows.input_ids}, path)
 
@@ -96,11 +97,13 @@ def table(runs: dict[str, list[dict[str, float]]], damage: dict[str, float]) -> 
 def judge(original: Path, outputs: dict[str, Path], text: Path) -> dict[str, float]:
     """KL of each output to the original, nats per token."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks import kl
 
-    ids = kl.windows(AutoTokenizer.from_pretrained(original), text, tokens=102_400, window=256)
+    model_type = AutoConfig.from_pretrained(original).model_type
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    ids = kl.windows(tokenizer, text, tokens=102_400, window=256, model_type=model_type)
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
     loaded = ((name, kl.load(original, folder, own_reader=False)[0]) for name, folder in outputs.items())
     return {name: kl.divergence(model, compressed, ids).kl for name, compressed in loaded}

@@ -1,6 +1,7 @@
 """How far a compressed model is from its original: `python -m benchmarks.kl ORIGINAL COMPRESSED TEXT`.
 
-Both models see the first `--tokens` tokens of the text in windows of `--window`, in float32; printed are the mean
+Both models see the first `--tokens` tokens of the text in windows of `--window`, those of `llmshrink eval --protocol
+gptq` (BOS before each where the family or the tokenizer needs it, or as `--bos` says), in float32; printed are the mean
 KL(original || compressed) over all positions in nats per token and both perplexities, exp(mean nats per predicted
 token).
 
@@ -15,9 +16,10 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from llmshrink_eval.beginning import Bos
 from torch import Tensor
 
 BATCH = 8
@@ -33,15 +35,23 @@ class Divergence:
     tokens: int
 
 
-def windows(tokenizer: Any, text: Path, tokens: int, window: int) -> Tensor:
-    """The text's first tokens, int64 [tokens / window, window]."""
-    from llmshrink.calibration.text import load_documents
-    from llmshrink.calibration.tokens import build_windows
+def windows(
+    tokenizer: Any, text: Path, tokens: int, window: int, *, bos: Bos = "auto", model_type: str | None = None
+) -> Tensor:
+    """The text's first tokens, int64 [tokens / window, window]. bos, model_type: as `llmshrink_eval.beginning` has."""
+    from llmshrink_eval.protocol import build_windows
+    from llmshrink_eval.text import load_text
 
-    documents = load_documents(str(text))
-    return build_windows(documents, tokenizer, samples=tokens // window, seq_len=window, held_out=0, seed=0)[
-        0
-    ].input_ids
+    return build_windows(
+        load_text(str(text)),
+        tokenizer,
+        protocol="gptq",
+        limit=window,
+        window=window,
+        max_tokens=tokens,
+        bos=bos,
+        model_type=model_type,
+    ).input_ids
 
 
 @torch.inference_mode()
@@ -91,11 +101,19 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--bos", choices=get_args(Bos), default="auto")
     parser.add_argument("--own-reader", action="store_true")
     arguments = parser.parse_args()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    ids = windows(AutoTokenizer.from_pretrained(arguments.original), arguments.text, arguments.tokens, arguments.window)
+    ids = windows(
+        AutoTokenizer.from_pretrained(arguments.original),
+        arguments.text,
+        arguments.tokens,
+        arguments.window,
+        bos=arguments.bos,
+        model_type=AutoConfig.from_pretrained(arguments.original).model_type,
+    )
     original = AutoModelForCausalLM.from_pretrained(arguments.original, dtype=torch.float32).eval()
     compressed, own = load(arguments.original, arguments.compressed, own_reader=arguments.own_reader)
     found = divergence(original, compressed, ids)

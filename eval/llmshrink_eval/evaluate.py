@@ -26,6 +26,7 @@ from llmshrink_eval.options import ModelSpec, Options
 from llmshrink_eval.outcome import Evaluation, Samples, now, tell
 from llmshrink_eval.progress import Progress, Silent
 from llmshrink_eval.results import Cost, Divergence, Generation, ModelResult, Perplexity, Results, Task
+from llmshrink_eval.templates import DATE
 from llmshrink_eval.used import settings_used
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ class _Measuring:
         first = self._subject.role == "original" and self._prepared.compares
         key = self._key(
             windows=windows.fingerprint,
+            bos=windows.bos,
             original=self._reference.subject.fingerprint if self._reference is not None else None,
         )
         if self._options.fresh:
@@ -255,7 +257,7 @@ class _Measuring:
         data = self._prepared.task_data
         if options is None or data is None:
             return {}
-        key = self._key(tasks=data.fingerprint)
+        key = self._key(tasks=data.fingerprint, bos=self._options.running.bos, date=DATE)
         if self._options.fresh:
             self._cache.drop_folder("tasks", key)
 
@@ -273,7 +275,7 @@ class _Measuring:
         prompts = self._prepared.prompts
         if not prompts:
             return ()
-        key = self._key(prompts=list(prompts))
+        key = self._key(prompts=list(prompts), bos=self._prepared.bos)
         found = self._kept("generations", key, lambda: self._engine.generations(prompts), "what it says")
         return tuple(Generation.model_validate(one) for one in found)
 

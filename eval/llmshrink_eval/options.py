@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llmshrink_eval.beginning import Bos
 from llmshrink_eval.cache import default_folder
 from llmshrink_eval.results import SiteError
 from llmshrink_eval.text import Text
@@ -51,7 +52,8 @@ class Scoring:
 @dataclass(frozen=True)
 class Running:
     """How models are run. device: as torch spells it. dtype: likewise, or "auto" for the model's own; a
-    CPU computes in float32 whatever is asked. offload: a folder."""
+    CPU computes in float32 whatever is asked. offload: a folder. bos: whether what models read begins with BOS (see
+    `beginning`)."""
 
     engine: Engine = "transformers"
     device: str = "cpu"
@@ -59,6 +61,7 @@ class Running:
     batch_size: int | None = None
     offload: Path | None = None
     trust_remote_code: bool = False
+    bos: Bos = "auto"
 
 
 @dataclass(frozen=True)

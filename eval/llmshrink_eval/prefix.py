@@ -18,11 +18,12 @@ PROBE_CHARACTERS = 1 << 14
 @dataclass(frozen=True)
 class Tokenized:
     """The beginning of a text. columns: lists of what there is of each token, ids first. prefix: what they were made
-    from; whole: whether that is all of the text."""
+    from; whole: whether that is all of the text; complete: whether the tokens are all of it."""
 
     columns: tuple[list[Any], ...]
     prefix: str
     whole: bool
+    complete: bool
 
 
 def tokenize_beginning(
@@ -41,7 +42,8 @@ def tokenize_beginning(
         columns = encode(prefix)
         found = len(columns[0])
         if whole or found >= wanted + MARGIN_TOKENS:
-            return Tokenized(tuple(column[:wanted] for column in columns), prefix, whole)
+            kept = tuple(column[:wanted] for column in columns)
+            return Tokenized(kept, prefix, whole, whole and found <= wanted)
         characters_per_token = len(prefix) / max(found, 1)
         length = int(1.1 * characters_per_token * (wanted + MARGIN_TOKENS)) + PROBE_CHARACTERS
 

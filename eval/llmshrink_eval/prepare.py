@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llmshrink_eval import require
+from llmshrink_eval.beginning import Bos, beginning_of
 from llmshrink_eval.comparable import refuse_other_tokenizers, refuse_other_vocabularies
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.fingerprint import fingerprint_folder
+from llmshrink_eval.leftout import LONE_SURROGATE, LeftOut
 from llmshrink_eval.options import SHOWN_PROMPTS, Engine, ModelSpec, Options, ProtocolName, Running
 from llmshrink_eval.require import Condition
-from llmshrink_eval.results import TextUsed
-from llmshrink_eval.text import LONE_SURROGATE
+from llmshrink_eval.results import RecordsLeftOut, TextUsed
 
 if TYPE_CHECKING:
     from llmshrink_eval.protocol import Windows
@@ -55,7 +56,7 @@ class Subject:
 @dataclass(frozen=True)
 class Prepared:
     """What all models share. compares: whether later models are held to the first. batch_size: sequences in a forward,
-    for the text and for the tasks."""
+    for the text and for the tasks. bos: whether what models read begins with BOS. left_out: of the text's records."""
 
     subjects: tuple[Subject, ...]
     compares: bool
@@ -69,6 +70,8 @@ class Prepared:
     device: str
     machine: str
     engine: str
+    bos: bool
+    left_out: LeftOut
 
     @property
     def text_used(self) -> TextUsed | None:
@@ -82,6 +85,8 @@ class Prepared:
             stride=windows.stride,
             tokens=windows.tokens,
             fingerprint=windows.fingerprint,
+            bos=windows.bos,
+            left_out=RecordsLeftOut.model_validate(self.left_out.to_dict()),
         )
 
     def run_key(self, dtype: str) -> dict[str, object]:
@@ -98,6 +103,7 @@ def refuse(options: Options, *, baseline: bool) -> list[Condition]:
     for flag, value, known in (
         ("protocol", scoring.protocol, get_args(ProtocolName)),
         ("engine", running.engine, get_args(Engine)),
+        ("bos", running.bos, get_args(Bos)),
     ):
         if value not in known:
             raise EvalError(f"--{flag} {value}: {' or '.join(known)}")
@@ -136,11 +142,18 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
     tokenizers = [_tokenizer(spec, running.trust_remote_code) for spec in specs]
     configs = [_config(spec, running.trust_remote_code) for spec in specs]
     refuse_other_tokenizers(specs, tokenizers)
+    try:
+        beginnings = [
+            beginning_of(tokenizer, config.model_type, running.bos)
+            for tokenizer, config in zip(tokenizers, configs, strict=True)
+        ]
+    except ValueError as error:
+        raise EvalError(str(error)) from error
     windows = _windows(options, configs, tokenizers[0])
     if windows is not None:
         refuse_other_vocabularies(specs, configs, windows)
     if options.apply_chat_template:
-        _refuse_without_chat_template(specs, tokenizers)
+        _refuse_chat_templates(specs, tokenizers)
     tasks, task_data = _tasks(options)
     slugs = _slugs([spec.name for spec in specs])
     subjects = tuple(
@@ -166,6 +179,8 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
         device=_device_name(running.device),
         machine=f"{platform.machine()} {platform.node()} {os.cpu_count()} cores",
         engine=running.engine,
+        bos=beginnings[0].put,
+        left_out=LeftOut() if options.scoring.text is None else options.scoring.text.left_out,
     )
 
 
@@ -215,10 +230,15 @@ def _config(spec: ModelSpec, trust_remote_code: bool) -> Any:
             raise EvalError(f"{spec.name}: transformers can't read its config.json ({reason})") from error
 
 
-def _refuse_without_chat_template(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:
+def _refuse_chat_templates(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:
+    """Where there is none, or none that writes a plain question."""
+    from llmshrink_eval.templates import PLAINEST, Refused, TemplateFault, chat_text
+
     for spec, tokenizer in zip(specs, tokenizers, strict=True):
-        if not getattr(tokenizer, "chat_template", None):
-            raise EvalError(f"--apply-chat-template: the tokenizer of {spec.name} has no chat template; leave it out")
+        try:
+            chat_text(tokenizer, PLAINEST, add_generation_prompt=True)
+        except (TemplateFault, Refused) as error:
+            raise EvalError(f"--apply-chat-template: {spec.name}: {error}; or leave it out") from error
 
 
 def _windows(options: Options, configs: Sequence[Any], tokenizer: Any) -> Windows | None:
@@ -236,6 +256,8 @@ def _windows(options: Options, configs: Sequence[Any], tokenizer: Any) -> Window
         window=scoring.window,
         stride=scoring.stride,
         max_tokens=scoring.max_tokens,
+        bos=options.running.bos,
+        model_type=configs[0].model_type,
     )
 
 
@@ -253,6 +275,7 @@ def _tasks(options: Options) -> tuple[TaskOptions | None, TaskData | None]:
         batch_size=options.running.batch_size,
         apply_chat_template=options.apply_chat_template,
         seed=options.seed,
+        bos=options.running.bos,
     )
     check_tasks(tasks)
     return tasks, survey_tasks(tasks)

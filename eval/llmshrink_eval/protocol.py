@@ -10,6 +10,9 @@ document ends) and reach back as far as the window allows. A window scores the t
 every token but the document's first is scored exactly once, with at least window - stride tokens of context, or
 everything that stands before it.
 
+**BOS** (`beginning` says when): every window begins with it, whatever part of the text follows, and is no longer for
+that. It's never scored, and then every token of the text is, the first one too: it's predicted from BOS.
+
 **Words and bytes** belong to the scored tokens alone, so that word perplexity and bits per byte are about the same text
 as the token perplexity. The tokenizer's offsets cut the text into consecutive pieces, one a token: a token owns what
 lies between the furthest character that earlier tokens reached and the furthest that it reaches itself, so characters
@@ -32,7 +35,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from llmshrink_eval.beginning import Beginning, Bos, beginning_of
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.prefix import characters_for, tokenize_beginning
 from llmshrink_eval.text import Text
 
 Protocol: TypeAlias = Literal["gptq", "sliding"]
@@ -52,7 +57,7 @@ class Windows:
     the token AT this position is predicted, from those before it in the window, and counted. document: int64
     [windows]: which document a window belongs to, -1 where windows run over documents. words, bytes: of the text that
     the scored tokens stand for. stride: tokens between the ends of consecutive windows. fingerprint: sha256 of ids,
-    lengths and scored.
+    lengths and scored. bos: whether each window begins with BOS.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Windows:
     words: int
     bytes: int
     fingerprint: str
+    bos: bool = False
 
     @property
     def tokens(self) -> int:
@@ -89,7 +95,8 @@ class Windows:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A tokenized text. ids: int64 [tokens]. words, bytes: int64 [tokens], how much of the text each token owns."""
+    """A tokenized text, or as much of its beginning as is read. ids: int64 [tokens], without BOS where that is put
+    before windows. words, bytes: int64 [tokens], how much of the text each token owns."""
 
     ids: Tensor
     words: Tensor
@@ -114,14 +121,17 @@ def build_windows(
     window: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
+    bos: Bos = "auto",
+    model_type: str | None = None,
 ) -> Windows:
     """Tokenize a text and cut it.
 
     limit: the longest input of the model, in tokens. window: 2048 or the limit, whichever is less, where None. stride:
-    for `sliding`, half a window where None. max_tokens: read no more of the text than this (for `gptq`: as many whole
-    windows as fit); everything where None.
-    Raises EvalError if window, stride or max_tokens are out of range, if the text is too short for them, and if the
-    tokenizer gives no offsets.
+    for `sliding`, half a window where None. max_tokens: read no more of the text than this, BOS counted with it (for
+    `gptq`: as many whole windows as fit); everything where None. bos: whether each window begins with BOS; model_type:
+    of the model's config, for "auto".
+    Raises EvalError if window, stride or max_tokens are out of range, if the text is too short for them, if the
+    tokenizer gives no offsets, and for a BOS that there isn't.
     """
     window = min(GPTQ_WINDOW, limit) if window is None else window
     stride = _checked_stride(protocol, window, stride, limit)
@@ -132,11 +142,18 @@ def build_windows(
             f"the tokenizer ({type(tokenizer).__name__}) gives no character offsets, so words and bytes can't be"
             " counted exactly; save its fast form (tokenizer.json) beside the model"
         )
+    try:
+        beginning = beginning_of(tokenizer, model_type, bos)
+    except ValueError as error:
+        raise EvalError(str(error)) from error
+    # What of a window is text, and what each text costs beyond its own tokens.
+    room, opening = (window, 0) if beginning.bos is None else (window - 1, 1)
     if protocol == "gptq":
-        parts = [_tokenize(SEPARATOR.join(text.documents), tokenizer)]
+        parts = [_tokenize(SEPARATOR.join(text.documents), tokenizer, beginning, max_tokens)]
+        there = len(parts[0].ids) + opening * -(-len(parts[0].ids) // room)
     else:
-        parts = _tokenize_documents(text.documents, tokenizer, max_tokens)
-    there = sum(len(part.ids) for part in parts)
+        parts = _tokenize_documents(text.documents, tokenizer, beginning, max_tokens)
+        there = sum(len(part.ids) + opening for part in parts)
     if max_tokens is not None and max_tokens > there:
         raise EvalError(
             f"--max-tokens {max_tokens:,}: {text.name} has {there:,} tokens; ask for fewer, or leave --max-tokens out"
@@ -147,10 +164,10 @@ def build_windows(
                 f"--max-tokens {max_tokens:,}: less than one window of {window:,} tokens; ask for {window:,} or more,"
                 " or take a smaller --window"
             )
-        spans = [_gptq_spans(min(there, max_tokens or there), window, text.name)]
+        spans = [_gptq_spans(min(there, max_tokens or there), window, opening, text.name)]
     else:
-        spans = list(_sliding_spans([len(part.ids) for part in parts], max_tokens, window, stride))
-    return _assemble(text.name, protocol, window, stride, parts, spans)
+        spans = list(_sliding_spans([len(part.ids) for part in parts], max_tokens, room, stride, opening))
+    return _assemble(text.name, protocol, window, stride, parts, spans, beginning.bos)
 
 
 def _checked_stride(protocol: Protocol, window: int, stride: int | None, limit: int) -> int:
@@ -166,28 +183,48 @@ def _checked_stride(protocol: Protocol, window: int, stride: int | None, limit: 
     return stride
 
 
-def _tokenize_documents(documents: tuple[str, ...], tokenizer: Any, max_tokens: int | None) -> list[_Tokens]:
+def _tokenize_documents(
+    documents: tuple[str, ...], tokenizer: Any, beginning: Beginning, max_tokens: int | None
+) -> list[_Tokens]:
     """Each on its own: all of them, or no more than it takes to reach max_tokens."""
     parts: list[_Tokens] = []
     seen = 0
     for document in documents:
         if max_tokens is not None and seen >= max_tokens:
             break
-        parts.append(_tokenize(document, tokenizer))
-        seen += len(parts[-1].ids)
+        parts.append(_tokenize(document, tokenizer, beginning, None if max_tokens is None else max_tokens - seen))
+        seen += len(parts[-1].ids) + (beginning.bos is not None)
     return parts
 
 
-def _tokenize(text: str, tokenizer: Any) -> _Tokens:
-    """The tokens as `tokenizer(text)` gives them, and what each owns of the text."""
-    # verbose=False: a text longer than the model's limit is what windows are for, and no reason to warn.
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    if not len(ids):
-        return _Tokens(ids, ids.clone(), ids.clone())
-    reached = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64).cummax(0).values
-    reached[-1] = len(text)
-    return _Tokens(ids, _owned(_word_ends(text), reached), _owned(_byte_ends(text), reached))
+def _tokenize(text: str, tokenizer: Any, beginning: Beginning, wanted: int | None) -> _Tokens:
+    """The tokens as `tokenizer(text)` gives them, or the first of them, and what each owns of the text."""
+
+    def columns(prefix: str) -> tuple[list[Any], ...]:
+        # verbose=False: a text longer than the model's limit is what windows are for, and no reason to warn.
+        encoded = tokenizer(prefix, return_offsets_mapping=True, verbose=False)
+        return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+
+    if wanted is None:
+        prefix, whole = text, True
+        ids, ends = columns(text)
+    else:
+        found = tokenize_beginning(
+            # Enough for the marks that the tokenizer puts around a text, which may go.
+            lambda length: (text[:length], length >= len(text)),
+            columns,
+            wanted + 1,
+            characters_for(wanted),
+        )
+        (ids, ends), prefix, whole = found.columns, found.prefix, found.complete
+    own = beginning.content(ids)
+    made = torch.tensor(ids[own:], dtype=torch.int64)
+    if not len(made):
+        return _Tokens(made, made.clone(), made.clone())
+    reached = torch.tensor(ends[own:], dtype=torch.int64).cummax(0).values
+    if whole:
+        reached[-1] = len(prefix)
+    return _Tokens(made, _owned(_word_ends(prefix), reached), _owned(_byte_ends(prefix), reached))
 
 
 def _owned(cumulative: Tensor, reached: Tensor) -> Tensor:
@@ -206,43 +243,61 @@ def _word_ends(text: str) -> Tensor:
     return ends.cumsum(0)
 
 
-def _gptq_spans(tokens: int, window: int, name: str) -> list[_Span]:
+def _gptq_spans(tokens: int, window: int, opening: int, name: str) -> list[_Span]:
+    """tokens: with BOS before each window, where that is put; the spans are of the text alone."""
     if tokens < window:
         raise EvalError(
             f"--window {window}: {name} gives {tokens:,} tokens, less than one window; take a smaller --window or a"
             " longer text"
         )
-    return [_Span(begin, begin + 1, begin + window) for begin in range(0, tokens - window + 1, window)]
+    room = window - opening
+    return [
+        _Span(number * room, number * room + 1 - opening, (number + 1) * room) for number in range(tokens // window)
+    ]
 
 
-def _sliding_spans(lengths: list[int], max_tokens: int | None, window: int, stride: int) -> Iterator[list[_Span]]:
-    """For each document its windows; a document of one token has none, as there is nothing to predict."""
-    left = sum(lengths) if max_tokens is None else max_tokens
+def _sliding_spans(
+    lengths: list[int], max_tokens: int | None, room: int, stride: int, opening: int
+) -> Iterator[list[_Span]]:
+    """For each document its windows; a document of one token has none, as there is nothing to predict.
+
+    lengths: of the text alone. room: for text in a window. opening: 1 where BOS precedes it.
+    """
+    left = sum(length + opening for length in lengths) if max_tokens is None else max_tokens
     for length in lengths:
-        tokens = min(length, left)
+        tokens = min(length + opening, left)
         left -= tokens
         if tokens < 2:
             yield []
             continue
-        ends = [*range(min(window, tokens), tokens, stride), tokens]
-        firsts = itertools.chain([1], ends)
-        yield [_Span(max(0, end - window), first, end) for first, end in zip(firsts, ends, strict=False)]
+        tokens -= opening
+        ends = [*range(min(room, tokens), tokens, stride), tokens]
+        firsts = itertools.chain([1 - opening], ends)
+        yield [_Span(max(0, end - room), first, end) for first, end in zip(firsts, ends, strict=False)]
 
 
 def _assemble(
-    name: str, protocol: Protocol, window: int, stride: int, parts: list[_Tokens], spans: list[list[_Span]]
+    name: str,
+    protocol: Protocol,
+    window: int,
+    stride: int,
+    parts: list[_Tokens],
+    spans: list[list[_Span]],
+    bos: int | None,
 ) -> Windows:
     flat = [(number, span) for number, group in enumerate(spans) for span in group]
     if not flat:
         raise EvalError(f"{name}: no document has two tokens, so there is nothing to predict")
-    lengths = torch.tensor([span.end - span.begin for _, span in flat])
+    opening = [] if bos is None else [bos]
+    lengths = torch.tensor([len(opening) + span.end - span.begin for _, span in flat])
     input_ids = torch.full((len(flat), int(lengths.max())), PAD_ID, dtype=torch.int64)
     scored = torch.zeros_like(input_ids, dtype=torch.bool)
     words = size = 0
     for row, (number, span) in enumerate(flat):
-        part = parts[number]
-        input_ids[row, : span.end - span.begin] = part.ids[span.begin : span.end]
-        scored[row, span.first - span.begin : span.end - span.begin] = True
+        part, length = parts[number], int(lengths[row])
+        input_ids[row, : len(opening)] = torch.tensor(opening, dtype=torch.int64)
+        input_ids[row, len(opening) : length] = part.ids[span.begin : span.end]
+        scored[row, length - (span.end - span.first) : length] = True
         words += int(part.words[span.first : span.end].sum())
         size += int(part.bytes[span.first : span.end].sum())
     document = torch.tensor([-1 if protocol == "gptq" else number for number, _ in flat])
@@ -261,4 +316,5 @@ def _assemble(
         words=words,
         bytes=size,
         fingerprint=digest.hexdigest(),
+        bos=bos is not None,
     )

@@ -182,6 +182,14 @@ class ModelResult(Frozen):
     cached: tuple[str, ...] = Field(default=(), description="parts that came from the cache in this run")
 
 
+class RecordsLeftOut(Frozen):
+    """Records that hold no text. count: of `read`. named: the first of them, each with its place and why."""
+
+    count: int = 0
+    read: int = 0
+    named: tuple[str, ...] = ()
+
+
 class TextUsed(Frozen):
     """The text that was scored. fingerprint: sha256 of its token ids and windows."""
 
@@ -191,6 +199,8 @@ class TextUsed(Frozen):
     stride: int
     tokens: int
     fingerprint: str
+    bos: bool = Field(default=False, description="whether every window begins with BOS")
+    left_out: RecordsLeftOut = Field(default_factory=RecordsLeftOut)
 
 
 class Requirement(Frozen):

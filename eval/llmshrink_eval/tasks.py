@@ -12,15 +12,18 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmshrink_eval.answers import KeptAnswers
+from llmshrink_eval.beginning import Bos, beginning_of
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.paired import compare_items
 from llmshrink_eval.results import Paired, Task
 from llmshrink_eval.taskrun import Item, TaskRun, collect
 from llmshrink_eval.taskset import TaskData, TaskOptions, TaskSet, check_tasks, load_tasks, quiet, survey_tasks
+from llmshrink_eval.templates import Refused, TemplateFault, chat_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,12 +57,13 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     loaded = load_tasks(options)
+    add_bos = bos_of_tasks(tokenizer, model.config.model_type, options.bos)
     with quiet():
-        # lm-eval gives a tokenizer without a padding token one: not to the caller's.
         lm = HFLM(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=_tokenizer_of_tasks(tokenizer, model.config, add_bos),
             batch_size=options.batch_size or fitting_batch_size(model.config),
+            add_bos_token=add_bos,
         )
         if model.device.type == "meta":  # offloaded: the weights come to where the hooks run the model
             hooked: Any = model
@@ -80,6 +84,8 @@ def run_lm_tasks(
     loaded = load_tasks(options) if loaded is None else loaded
     _seed(options.seed)
     heard = _Heard()
+    if options.apply_chat_template:
+        lm.apply_chat_template = partial(_chat_prompt, lm)
     hook, models = lm.cache_hook, logging.getLogger("lm_eval.models")
     with quiet():
         models.addHandler(heard)
@@ -102,6 +108,57 @@ def run_lm_tasks(
             models.removeHandler(heard)
             models.setLevel(logging.NOTSET)
     return collect(results, loaded, options, heard.lines())
+
+
+def bos_of_tasks(tokenizer: Any, model_type: str, asked: Bos) -> bool | None:
+    """lm-eval's `add_bos_token`: None where the tokenizer itself does what is wanted. Raises EvalError."""
+    try:
+        beginning = beginning_of(tokenizer, model_type, asked)
+    except ValueError as error:
+        raise EvalError(str(error)) from error
+    return None if beginning.put == beginning.added else beginning.put
+
+
+def _tokenizer_of_tasks(tokenizer: Any, config: Any, add_bos: bool | None) -> Any:
+    """One for lm-eval, which changes it: not the caller's.
+
+    Prompts are padded with its padding token, which the model needn't have an embedding of. It puts BOS before prompts
+    where that is wanted, or is refused.
+    """
+    made = copy.deepcopy(tokenizer)
+    if (made.pad_token_id or 0) >= int(config.get_text_config().vocab_size):
+        made.pad_token = made.eos_token or made.unk_token or made.convert_ids_to_tokens(0)
+    if add_bos:
+        made.add_bos_token = True
+        if not beginning_of(made, None).added:
+            raise EvalError(
+                f"tasks: {type(made).__name__} can't be made to put BOS before prompts; give --bos never, or no tasks"
+            )
+    return made
+
+
+def _chat_prompt(lm: Any, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """In the place of lm-eval's own: with a fixed date, and a template's fault in one line.
+
+    As there, a conversation that the template refuses is written without its system message.
+    """
+    how: dict[str, Any] = {
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": not add_generation_prompt,
+    }
+    plain = [message for message in chat_history if message["role"] != "system"]
+    try:
+        try:
+            return chat_text(lm.tokenizer, chat_history, **how)
+        except Refused:
+            if plain == chat_history:
+                raise
+            logging.getLogger("lm_eval.models").warning(
+                "Failed to apply chat template. removing the system role in chat history."
+            )
+            return chat_text(lm.tokenizer, plain, **how)
+    except (TemplateFault, Refused) as error:
+        raise EvalError(f"--apply-chat-template: {error}; leave it out") from error
 
 
 def compare_tasks(

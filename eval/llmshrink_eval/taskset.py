@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.beginning import Bos
 from llmshrink_eval.errors import EvalError
 
 NEAREST = 3
@@ -36,8 +37,8 @@ class TaskOptions:
     names: tasks, groups, tags, or patterns such as `arc_*`. tasks_dir: a folder of task files, or several, that stand
     before lm-eval's own. limit: only so many items of each task, the first ones. num_fewshot: None for what each task
     says; a task that fixes it at 0 keeps 0. batch_size: None for what fits the model's vocabulary. seed: of the
-    few-shot examples, and of sampled generation. answers: a file in which answers are kept while the tasks run, of one
-    model and these tasks alone.
+    few-shot examples, and of sampled generation. bos: whether what the model reads begins with BOS. answers: a file in
+    which answers are kept while the tasks run, of one model and these tasks alone.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class TaskOptions:
     batch_size: int | None = None
     apply_chat_template: bool = False
     seed: int = 0
+    bos: Bos = "auto"
     answers: str | None = None
 
     @property

@@ -60,7 +60,7 @@ def chat_text(
     """A conversation as the template writes it. today: with today's date instead of `DATE`. how: what
     `apply_chat_template` takes. Raises TemplateFault or Refused."""
     template = template_of(tokenizer, tools)
-    given = {**({} if today else date_arguments(template)), **how}
+    given = how if today else date_arguments(template) | how
     try:
         return _written(tokenizer, messages, tools, given)
     except Exception as error:  # whatever the template's program comes upon
@@ -77,17 +77,17 @@ def chat_marks(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = template_of(tokenizer, tools)
-    given = {**tokenizer.special_tokens_map, **date_arguments(template)}
+    dated = date_arguments(template)
     try:
         texts, spans = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             tools=list(tools) if tools else None,
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **given,
+            **{**tokenizer.special_tokens_map, **dated},
         )
     except Exception as error:  # as in chat_text
-        raise whose_fault(tokenizer, error, tools=tools, **date_arguments(template)) from error
+        raise whose_fault(tokenizer, error, tools=tools, **dated) from error
     return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]]
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from llmshrink_eval.options import Options
+from llmshrink_eval.templates import DATE
 
 if TYPE_CHECKING:
     from llmshrink_eval.prepare import Prepared
@@ -43,7 +44,9 @@ def settings_used(options: Options, prepared: Prepared, dtypes: Mapping[str, str
             "batch_size": prepared.batch_size,
             "offload": running.offload is not None,
             "trust_remote_code": running.trust_remote_code,
+            "bos": prepared.bos,
         },
+        "template_date": DATE if prepared.tasks is not None and options.apply_chat_template else None,
     }
     made: dict[str, object] = json.loads(json.dumps(settings))
     return made

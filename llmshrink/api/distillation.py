@@ -39,6 +39,7 @@ class RunSettings(DistillSettings, total=False):
 
     student_from: str | None
     teacher_cache_tokens: int | None
+    bos: Literal["auto", "always", "never"]
     accumulate: int
     seq_len: int | None
     optim: str

@@ -18,6 +18,7 @@ class EvalSettings(TypedDict, total=False):
     """The options that both share, as the command line has them; `evaluation.settings.Settings` holds the defaults."""
 
     text: str | None
+    bos: Literal["auto", "always", "never"]
     protocol: Literal["gptq", "sliding"]
     window: int | None
     stride: int | None
@@ -53,7 +54,8 @@ def eval(
     """Measure a model, against `baseline` where one is given, and write the report into the folder `output`.
 
     model, baseline: a Hub id (`id` or `id@revision`), a folder, or "demo". text: a .txt, .jsonl or .parquet file, a
-    `datasets` name ("wikitext:wikitext-2-raw-v1:test") or "demo". tasks: names of lm-eval's tasks, or "demo".
+    `datasets` name ("wikitext:wikitext-2-raw-v1:test") or "demo". bos: whether what models read begins with BOS
+    ("auto": where the family or the tokenizer needs it). tasks: names of lm-eval's tasks, or "demo".
     Returns what results.json holds; its `requirements` say which conditions of `require` are met. Raises LlmshrinkError
     or llmshrink_eval's EvalError for bad input, EvalFailed when what was measured is no measurement (NaN logits).
     """

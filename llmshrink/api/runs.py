@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 _KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
     ((str, os.PathLike), "a path or a name", ("model", "output", "recipe", "calibration", "work_dir")),
     ((int,), "a whole number", ("samples", "seq_len", "batch_size", "seed", "serve_tp")),
-    ((str,), "text", ("method", "kv_cache", "device", "dtype")),
+    ((str,), "text", ("method", "kv_cache", "device", "dtype", "bos")),
     ((bool,), "True or False", ("asymmetric", "repair", "overwrite", "trust_remote_code", "strict", "verify")),
 )
 CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format", "push", "private", "yes")
 FORMATS = ("compressed-tensors", "llmshrink")
-_NEEDED = ("model", "output", "recipe", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
+_NEEDED = ("model", "output", "recipe", "bos", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
 
 
 class RunSettings(TypedDict, total=False):
@@ -35,6 +35,7 @@ class RunSettings(TypedDict, total=False):
     calibration: PathLike | None
     samples: int | None
     seq_len: int | None
+    bos: Literal["auto", "always", "never"]
     set: str | Sequence[str]
     device: str | None
     dtype: str | None
@@ -67,6 +68,7 @@ def quantize(
     calibration: PathLike | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
+    bos: Literal["auto", "always", "never"] = "auto",
     bits: int | None = None,
     group_size: int | None = None,
     asymmetric: bool | None = None,
@@ -95,10 +97,11 @@ def quantize(
     recipe: a shipped name or a YAML file; bits, group_size, asymmetric, method, kv_cache ("fp8" or "none") and set
     ("steps.0.quantize.bits=3", or several such) change it. calibration: a text (.txt, .jsonl, .parquet), a `datasets`
     name, "demo", or None for the default mix; samples windows of seq_len tokens of it are used (256 x 2048, or the
-    model's limit). push: the Hub's repository ("owner/name") that the result goes to at the end, as `llmshrink.push`
-    does it; private and yes as there. A run that was killed goes on where it stood when it is called again. Returns
-    the closing summary; its `ok` is False when the checkpoint didn't verify, and is no output then, or didn't get to
-    the Hub. Raises LlmshrinkError for bad input.
+    model's limit), each beginning with BOS where the family or the tokenizer needs it (bos: "auto"). push: the Hub's
+    repository ("owner/name") that the result goes to at the end, as `llmshrink.push` does it; private and yes as there.
+    A run that was killed goes on where it stood when it is called again. Returns the closing summary; its `ok` is False
+    when the checkpoint didn't verify, and is no output then, or didn't get to the Hub. Raises LlmshrinkError for bad
+    input.
     """
     flags = {
         "bits": bits,
@@ -116,6 +119,7 @@ def quantize(
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
+        bos=bos,
         set=set,
         device=device,
         dtype=dtype,
@@ -261,6 +265,7 @@ def options_of(
         calibration=None if calibration is None else os.fspath(calibration),
         samples=settings.get("samples"),
         seq_len=settings.get("seq_len"),
+        bos=settings.get("bos", "auto"),
         flags=changes,
         sets=_assignments(settings.get("set", ())),
         device=settings.get("device"),

@@ -175,7 +175,8 @@ def padded(
             leave_out(tally, record, f"can't be written: {error}", name)
             continue
         if tokens and beginning.put:  # else as the template writes it, whoever puts BOS before texts
-            tokens, counted = (part[:seq_len] for part in _opened(tokens, counted, beginning))
+            tokens, counted = _opened(tokens, counted, beginning)
+            tokens, counted = tokens[:seq_len], counted[:seq_len]
         if len(tokens) >= 2 and any(counted[1:]):
             ids[filled, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
             mask[filled, : len(tokens)] = True

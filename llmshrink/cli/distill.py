@@ -32,6 +32,7 @@ def distill(
             "a public mix)."
         ),
     ] = None,
+    bos: runs.Begins = "auto",
     generated_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens of text that the teacher writes, beside the data.")
     ] = None,
@@ -98,6 +99,7 @@ def distill(
         "output": output,
         "recipe": recipe,
         "data": data,
+        "bos": bos,
         "generated_tokens": generated_tokens,
         "teacher_cache": teacher_cache,
         "teacher_cache_tokens": teacher_cache_tokens,

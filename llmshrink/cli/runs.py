@@ -39,6 +39,10 @@ Calibration = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(min=1, help="Calibration sequences (256 for a real model).")]
 SeqLen = Annotated[int | None, typer.Option(min=1, help="Tokens in each (2048, or the model's limit where shorter).")]
+Begins = Annotated[
+    Literal["auto", "always", "never"],
+    typer.Option("--bos", help="Whether each window begins with BOS; auto: where family or tokenizer need it."),
+]
 Bits = Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 or 8, instead of the recipe's.")]
 GroupSize = Annotated[
     int | None, typer.Option(help="Inputs that share a scale (-1: a whole row), instead of the recipe's.")
@@ -108,6 +112,7 @@ def settings(
     calibration: Calibration = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
+    bos: Begins = "auto",
     set_: Set = None,
     device: Device = None,
     dtype: Dtype = None,

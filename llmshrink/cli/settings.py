@@ -18,6 +18,10 @@ Text = Annotated[
         " `demo`."
     ),
 ]
+Begins = Annotated[
+    Literal["auto", "always", "never"],
+    typer.Option("--bos", help="Whether each window begins with BOS; auto: where family or tokenizer need it."),
+]
 Protocol = Annotated[
     Literal["gptq", "sliding"],
     typer.Option(help="gptq: windows that don't overlap, as in the paper; sliding: each token once, more context."),
@@ -67,6 +71,7 @@ TrustRemoteCode = Annotated[
 
 def settings(
     text: Text = None,
+    bos: Begins = "auto",
     protocol: Protocol = "gptq",
     window: Window = None,
     stride: Stride = None,

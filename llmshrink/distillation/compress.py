@@ -35,6 +35,7 @@ def compress(options: asked.Options, recipe: Recipe, progress: Progress) -> Dist
         recipe=recipe.name,
         data=options.calibration,
         seq_len=options.seq_len,
+        bos=options.bos,
         device=options.device,
         seed=options.seed,
         overwrite=options.overwrite,

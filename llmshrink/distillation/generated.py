@@ -3,6 +3,7 @@
 With little text a student learns the text by heart, and its distance from the teacher elsewhere stops falling. The
 teacher's own samples at temperature 1 are as many as one has time for, and they are where the teacher's probabilities
 are to be met. An end-of-text token doesn't end a window: the model goes on with another text, as in its training.
+Where windows of text begin with BOS, so do these.
 
 Windows are written a batch a file, each batch whole and with a seed of its own, so that an interrupted run goes on with
 the same windows, and one that asks for more begins with those of one that asked for fewer. Beside each file lies its
@@ -46,14 +47,15 @@ def generate_windows(
     """
     length = real.input_ids.shape[1]
     wanted = -(-tokens // length)
-    key = f"{teacher} {real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed}".encode()
+    bos = int(real.input_ids[0, 0]) if real.reading.bos else None
+    key = f"{teacher} {real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed} {bos}".encode()
     folder = folder / hashlib.sha256(key).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     batches = []
     for number in range(-(-wanted // BATCH)):
         path = folder / f"generated-{number:05}.safetensors"
         if not _is_whole(path, progress):
-            prompts = _prompts(real, range(number * BATCH, (number + 1) * BATCH))
+            prompts = _prompts(real, range(number * BATCH, (number + 1) * BATCH), bos)
             ids = _sample(model(), prompts, length, seed + number)
             digest, _ = disk.write_tensors(path, {"input_ids": ids})
             disk.write_text(_sum(path), digest + "\n")
@@ -86,16 +88,24 @@ def _is_whole(path: Path, progress: Progress) -> bool:
     return whole
 
 
-def _prompts(real: TokenWindows, numbers: range) -> Tensor:
-    """int64 [windows, PROMPT_TOKENS], one for each number."""
-    count = len(real.input_ids)
+def _prompts(real: TokenWindows, numbers: range, bos: int | None) -> Tensor:
+    """int64 [windows, PROMPT_TOKENS], one for each number; with BOS before them, where there is one.
+
+    A window may hold a conversation shorter than a prompt, and all may: prompts are as long as the longest allow.
+    """
+    opening = 0 if bos is None else 1
+    lengths = real.mask.sum(1) - opening
+    tokens = min(PROMPT_TOKENS, int(lengths.max()))
+    long_enough = (lengths >= tokens).nonzero().squeeze(-1).tolist()
+    count = len(long_enough)
     found = []
     for number in numbers:
-        window = number % count
-        room = int(real.mask[window].sum()) - PROMPT_TOKENS
-        start = (number // count * 37) % max(room, 1)
-        found.append(real.input_ids[window, start : start + PROMPT_TOKENS])
-    return torch.stack(found)
+        window = long_enough[number % count]
+        room = int(lengths[window]) - tokens
+        start = opening + (number // count * 37) % max(room, 1)
+        found.append(real.input_ids[window, start : start + tokens])
+    prompts = torch.stack(found)
+    return prompts if bos is None else torch.cat([torch.full((len(prompts), 1), bos), prompts], 1)
 
 
 def _sample(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
@@ -129,4 +139,5 @@ def together(real: TokenWindows, generated: TokenWindows) -> TokenWindows:
         generated.name,
         digest.hexdigest(),
         said,
+        real.reading,
     )

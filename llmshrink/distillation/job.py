@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_eval.beginning import Bos
 
 from llmshrink.calibration.activations import Batch, batches_of
 from llmshrink.calibration.text import load_documents
@@ -60,6 +61,7 @@ class Options:
     steps: int = 600
     batch_size: int = 8
     accumulate: int = 1
+    bos: Bos = "auto"
     seq_len: int | None = None
     alpha: float = 0.0
     temperature: float = 1.0
@@ -167,6 +169,7 @@ class Job:
         """Everything that the result depends on, in words that a person can compare."""
         elsewhere = (
             "output", "overwrite", "teacher", "student", "data", "device", "teacher_cache", "teacher_cache_tokens",
+            "bos",
         )  # fmt: skip
         cached = self.options.teacher_cache is not None
         asked = {name: value for name, value in asdict(self.options).items() if name not in elsewhere}
@@ -176,6 +179,8 @@ class Job:
             "student": self.student.index.fingerprint(),
             "data": self.real.fingerprint,
             "held_out": self.held_out.fingerprint,
+            "bos": self.real.reading.bos,
+            "template_date": self.real.reading.date,
             "processes": self.processes.count,
             **here(self.device),
         }
@@ -216,7 +221,7 @@ def prepare(options: Options, progress: Progress) -> Job:
     seq_len = _length(options.seq_len, min(limits, default=None))
     # The student of a run is a folder whatever it was made of: which text is the default, the teacher says.
     data = "demo" if options.data is None and teacher_source.kind == "demo" else options.data
-    real, held_out = _windows(options, data, tokenizer, seq_len)
+    real, held_out = _windows(options, data, tokenizer, seq_len, config.model_type)
     check_vocabulary(real, sizes[0], source)
     if smaller is not None:
         _make_student(
@@ -243,7 +248,9 @@ def prepare(options: Options, progress: Progress) -> Job:
     )
 
 
-def _windows(options: Options, data: str | None, tokenizer: Any, seq_len: int) -> tuple[TokenWindows, TokenWindows]:
+def _windows(
+    options: Options, data: str | None, tokenizer: Any, seq_len: int, model_type: str
+) -> tuple[TokenWindows, TokenWindows]:
     """(the text's windows, those that are held out). Raises CalibrationError, which names the option of this verb."""
     try:
         return build_windows(
@@ -255,6 +262,8 @@ def _windows(options: Options, data: str | None, tokenizer: Any, seq_len: int) -
             seed=options.seed,
             fewer=True,
             mask_prompts=options.mask_prompts,
+            bos=options.bos,
+            model_type=model_type,
         )
     except CalibrationError as error:
         # Who reads text serves verbs whose option is --calibration, and which can be told how many windows to take.
@@ -277,7 +286,8 @@ def _make_student(
     check_room_for(options.output, overwrite=options.overwrite)
     make_student(
         smaller, config, options.teacher, options.output, data=options.data, samples=samples, seq_len=seq_len,
-        seed=options.seed, device=options.device, trust_remote_code=options.trust_remote_code, progress=progress,
+        seed=options.seed, bos=options.bos, device=options.device, trust_remote_code=options.trust_remote_code,
+        progress=progress,
     )  # fmt: skip
 
 

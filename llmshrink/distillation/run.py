@@ -51,6 +51,8 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
             if options.student is None:
                 remove(options.output)
             return _report(job, options.output, read_record(options.output), started)
+        for note in job.real.reading.notes(job.real.name):
+            progress.note(f"note: {note}")
         training = _windows(job, workspace.folder / TRAINING, progress)
         says, exact = _teachers(job, training, progress)
         job.processes.wait(job.device)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.beginning import Bos
+
 from llmshrink.distillation.made import made, student_folder
 from llmshrink.errors import LlmshrinkError
 from llmshrink.model.families import family_of
@@ -64,7 +66,7 @@ class Smaller:
 
 def make_student(
     smaller: Smaller, config: Any, teacher: str, output: Path, *, data: str | None, samples: int, seq_len: int,
-    seed: int, device: str | None, trust_remote_code: bool, progress: Progress,
+    seed: int, bos: Bos, device: str | None, trust_remote_code: bool, progress: Progress,
 ) -> None:  # fmt: skip
     """Cut the teacher, into the folder of `output`'s student. samples: windows that the text has; SAMPLES are read."""
     model, folders = teacher, []
@@ -75,7 +77,7 @@ def make_student(
         progress.note(f"student     {recipe} {setting}")
         options = Options(
             model=model, output=folders[-1], verb="prune", recipe=recipe, sets=(setting,), calibration=data,
-            samples=min(samples, SAMPLES), seq_len=seq_len, seed=seed, device=device,
+            samples=min(samples, SAMPLES), seq_len=seq_len, seed=seed, bos=bos, device=device,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         made(options, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,7 @@ def _record(job: Job, training: TokenWindows, before: Quality, quality: Quality,
         "identity": carried,
         "held_out": job.held_out.name,
         "sites": [asdict(row) for row in rows],
+        "notes": [*old["notes"], *_new(old["notes"], training.reading.notes(job.real.name))],
         "distill": {
             "teacher": job.teacher_name,
             "revision": job.teacher_source.revision,
@@ -106,11 +107,17 @@ def _record(job: Job, training: TokenWindows, before: Quality, quality: Quality,
             "data": training.name,
             "learned": _learned(training),
             "windows": list(training.input_ids.shape),
+            **training.reading.to_dict(),
             "before": asdict(before),
             "curve": list(curves.points),
             "trained": sorted({name.rpartition(".")[2] for name, _ in student.trained()}),
         },
     }
+
+
+def _new(old: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """A run whose last step teaches has read the same text before."""
+    return [note for note in notes if note not in old]
 
 
 def _learned(training: TokenWindows) -> str:
@@ -140,6 +147,7 @@ def _old_record(job: Job, training: TokenWindows) -> dict[str, Any]:
             "name": training.name,
             "windows": list(training.input_ids.shape),
             "tokens": training.tokens,
+            **training.reading.to_dict(),
         },
         "bytes_before": student.index.nbytes(),
         "identity": {"format": "compressed-tensors"},

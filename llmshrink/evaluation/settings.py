@@ -13,6 +13,7 @@ class Settings:
     """The options that `eval` and `compare` share, with their defaults; `llmshrink eval --help` says what each does."""
 
     text: str | None = None
+    bos: Literal["auto", "always", "never"] = "auto"
     protocol: Literal["gptq", "sliding"] = "gptq"
     window: int | None = None
     stride: int | None = None

@@ -164,6 +164,7 @@ def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Opt
             batch_size=settings.batch_size,
             offload=scratch if settings.offload else None,
             trust_remote_code=settings.trust_remote_code,
+            bos=settings.bos,
         ),
         tasks=tasks,
         tasks_dir=tuple(folders),

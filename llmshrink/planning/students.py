@@ -95,8 +95,8 @@ def _cut(asked: Options, student_from: str, *, measured: bool) -> Plan:
     options = [
         RunOptions(
             model=asked.teacher, output=asked.output, verb="prune", recipe=recipe, sets=(setting,),
-            calibration=asked.data, samples=min(windows, SAMPLES), seq_len=asked.seq_len, seed=asked.seed,
-            device=asked.device, overwrite=asked.overwrite, trust_remote_code=asked.trust_remote_code,
+            calibration=asked.data, samples=min(windows, SAMPLES), seq_len=asked.seq_len, bos=asked.bos,
+            seed=asked.seed, device=asked.device, overwrite=asked.overwrite, trust_remote_code=asked.trust_remote_code,
         )
         for recipe, setting in runs
     ]  # fmt: skip
@@ -129,6 +129,7 @@ def taught(made: Plan, job: Job, step: Distill, *, measured: bool) -> Plan:
         recipe=job.recipe.name,
         data=options.calibration,
         seq_len=options.seq_len,
+        bos=options.bos,
         device=options.device,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,

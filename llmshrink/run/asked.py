@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from llmshrink_eval.beginning import Bos
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import CheckpointIndex
@@ -36,6 +37,7 @@ class Options:
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
+    bos: Bos = "auto"
     flags: Mapping[str, object] | None = None
     sets: Sequence[str] = ()
     device: str | None = None
@@ -119,7 +121,7 @@ def stored_dtype(index: CheckpointIndex) -> torch.dtype:
 
 def check_vocabulary(windows: TokenWindows, vocab_size: int, source: Source) -> None:
     """Raise LlmshrinkError when the tokenizer makes tokens that the model has no embedding for."""
-    largest = int(windows.input_ids.max())
+    largest = int(windows.input_ids[windows.mask].max())
     if largest >= vocab_size:
         raise LlmshrinkError(
             f"{source.name}: its tokenizer makes token {largest}, its embedding has {vocab_size} rows; "

@@ -218,6 +218,7 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
             "name": job.calibration.name,
             "windows": list(job.calibration.input_ids.shape),
             "tokens": job.calibration.tokens,
+            **job.calibration.reading.to_dict(),
         },
         "held_out": job.held_out.name,
         "quality": asdict(quality),

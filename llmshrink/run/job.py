@@ -156,6 +156,7 @@ class Job:
             notes.append(
                 f"{self.options.recipe} was measured at other bits; --recipe {other} is the one made for these"
             )
+        notes += self.calibration.reading.notes(self.calibration.name)
         return [*notes, *self.format_notes[self.format]]
 
     @property
@@ -176,6 +177,8 @@ class Job:
             "sites": _hash({name: None if a.spec is None else asdict(a.spec) for name, a in self.assigned.items()}),
             "calibration": self.calibration.fingerprint,
             "held_out": self.held_out.fingerprint,
+            "bos": self.calibration.reading.bos,
+            "template_date": self.calibration.reading.date,
             "seed": self.options.seed,
             "dtype": str(self.chain.skeleton.dtype),
             "batch_size": self.batch_size,
@@ -242,7 +245,7 @@ def _recipe(options: Options) -> Recipe:
 
 
 def _windows(
-    options: Options, source: Source, shape: tuple[int, int], *, text_here: bool
+    options: Options, source: Source, shape: tuple[int, int], model_type: str, *, text_here: bool
 ) -> tuple[TokenWindows, TokenWindows]:
     """The calibration and held-out windows; blank ones where the text isn't here."""
     samples, seq_len = shape
@@ -251,8 +254,9 @@ def _windows(
     documents = load_documents(options.calibration, source_kind=source.kind)
     if text_here:
         return build_windows(
-            documents, tokenizer, samples=samples, seq_len=seq_len, held_out=held_out, seed=options.seed
-        )
+            documents, tokenizer, samples=samples, seq_len=seq_len, held_out=held_out, seed=options.seed,
+            bos=options.bos, model_type=model_type,
+        )  # fmt: skip
     ids = torch.zeros(samples + held_out, seq_len, dtype=torch.int64)
     every = [
         TokenWindows(part, torch.ones_like(part, dtype=torch.bool), documents.name, "")
@@ -287,7 +291,7 @@ def _decided(
         )
     )
     check_dtypes(source, index, chain.skeleton.key_of.values())
-    calibration, held_out = _windows(options, source, (samples, seq_len), text_here=text_here)
+    calibration, held_out = _windows(options, source, (samples, seq_len), config.model_type, text_here=text_here)
     check_vocabulary(calibration, config.get_text_config().vocab_size, source)
     stages = survey(chain, calibration)
     batch_size = options.batch_size or max(1, BATCH_TOKENS // seq_len)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from llmshrink_eval.beginning import beginning_of
+from llmshrink_eval.templates import Refused, TemplateFault, chat_text
 from torch import Tensor
 
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
@@ -119,10 +121,11 @@ def generate(
     if not prompt.strip():
         raise LlmshrinkError("the prompt is empty; give the text that the model is to go on from")
     pick_device(device)
-    limit = model_limit(config_of(source, trust_remote_code))
+    config = config_of(source, trust_remote_code)
+    limit = model_limit(config)
     tokenizer: Any = load_tokenizer(source, trust_remote_code)
     templated = bool(tokenizer.chat_template) if chat is None else chat
-    ids = encode(tokenizer, prompt, chat=templated, name=source.name)
+    ids = encode(tokenizer, prompt, chat=templated, name=source.name, model_type=config.model_type)
     check_length(ids.shape[1], sampling.max_new_tokens, limit)
     loaded = load(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     ids = ids.to(loaded.device)
@@ -153,16 +156,24 @@ def generate(
     )
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool, name: str) -> Tensor:
-    """The prompt's tokens, int64 [1, tokens]; in the chat template where `chat`."""
+def encode(tokenizer: Any, prompt: str, *, chat: bool, name: str, model_type: str | None = None) -> Tensor:
+    """The prompt's tokens, int64 [1, tokens]; in the chat template where `chat`. They begin with BOS where the family
+    (of `model_type`) or the tokenizer needs it, and never with two."""
+    beginning = beginning_of(tokenizer, model_type)
     if chat:
         if not tokenizer.chat_template:
             raise LlmshrinkError(f"{name}: --chat, but its tokenizer has no chat template; leave --chat out")
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        try:
+            # Somebody talks with the model now: the date is today's.
+            text = chat_text(tokenizer, message, today=True, add_generation_prompt=True)
+        except (TemplateFault, Refused) as error:
+            raise LlmshrinkError(f"{name}: {error}; or give --no-chat") from error
+        read = tokenizer(text, add_special_tokens=False).input_ids
+        # As the template writes it: that is what the model learned conversations from.
+        ids = torch.tensor([read])
     else:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = torch.tensor([beginning.of(tokenizer(prompt).input_ids)])
     if ids.numel() == 0:
         raise LlmshrinkError(f"the prompt {prompt!r} has no tokens in {name}'s vocabulary; give another")
     found: Tensor = ids.long()

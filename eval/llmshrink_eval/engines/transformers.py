@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmshrink_eval.beginning import beginning_of
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.model import LoadOptions, load_model, model_limit
 from llmshrink_eval.options import SHOWN_TOKENS, SPEED_NEW, SPEED_PROMPT, ModelSpec, Running
@@ -117,9 +118,11 @@ class TransformersEngine:
 
         from llmshrink_eval.passes import input_device
 
+        beginning = beginning_of(self._tokenizer, self.loaded.config.model_type, self._running.bos)
         found = []
         for prompt in prompts:
-            ids: Tensor = torch.tensor([self._tokenizer(prompt)["input_ids"]], device=input_device(self.loaded))
+            read = beginning.of(self._tokenizer(prompt)["input_ids"])
+            ids: Tensor = torch.tensor([read], device=input_device(self.loaded))
             limit = model_limit(self.loaded)
             if limit is not None and ids.shape[1] >= limit:
                 raise EvalError(f"--prompt: has {ids.shape[1]} tokens, the model reads {limit}; give a shorter one")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmshrink_eval.beginning import beginning_of
 from llmshrink_eval.engines.transformers import SPEED_TOKEN, own_dtype
 from llmshrink_eval.engines.vllm_process import VllmProcess, device_of, installed
 from llmshrink_eval.errors import EvalError
@@ -124,7 +125,8 @@ class VllmEngine:
 
     def generations(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
         """Greedy continuations."""
-        asked = [self._tokenizer(prompt)["input_ids"] for prompt in prompts]
+        beginning = beginning_of(self._tokenizer, self._config.model_type, self._running.bos)
+        asked = [beginning.of(self._tokenizer(prompt)["input_ids"]) for prompt in prompts]
         longest = max(map(len, asked))
         if self._limit is not None and longest >= self._limit:
             raise EvalError(f"--prompt: has {longest} tokens, the model reads {self._limit}; give a shorter one")

@@ -128,7 +128,7 @@ class Worker:
         """lm-eval's tasks by its own class for vLLM."""
         from unittest.mock import patch
 
-        from llmshrink_eval.tasks import TaskOptions, run_lm_tasks
+        from llmshrink_eval.tasks import TaskOptions, bos_of_tasks, run_lm_tasks
 
         # lm-eval asks for the version of a distribution named `vllm`; the CPU build has another name.
         with patch.object(importlib.metadata, "version", _version):
@@ -136,6 +136,7 @@ class Worker:
 
         folders = tuple(map(Path, options["tasks_dir"]))
         made = TaskOptions(**{**options, "names": tuple(options["names"]), "tasks_dir": folders})
+        model_type = self._llm.llm_engine.model_config.hf_config.model_type
         # The class makes an engine of its own; it is given the one that runs.
         with patch.object(vllm_causallms, "LLM", return_value=self._llm):
             lm = vllm_causallms.VLLM(
@@ -144,6 +145,7 @@ class Worker:
                 max_model_len=self._start["max_model_len"],
                 batch_size=made.batch_size or TASK_BATCH,
                 trust_remote_code=self._start["trust_remote_code"],
+                add_bos_token=bos_of_tasks(self._llm.get_tokenizer(), model_type, made.bos),
             )
         return {name: run.to_dict() for name, run in run_lm_tasks(lm, made, self._progress).items()}
 

@@ -16,7 +16,7 @@ def save_windows(windows: Windows, path: Path) -> None:
 
     metadata = {
         name: str(getattr(windows, name))
-        for name in ("name", "protocol", "window", "stride", "words", "bytes", "fingerprint")
+        for name in ("name", "protocol", "window", "stride", "words", "bytes", "fingerprint", "bos")
     }
     save_file({name: getattr(windows, name).contiguous() for name in _TENSORS}, path, metadata=metadata)
 
@@ -36,5 +36,6 @@ def load_windows(path: Path) -> Windows:
         words=int(said["words"]),
         bytes=int(said["bytes"]),
         fingerprint=said["fingerprint"],
+        bos=said["bos"] == str(True),
         **tensors,
     )
