@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+def given(documents: Iterable[Any], *, single: bool = False) -> Any:
+    """A source of these documents, each in a record of its own, or of a record as it is."""
+    from llmshrink.calibration.text import Documents, Record
+
+    kept = list(documents)
+    records = [each if isinstance(each, Record) else Record(each, f"record {n}") for n, each in enumerate(kept, 1)]
+    return Documents("given", lambda _seed: iter(records), single=single)
+
+
+def with_bos(size: int = 512, *, puts: bool = True) -> Any:
+    """The demo's tokenizer with a BOS, <|begin|>, of its own. puts: whether before every text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    from llmshrink.demo.tokenizer import build
+
+    tokenizer: Any = build(size)
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    if puts:
+        token, number = tokenizer.bos_token, tokenizer.bos_token_id
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{token} $A", pair=None, special_tokens=[(token, number)]
+        )
+    return tokenizer
+
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,

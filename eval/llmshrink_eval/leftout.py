@@ -37,9 +37,9 @@ class LeftOut:
         if not self.count:
             return ""
         more = f" and {self.count - SHOWN:,} more" if self.count > SHOWN else ""
-        of = "all" if self.count == self.read else f"{self.count:,} of"
-        were = "was" if self.count == 1 else "were"
-        return f"{of} {self.read:,} records {were} left out: {'; '.join(self.named[:SHOWN])}{more}"
+        of = f"{self.count:,} of {self.read:,} records {'was' if self.count == 1 else 'were'} left out"
+        said = f"none of {self.read:,} records can be used" if self.count == self.read else of
+        return f"{said}: {'; '.join(self.named[:SHOWN])}{more}"
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""

@@ -29,6 +29,10 @@ PADDING = 0
 may lie beyond the vocabulary."""
 
 
+MARKS = 8
+"""More tokens than are needed, for BOS that gives way to the one that every window begins with."""
+
+
 def begun(
     ids: Sequence[int], said: Sequence[bool], seq_len: int, bos: int | None, wanted: int
 ) -> tuple[list[int], list[bool]]:
@@ -114,12 +118,12 @@ def packed(
                 f"calibration data {name} mixes texts with prompts and their completions; give one kind, or {NO_MASK}"
             )
         spans = [(len(prompt), len(text))] if masked else None
-        room = wanted - len(ids)
-        found, counted, whole = encode_beginning(tokenizer, text, spans, name, room, special=True)
+        room = wanted - len(ids) + MARKS
+        found, counted, complete = encode_beginning(tokenizer, text, spans, name, room, special=True)
         new, counted = _opened(found, counted, beginning)
         if not new:
             continue
-        if whole and end is not None and new[-1] != end:
+        if complete and end is not None and new[-1] != end:
             new.append(int(end))
             counted.append(True)
         counted[-1] |= new[-1] == end

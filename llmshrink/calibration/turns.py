@@ -69,7 +69,7 @@ def encode_beginning(
     found = tokenize_beginning(
         lambda length: (text[:length], length >= len(text)), columns, wanted, characters_for(wanted)
     )
-    return found.columns[0], found.columns[1], found.whole
+    return found.columns[0], found.columns[1], found.complete
 
 
 def encode_spans(

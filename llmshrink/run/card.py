@@ -236,7 +236,8 @@ def _recipe(folder: Path, record: dict[str, Any], made: InspectReport) -> list[s
         "## Recipe",
         "",
         *_steps(text),
-        f"It was calibrated on {calibration['tokens']:,} tokens of {calibration['name']}.",
+        f"It was calibrated on {calibration['tokens']:,} tokens of {calibration['name']}"
+        f"{', each window beginning with BOS' if calibration.get('bos') else ''}.",
         "",
         *(["```yaml", *text.splitlines(), "```", ""] if text else []),
     ]

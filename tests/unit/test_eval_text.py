@@ -44,16 +44,8 @@ def test_records_keep_their_order_and_empty_ones_stay(tmp_path: Path, name: str,
     [
         ("a.txt", b"", r"a\.txt: holds no text \(1 records\)"),
         ("a.txt", b"abc\xff", r"not UTF-8 text \(invalid start byte at byte 3\); save it as UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "not UTF-8 text .* at byte 24"),
-        ("a.jsonl", b'{"text": "a"}\n{broken', "line 2 isn't JSON"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"body": "x", "id": 1}',
-            "line 2: has no column text or content; there are: body, id",
-        ),
-        ("a.jsonl", b"{}", "there are: none"),
+        ("a.jsonl", b"{}", r"holds no text \(none of 1 records can be used: line 1 .* there are: none\)"),
         ("a.jsonl", b"[1]", "line 1 is a list"),
-        ("a.jsonl", b'{"text": 3}', "line 1: text is a int, not a string"),
         ("a.jsonl", b'{"text": ""}\n\n', r"holds no text \(1 records\)"),
         ("a.jsonl", b"", r"holds no text \(0 records\)"),
         ("a.parquet", b"no", "not a parquet file"),
@@ -65,6 +57,37 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, conten
     with pytest.raises(EvalError, match=says) as caught:
         load_text(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": "\xff"}', "isn't UTF-8 (invalid start byte at its byte 10)"),
+        (
+            b"{broken",
+            "isn't JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); one obj",
+        ),
+        (b'{"body": "x", "id": 1}', "has no column text or content; there are: body, id"),
+        (b'{"text": 3}', "has text that is a int, not a string"),
+        (b'{"text": null}', "has text that is null"),
+        (b'{"text": "cut \\ud83d"}', r"text has half of a surrogate pair ('\ud83d'), which is no character"),
+    ],
+)
+def test_a_record_without_text_is_left_out_and_named(tmp_path: Path, line: bytes, says: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}')
+    text = load_text(str(tmp_path / "a.jsonl"))
+    assert text.documents == ("a", "b")
+    assert (text.left_out.count, text.left_out.read) == (1, 3)
+    assert text.left_out.named[0].startswith(f"line 3 {says}")
+    assert text.left_out.words().startswith("1 of 3 records was left out: line 3 ")
+
+
+def test_a_file_that_holds_nothing_of_use_is_not_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 1200 + '{"text": "at last"}')
+    with pytest.raises(
+        EvalError, match=r"none of 1,000 records can be used: line 1 .* and 997 more; no more were read"
+    ):
+        load_text(str(tmp_path / "a.jsonl"))
 
 
 def test_a_parquet_without_the_column_names_those_it_has(tmp_path: Path) -> None:
@@ -102,7 +125,7 @@ def test_a_data_set_is_read_from_its_test_split_in_order(monkeypatch: pytest.Mon
 def test_a_data_set_with_other_columns_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"question": "x", "answer": "y"}])
-    with pytest.raises(EvalError, match="record 0: has no column text or content; there are: answer, question"):
+    with pytest.raises(EvalError, match="record 1 has no column text or content; there are: answer, question"):
         load_text("some/set")
 
 

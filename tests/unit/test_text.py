@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
-from llmshrink.calibration.text import PIECE_CHARACTERS, Completion, load_documents
+from llmshrink.calibration.text import PIECE_CHARACTERS, Completion, Document, Record, load_documents
 from llmshrink.errors import CalibrationError
+
+
+def read(spec: str | Path, seed: int = 0) -> list[Document | None]:
+    return [record.document for record in load_documents(str(spec)).stream(seed)]
 
 
 def test_a_txt_is_one_document_taken_as_it_is(tmp_path: Path) -> None:
@@ -17,13 +21,13 @@ def test_a_txt_is_one_document_taken_as_it_is(tmp_path: Path) -> None:
     documents = load_documents(str(tmp_path / "notes.txt"))
     assert documents.single
     assert documents.name == "notes.txt"
-    assert "".join(str(piece) for piece in documents.stream(0)) == content
+    assert "".join(str(piece.document) for piece in documents.stream(0)) == content
 
 
 def test_a_txt_is_read_no_further_than_used(tmp_path: Path) -> None:
     (tmp_path / "big.txt").write_bytes(b"a" * (4 * PIECE_CHARACTERS) + b"\xff")
     pieces = load_documents(str(tmp_path / "big.txt")).stream(0)
-    assert next(pieces) == "a" * PIECE_CHARACTERS
+    assert next(pieces).document == "a" * PIECE_CHARACTERS
     with pytest.raises(CalibrationError, match=r"not UTF-8 text .* save it as UTF-8"):
         list(pieces)
 
@@ -43,10 +47,9 @@ def _records(path: Path, number: int) -> list[str]:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_records_are_shuffled_by_the_seed_and_none_is_lost(tmp_path: Path, name: str) -> None:
     texts = _records(tmp_path / name, 40)
-    documents = load_documents(str(tmp_path / name))
-    first = list(documents.stream(1))
-    assert first == list(documents.stream(1))
-    assert first != list(documents.stream(2))
+    first = read(tmp_path / name, 1)
+    assert first == read(tmp_path / name, 1)
+    assert first != read(tmp_path / name, 2)
     assert first != texts
     assert sorted(map(str, first)) == sorted(texts)
 
@@ -54,61 +57,121 @@ def test_records_are_shuffled_by_the_seed_and_none_is_lost(tmp_path: Path, name:
 def test_messages_come_before_text_in_a_record(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hello"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "t", "messages": messages}))
-    assert list(load_documents(str(tmp_path / "a.jsonl")).stream(0)) == [messages]
+    assert read(tmp_path / "a.jsonl") == [messages]
+
+
+GOOD = b'{"text": "fine"}'
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("line", "says"),
     [
-        ("a.jsonl", b'\n{"text": "x"}\n{broken', r"line 3 isn't JSON"),
-        ("a.jsonl", b'{"body": "x"}', r"line 1 has \['body'\]; read are a string under text, .* rename the key"),
-        ("a.jsonl", b"[1]", "has list; read are"),
-        ("a.jsonl", b"[" * 100_000, "line 1 isn't JSON"),
+        (b"{broken", "isn't JSON (Expecting property name enclosed in double quotes"),
+        (b"[" * 100_000, "isn't JSON"),
+        (b'{"text": "\xff"}', "isn't UTF-8 (invalid start byte at its byte 10)"),
+        (b'{"body": "x"}', "has ['body']; read are a string under text"),
+        (b'{"prompt": "Q"}', "has ['prompt']; read are a string under text"),
+        (b"[1]", "is a list, not an object with a text or messages"),
+        (b'{"text": null}', "has text that is null"),
+        (b'{"text": "cut \\ud83d"}', r"text has half of a surrogate pair ('\ud83d'), which is no character"),
+        (b'{"prompt": "a\\ud83d", "completion": "b"}', "prompt has half of a surrogate pair"),
         (
-            "a.jsonl",
-            b'{"messages": [{"role": "user", "content": "x"}]}\n' * 2 + b'{"messages": [{"rol": "user"}]}',
-            r"line 3 has a message without role \(messages\[0\] has \['rol'\]\); a message is",
+            b'{"messages": [{"role": "user", "content": "a\\udc00"}]}',
+            "messages[0].content has half of a surrogate pair",
         ),
         (
-            "a.jsonl",
+            b'{"messages": [{"role": "a", "tool_calls": [{"function": {"arguments": "\\udc00"}}]}]}',
+            "messages[0].tool_calls[0].function.arguments has half of a surrogate pair",
+        ),
+        (b'{"messages": [{"rol": "user"}]}', "has a message without role (messages[0] has ['rol']); a message is"),
+        (
             b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": null}]}',
-            r"line 1 has a message without content \(messages\[1\] has \['content', 'role'\]\)",
+            "has a message without content (messages[1] has ['role'])",
         ),
-        ("a.parquet", b"no", "not a parquet file"),
-    ],
-)
-def test_a_broken_record_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CalibrationError, match=says):
-        list(load_documents(str(tmp_path / name)).stream(0))
-
-
-def test_a_message_may_hold_parts_or_call_tools(tmp_path: Path) -> None:
-    parts = {"role": "user", "content": [{"type": "text", "text": "x"}]}
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [parts, call]}))
-    assert list(load_documents(str(tmp_path / "a.jsonl")).stream(0)) == [[parts, call]]
-
-
-@pytest.mark.parametrize(
-    ("columns", "says"),
-    [
         (
-            {"body": ["x"]},
-            r"has the columns \['body'\], none of them text, .*; rename the one .* or give --calibration",
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+            "has a part of image_url in messages[0], which is no text",
         ),
-        ({"messages": [[{"from": "user", "value": "x"}]]}, "a record of row group 0 has a message without role"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": "look"}', "has tools that are neither a list nor"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": ["look"]}', "has tools that aren't a list of obj"),
     ],
 )
-def test_a_parquet_file_of_other_columns_is_named_with_the_way_out(
-    columns: dict[str, list[object]], says: str, tmp_path: Path
-) -> None:
+def test_a_record_that_cannot_be_used_says_why_with_its_line(tmp_path: Path, line: bytes, says: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
+    records = sorted(load_documents(str(tmp_path / "a.jsonl")).stream(0), key=lambda record: record.place)
+    assert [record.document for record in records] == ["fine", None, "fine"]
+    assert [record.place for record in records] == ["line 1", "line 3", "line 4"]
+    assert records[1].fault.startswith(says)
+    assert "\n" not in records[1].fault
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"no")
+    with pytest.raises(CalibrationError, match="not a parquet file"):
+        read(tmp_path / "a.parquet")
+
+
+def write_parquet(path: Path, columns: dict[str, Any], **more: Any) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(CalibrationError, match=says):
-        list(load_documents(str(tmp_path / "a.parquet")).stream(0))
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **more)
+    return path
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def test_null_is_absent_at_any_depth(tmp_path: Path) -> None:
+    full = [
+        {"role": "user", "content": "hi", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": None}]},
+    ]
+    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [CALL]}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": full, "text": None, "tools": None}))
+    path = write_parquet(tmp_path / "a.parquet", {"messages": [full], "text": [None], "tools": [None]})
+    for found in (load_documents(str(tmp_path / "a.jsonl")).stream(0), load_documents(str(path)).stream(0)):
+        records = list(found)
+        assert [record.document for record in records] == [plain] and records[0].tools == ()
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": None, "text": "told"}))
+    assert read(tmp_path / "b.jsonl") == ["told"]
+
+
+def test_the_texts_of_content_in_parts_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two"}, "!"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    assert read(tmp_path / "a.jsonl") == [[{"role": "user", "content": "one two!"}]]
+
+
+@pytest.mark.parametrize("given", [[TOOL], json.dumps([TOOL]), [{**TOOL, "strict": None}]])
+def test_tools_go_with_the_conversation(given: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": given}))
+    assert [record.tools for record in load_documents(str(tmp_path / "a.jsonl")).stream(0)] == [(TOOL,)]
+
+
+def test_a_row_of_parquet_is_named_by_its_number(tmp_path: Path) -> None:
+    texts = [None if number == 17 else f"document {number}" for number in range(40)]
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=7)
+    bad = [record for record in load_documents(str(path)).stream(3) if record.document is None]
+    assert bad == [Record(None, "row 18", "has text that is null")]
+
+
+def test_a_row_of_parquet_that_is_no_text_is_left_out_alone(tmp_path: Path) -> None:
+    import pyarrow
+
+    raw = pyarrow.array([b"one", b"tw\xff", b"three"], pyarrow.binary()).view(pyarrow.string())
+    path = write_parquet(tmp_path / "a.parquet", {"text": raw})
+    records = sorted(load_documents(str(path)).stream(0), key=lambda record: record.place)
+    assert [record.document for record in records] == ["one", None, "three"]
+    assert records[1].fault == "isn't UTF-8 (invalid start byte at byte 2)"
+
+
+@pytest.mark.parametrize("columns", [{"body": ["x"]}, {"prompt": ["x"], "tools": ["y"]}])
+def test_a_parquet_file_of_other_columns_is_named_with_the_way_out(columns: dict[str, Any], tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", columns)
+    with pytest.raises(CalibrationError, match=r"has the columns \['.*\], none of them .* or give --calibration"):
+        read(path)
 
 
 def test_a_file_that_is_not_there_or_not_read_is_refused_at_once(tmp_path: Path) -> None:
@@ -152,7 +215,7 @@ def test_a_stream_that_breaks_later_is_one_line_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Broken())
     stream = load_documents("some/dataset").stream(0)
-    assert next(stream) == "one"
+    assert next(stream).document == "one"
     with pytest.raises(CalibrationError, match=r"can't be fetched \(ConnectionError: gone\)"):
         next(stream)
 
@@ -181,16 +244,12 @@ def test_prompts_with_completions_are_read_from_files_and_folders(
         (tmp_path / "folder").mkdir()
         path = tmp_path / "folder" / "train.jsonl" if kind == "folder" else tmp_path / kind
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    documents = load_documents(spec)
-    assert str(tmp_path) not in documents.name
-    found = list(documents.stream(0))
+    assert str(tmp_path) not in load_documents(spec).name
+    found = read(spec)
     assert sorted(found, key=repr) == [Completion(record["prompt"], record["completion"]) for record in records]
-    assert found == list(documents.stream(0))
+    assert found == read(spec)
 
 
 def test_text_comes_before_a_prompt_with_its_completion(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q", "completion": "A", "text": "T"}))
-    assert list(load_documents(str(tmp_path / "a.jsonl")).stream(0)) == ["T"]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q"}))
-    with pytest.raises(CalibrationError, match=r"line 1 has \['prompt'\]; read are .* both of prompt and completion"):
-        list(load_documents(str(tmp_path / "a.jsonl")).stream(0))
+    assert read(tmp_path / "a.jsonl") == ["T"]

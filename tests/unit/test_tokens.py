@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers import given
+from llmshrink_eval.prefix import MARGIN_TOKENS
 
-from llmshrink.calibration.packing import MARGIN_TOKENS
-from llmshrink.calibration.text import Document, Documents
+from llmshrink.calibration.text import Document, Documents, Record
 from llmshrink.calibration.tokens import build_windows, window_shape
 from llmshrink.demo import language, tokenizer
 from llmshrink.errors import CalibrationError
@@ -25,7 +26,8 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def _documents(items: list[Document], *, single: bool = False) -> Documents:
-    return Documents("given", lambda _seed: iter(items), single=single)
+    found: Documents = given(items, single=single)
+    return found
 
 
 def _merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,14 +48,14 @@ def test_a_document_has_the_tokens_of_the_whole_though_only_its_beginning_is_rea
     expected = merging(whole, add_special_tokens=False)["input_ids"]
     read = 0
 
-    def pieces(_seed: int) -> Iterator[str]:
+    def pieces(_seed: int) -> Iterator[Record]:
         nonlocal read
         rest = whole
         rng = random.Random(0)
         while rest:
             size = rng.randrange(1, 5000)
             read += len(rest[:size])
-            yield rest[:size]
+            yield Record(rest[:size])
             rest = rest[size:]
 
     for samples, seq_len in ((1, 1), (3, 7), (16, 256), (40, 512)):
@@ -149,7 +151,10 @@ def test_conversations_need_a_chat_template(words: PreTrainedTokenizerFast) -> N
 
 def test_a_conversation_that_the_template_refuses_is_one_line(words: PreTrainedTokenizerFast) -> None:
     words.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(CalibrationError, match=r"the chat template refuses a conversation .*roles must alternate"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"none of 1 records can be used: record 1 can't be written: .* refuses it \(roles must alternate\)",
+    ):
         build_windows(_documents([[{"role": "user", "content": "x"}]]), words, samples=1, seq_len=8, held_out=0, seed=0)
 
 

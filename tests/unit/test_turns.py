@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers import given
 
-from llmshrink.calibration.text import Completion, Document, Documents
+from llmshrink.calibration.text import Completion, Document
 from llmshrink.calibration.tokens import TokenWindows, build_windows
 from llmshrink.demo import tokenizer
 from llmshrink.errors import CalibrationError
@@ -45,7 +46,7 @@ def words() -> PreTrainedTokenizerFast:
 def windows(words: Any, items: list[Any], mask: bool | None = True, **more: Any) -> TokenWindows:
     found: list[Document] = items
     shape: dict[str, Any] = {"samples": 1, "seq_len": 64, "held_out": 0, "seed": 0, **more}
-    return build_windows(Documents("given", lambda _: iter(found)), words, mask_prompts=mask, **shape)[0]
+    return build_windows(given(found), words, mask_prompts=mask, **shape)[0]
 
 
 def heard(words: Any, found: TokenWindows, row: int = 0) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from llmshrink_eval import require
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.leftout import LeftOut
 from llmshrink_eval.report import inference, numbers
 from llmshrink_eval.report.inference import Comparison, Interval
 from llmshrink_eval.report.scores import amount, is_share, outcome_difference, task_score
@@ -44,7 +45,7 @@ def findings(results: Results) -> tuple[Finding, ...]:
     """Everything worth saying, in the order in which a reader needs it: the gate, the original, model by model."""
     original = results.original
     alone = len(results.models) == 1
-    found = [*_requirements(results), *_original(results, alone)]
+    found = [*_requirements(results), *_left_out(results), *_original(results, alone)]
     for model in results.models:
         if model is original and not alone:
             continue
@@ -75,6 +76,15 @@ def _requirements(results: Results) -> list[Finding]:
     ]
     text = f"{len(failed)} of {numbers.plural(total, 'requirement')} failed: {numbers.listed(named, 6)}."
     return [Finding(None, "bad", text), *_narrowly(results)]
+
+
+def _left_out(results: Results) -> list[Finding]:
+    """Records of the text that hold none."""
+    text = results.text
+    if text is None or not text.left_out.count:
+        return []
+    left_out = LeftOut(text.left_out.count, text.left_out.read, text.left_out.named)
+    return [Finding(None, "caution", f"{text.name}: {left_out.words()}.")]
 
 
 def _narrowly(results: Results) -> list[Finding]:

@@ -139,10 +139,10 @@ def _note(results: Results) -> str:
             "original, window by window on the same text."
         )
     if results.text is not None:
-        text = results.text
+        text, opened = results.text, ", BOS before each" if results.text.bos else ""
         parts.append(
             f"Perplexity per token and KL divergence from the original over {numbers.count(text.tokens)} tokens of "
-            f"{escaped(text.name)} ({text.protocol} protocol, window {text.window}, stride {text.stride})."
+            f"{escaped(text.name)} ({text.protocol} protocol, window {text.window}, stride {text.stride}{opened})."
         )
     if any(model.recovery is not None for model in results.models):
         parts.append("Recovery is the mean over tasks of compressed / original score.")
