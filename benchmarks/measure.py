@@ -16,19 +16,16 @@ ROOMS = tuple(f"llmshrink.{name}" for name in ("recipe", "checkpoint", "model", 
 
 def import_everything() -> None:
     """Import what a run would import while it is timed, as it does it: our own modules, and transformers' Llama."""
-    from llmshrink.run.memory import lean_imports
-
     for room in ROOMS:
         for module in pkgutil.walk_packages(importlib.import_module(room).__path__, f"{room}."):
             importlib.import_module(module.name)
-    with lean_imports():
-        for name in (
-            "safetensors.torch",
-            "transformers.models.auto.modeling_auto",
-            "transformers.models.auto.tokenization_auto",
-            "transformers.models.llama.modeling_llama",
-        ):
-            importlib.import_module(name)
+    for name in (
+        "safetensors.torch",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+    ):
+        importlib.import_module(name)
 
 
 def report(work: Callable[[], object]) -> None:

@@ -58,13 +58,11 @@ def generate(
     where there is one. on_text: called with each piece of text as it comes. Raises LlmshrinkError for bad input.
     """
     from llmshrink.checkpoint.source import resolve
-    from llmshrink.run.memory import lean_imports
     from llmshrink.runtime.generate import Sampling
     from llmshrink.runtime.generate import generate as run
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
     options: dict[str, Any] = {"device": device, "dtype": dtype, "chat": chat, "on_text": on_text}
-    with lean_imports():
-        source = resolve(os.fspath(model), trust_remote_code=trust_remote_code)
-        return run(source, prompt, sampling, trust_remote_code=trust_remote_code, **options)
+    source = resolve(os.fspath(model), trust_remote_code=trust_remote_code)
+    return run(source, prompt, sampling, trust_remote_code=trust_remote_code, **options)

@@ -17,10 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmshrink.weights.products import accumulate_, columns_of
+
 
 def tile_of(in_features: int) -> int:
-    """The side of a tile: a sixth of the width, so that 7/12 of a full product is computed, but no sliver."""
-    return max(64, (in_features // 6 + 63) // 64 * 64)
+    """The side of a tile: a twelfth of the width, so that 13/24 of a full product is computed, but no sliver."""
+    return max(64, (in_features // 12 + 63) // 64 * 64)
 
 
 class Statistics:
@@ -52,16 +54,18 @@ class Statistics:
         total = self.tokens + compressed.shape[0]
         keep, new = self.tokens / total, 1.0 / total
         inputs = compressed.to(self._hessian.dtype)
-        size = tile_of(inputs.shape[1])
-        for start in range(0, inputs.shape[1], size):
-            tile = self._hessian[start : start + size, start:]
-            tile.addmm_(inputs[:, start : start + size].T, inputs[:, start:], beta=keep, alpha=new)
-        if self._cross is not None and original is not None:
-            drift = original - compressed
-            if compressed.dtype == torch.bfloat16 and self._cross.dtype == torch.float32:
-                self._cross.mul_(keep).add_(drift.T @ compressed, alpha=new)
-            else:
-                self._cross.addmm_(drift.to(inputs.dtype).T, inputs, beta=keep, alpha=new)
+        with torch.no_grad():
+            columns = columns_of(inputs)
+            size = tile_of(inputs.shape[1])
+            for start in range(0, inputs.shape[1], size):
+                tile = self._hessian[start : start + size, start:]
+                accumulate_(tile, columns[start : start + size], columns[start:], keep=keep, new=new)
+            if self._cross is not None and original is not None:
+                drift = original - compressed
+                if compressed.dtype == torch.bfloat16 and self._cross.dtype == torch.float32:
+                    self._cross.mul_(keep).add_(drift.T @ compressed, alpha=new)
+                else:
+                    accumulate_(self._cross, columns_of(drift.to(inputs.dtype)), columns, keep=keep, new=new)
         self.tokens = total
         self._mirrored = False
 

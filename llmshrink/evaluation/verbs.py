@@ -62,9 +62,7 @@ def _evaluate(
     from llmshrink_eval.evaluate import evaluate as measure
     from llmshrink_eval.prepare import refuse
 
-    from llmshrink.run.memory import lean_imports
-
-    with tempfile.TemporaryDirectory(prefix="llmshrink-offload-") as scratch, lean_imports():
+    with tempfile.TemporaryDirectory(prefix="llmshrink-offload-") as scratch:
         options = options_of(settings, Path(scratch), command=command)
         refuse(options, baseline=original is not None)
         specs = [spec_of(model, settings) for model in models]

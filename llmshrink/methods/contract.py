@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmshrink.errors import LlmshrinkError
 from llmshrink.weights import Dense, EightBit, GroupedInt, Solvable
+from llmshrink.weights.products import times_transposed
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 
@@ -129,7 +130,11 @@ def measure(weight: Tensor, quantized: GroupedInt | EightBit | Dense, hessian: T
 
 
 def _energy(rows: Tensor, hessian: Tensor | None) -> Tensor:
-    through = rows if hessian is None else (rows.to(hessian.dtype) @ hessian).to(torch.float32)
+    if hessian is None:
+        through = rows
+    else:
+        with torch.no_grad():  # it is symmetric, so it needn't be transposed
+            through = times_transposed(rows.to(hessian.dtype), hessian).to(torch.float32)
     # Rounding can leave a tiny negative number where the truth is zero.
     return torch.einsum("oi,oi->o", through, rows).clamp_min_(0.0)
 

@@ -20,6 +20,7 @@ from llmshrink.model.families import Family, family_of
 from llmshrink.model.sites import Stage, find_stages
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.model.uncovered import refuse_uncovered
+from llmshrink.weights.products import multiply_fast
 
 Check = Callable[[str, Tensor], None]
 
@@ -34,6 +35,7 @@ class Chain:
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         for number, block in enumerate(self.blocks):
             refuse_uncovered(block, self.name(number))
+        multiply_fast(skeleton.model)
 
     def name(self, number: int) -> str:
         """Module name of a block, as `model.layers.3`."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +46,21 @@ def _parameters_on_meta() -> Iterator[None]:
         return wraps(init)(lambda *args, **kwargs: init(*args, **{"device": "meta", **kwargs}))
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(nn.Module, "register_parameter", on_meta))
+        stack.enter_context(_replaced(nn.Module, "register_parameter", on_meta))
         for module in (nn.Linear, nn.Embedding):
-            stack.enter_context(patch.object(module, "__init__", unallocated(module.__init__)))
+            stack.enter_context(_replaced(module, "__init__", unallocated(module.__init__)))
         yield
+
+
+@contextmanager
+def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
+    """While open, a class has another method."""
+    own = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
 
 
 class Skeleton:

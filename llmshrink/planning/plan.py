@@ -23,7 +23,7 @@ from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
 from llmshrink.run.job import Job, outline
 from llmshrink.run.journal import check_output, partial_folder
-from llmshrink.run.memory import give_back, lean_imports, resident
+from llmshrink.run.memory import give_back, resident
 from llmshrink.run.quantize import Placement
 from llmshrink.run.sizes import sizes_of
 
@@ -42,8 +42,7 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
         check_output(Path(os.path.abspath(options.output)), overwrite=options.overwrite)
     found = find(options.model, trust_remote_code=options.trust_remote_code)
     begun = now()
-    with lean_imports():
-        job = outline(options, found.source, found.index, text_here=text_here(options.calibration, found.source))
+    job = outline(options, found.source, found.index, text_here=text_here(options.calibration, found.source))
     text = now() - begun
     sizes, placement = sizes_of(job), Placement.choose(job, partial)
     if job.format == "bitsandbytes":  # which the first weight brings

@@ -1,12 +1,11 @@
-"""Keeping a run's resident memory near what it uses.
+"""Keeping a run's resident memory near what it uses, and the pages that it uses for as long as it can.
 
 Long-lived activations and short-lived temporaries share glibc's heap. What is freed between two survivors stays
-resident, and after a few blocks that is as much as everything alive together. `give_back` returns such pages to the
-system; touching them again costs a page fault, so it is called between phases, not between operations.
-
-Importing a transformers model pulls in whatever else is installed: torch._dynamo imports Triton (85 MB), generation and
-the losses of detection models import scikit-learn and SciPy (100 MB). A run on the CPU uses none of it. `lean_imports`
-answers those modules' question whether the package is there with no, for as long as it is open.
+resident, and after a few blocks that may be as much as everything alive together. `give_back` returns such pages to the
+system. But every page given back is a fault when it is touched again, and a block's forwards touch the same few dozen
+megabytes for each batch: given back after every batch they cost a run as much as a sixth of its time. So a run says
+beforehand how much memory it will need (`holding`), and up to there nothing is given back: neither by `give_back` nor by
+glibc itself, which returns a large tensor's pages when it is freed unless it is told otherwise.
 """
 
 from __future__ import annotations
@@ -17,84 +16,75 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath
-from unittest.mock import patch
+from typing import Any
 
 import psutil
 import torch
-from torch.utils import _triton
 
 CGROUPS = Path("/sys/fs/cgroup")
 SLACK = 12_000_000
-"""Bytes that the process may grow by before it is worth giving any back."""
+"""Bytes that the process may grow by before it is worth giving any back; the temporaries of a batch, while a run holds
+its memory, are `ROOM`."""
+ROOM = 64_000_000
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGE = 32 << 20
+"""Bytes of a tensor from which it isn't in the heap: its pages go when it does. glibc's own limit for learning this."""
+NEVER = (1 << 31) - 1
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's, or None under another C library, which has its own ways."""
+def _libc(name: str) -> Callable[..., Any] | None:
+    """A function of glibc's, or None under another C library, which has its own ways."""
     if sys.platform != "linux":
         return None
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return trim
+    found: Callable[..., Any] | None = getattr(ctypes.CDLL(None), name, None)
+    return found
 
 
-class _Mark:
-    """Resident bytes right after memory was last given back."""
+class _State:
+    """resident: bytes right after memory was last given back. held: resident bytes below which none is."""
 
     resident = 0
+    held = 0
 
 
 def give_back() -> None:
-    """Return the free pages inside the heap to the system, if the process has grown since; else, or elsewhere, nothing.
-
-    Every page given back is a page fault when it is touched again, half a second in a run of five where it was done
-    without asking.
-    """
-    trim = _malloc_trim()
-    if trim is not None and resident() > _Mark.resident + SLACK:
+    """Return the free pages inside the heap to the system, if the process has grown since, and beyond what it holds;
+    else, or under another C library than glibc, nothing."""
+    trim, now = _libc("malloc_trim"), resident()
+    slack = ROOM if _State.held else SLACK
+    if trim is not None and now > max(_State.held, _State.resident + slack):
         trim(0)
-        _Mark.resident = resident()
+        _State.resident = resident()
+
+
+@contextmanager
+def holding(more: int) -> Iterator[None]:
+    """While open, the process keeps its heap's pages until it has `more` bytes than now; then they are given back."""
+    mallopt, trim = _libc("mallopt"), _libc("malloc_trim")
+    if mallopt is None or trim is None:
+        yield
+        return
+    _State.held = resident() + more
+    mallopt(M_MMAP_THRESHOLD, LARGE)
+    mallopt(M_TRIM_THRESHOLD, NEVER)
+    try:
+        yield
+    finally:
+        # What glibc itself comes to once a tensor of that size was freed.
+        mallopt(M_TRIM_THRESHOLD, 2 * LARGE)
+        _State.held = 0
+        trim(0)
+        _State.resident = resident()
 
 
 def resident() -> int:
     """Bytes of this process that are in memory now."""
     fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
     return int(fields[1]) * mmap.PAGESIZE
-
-
-@contextmanager
-def lean_imports() -> Iterator[None]:
-    """While open, importing a transformers model doesn't import Triton, scikit-learn or SciPy.
-
-    What is imported meanwhile keeps the answer, since it lacks what it would have imported; whoever asks later gets the
-    truth. With a GPU, where it has its uses, Triton is left alone.
-    """
-    import transformers
-
-    with ExitStack() as stack:
-        for name in ("is_sklearn_available", "is_scipy_available"):
-            for module in (transformers.utils, transformers.utils.import_utils):
-                stack.enter_context(patch.object(module, name, _no))
-        if not torch.cuda.is_available():
-            stack.enter_context(_without_triton())
-        yield
-
-
-def _no() -> bool:
-    return False
-
-
-@contextmanager
-def _without_triton() -> Iterator[None]:
-    """Dynamo binds the function itself when it is imported, and asks it again later: then it gets the truth."""
-    asked, closed = _triton.has_triton_package, False
-    try:
-        with patch.object(_triton, "has_triton_package", lambda: closed and asked()):
-            yield
-    finally:
-        closed = True
 
 
 def free_memory(device: torch.device) -> int:

@@ -18,10 +18,10 @@ from llmshrink.run.asked import Options, dtype_name, stored_dtype
 from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.fits import check_memory, on_one_disk
-from llmshrink.run.footprint import footprint
+from llmshrink.run.footprint import Footprint, footprint
 from llmshrink.run.job import Job, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
-from llmshrink.run.memory import free_memory, give_back, lean_imports
+from llmshrink.run.memory import free_memory, give_back, holding
 from llmshrink.run.narrow import NarrowWork
 from llmshrink.run.progress import Progress, duration
 from llmshrink.run.ratios import RatioWork
@@ -37,10 +37,8 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
     """Carry out a whole run. Raises LlmshrinkError for what a user did; what is finished by then is kept."""
     started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
-        with lean_imports():
-            job = prepare(options)
-        already = workspace.finished_bytes()
-        check_fits(job, workspace.folder, already=already)
+        job = prepare(options)
+        memory = check_fits(job, workspace.folder, already=workspace.finished_bytes())
         parts = workspace.begin(job.identity())
         if parts is None:
             return reread(options.output, seconds=time.perf_counter() - started)
@@ -50,13 +48,16 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
             progress.note(f"note: {note}")
         run = _Run(job, workspace, progress, started)
         try:
-            return run.all()
+            with holding(memory.ram):
+                return run.all()
         finally:
             run.clear_spill()
 
 
-def check_fits(job: Job, folder: Path, *, already: int = 0) -> None:
-    """Raise LlmshrinkError when a run can't fit the memory or the disk that is here. folder: the workspace.
+def check_fits(job: Job, folder: Path, *, already: int = 0) -> Footprint:
+    """Raise LlmshrinkError when a run can't fit the memory or the disk that is here; else what it will take of memory.
+
+    folder: the workspace.
 
     already: bytes of the output that an earlier process has written.
     """
@@ -68,6 +69,7 @@ def check_fits(job: Job, folder: Path, *, already: int = 0) -> None:
     if placement.spill is not None and on_one_disk(job.options.output, placement.spill):
         needed += memory.streams
     check_room(job.options.output, needed)
+    return memory
 
 
 @dataclass
