@@ -40,6 +40,13 @@ class PausedForward:
         assert isinstance(value, Tensor)
         return value
 
+    def finish(self) -> Tensor:
+        """Run past all taps that are left to the end, and return the block's output."""
+        value = self.advance()
+        while not self._glet.dead:
+            value = self.advance()
+        return value
+
     def close(self) -> None:
         """Give up a forward that isn't finished, and with it the activations that it holds."""
         if self._glet and not self._glet.dead:

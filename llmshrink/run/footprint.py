@@ -196,7 +196,7 @@ def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage
     forward = int(max(rounding.most, plain.most) * sizes.batch)
     yield here, there + sizes.resting + forward
     solved = 0
-    for stage, waiting in zip(active, _waiting(active, (rounding, plain), sizes, number), strict=True):
+    for stage, waiting in zip(active, _waiting(active, (rounding, plain), sizes, number, job.reads), strict=True):
         inputs = stage.sites[0].in_features
         reads = frozenset[str]().union(*(job.reads.get(site.name, ()) for site in stage.sites))
         cross = "cross" in reads
@@ -241,28 +241,39 @@ def _workspace(job: Job, stage: Stage, cross: bool) -> int:
     return max(solving(spec, count, inputs, cross) for (spec, _), count in rows.items())
 
 
-def _waiting(active: Sequence[Stage], held: tuple[Held, Held], sizes: _Activations, number: int) -> list[int]:
+def _waiting(
+    active: Sequence[Stage],
+    held: tuple[Held, Held],
+    sizes: _Activations,
+    number: int,
+    reads: Mapping[str, frozenset[str]],
+) -> list[int]:
     """Bytes of all batches of both streams while each stage is gathered and solved, at its fullest.
 
     held: by the compressed block, which may round what linears are given, and by the original.
 
     As `transform.gather` goes: each batch of the compressed model from the tap before to this one; of the original to
-    this one, and on to the next where that isn't wider, or to the block's end after the last. The compressed model's
-    wait before they write to a cache of FP8 too.
+    this one, and on to the next where that isn't wider, or to the block's end after the last that is read. The
+    compressed model's wait before they write to a cache of FP8 too.
     """
     if not sizes.keep_paused or not sizes.any:
         return [sizes.resting] * len(active)
     (own, plain), found, rest = held, [], sizes.at_rest
     widths = [stage.sites[0].in_features for stage in active]
+    read = [any("cross" in reads.get(site.name, ()) for site in stage.sites) for stage in active]
+    last = max((position for position, crosses in enumerate(read) if crosses), default=-1)
     compressed, original = float(rest), rest if number else 0.0  # the streams begin as one
     for position in range(len(active)):
         before = compressed + sizes.two * original
         compressed = own.taps[position]
-        if position + 1 == len(active):
+        if position >= last:
             original = rest
+        elif widths[position + 1] > widths[position]:
+            original = plain.taps[position]
+        elif position + 1 == last:
+            original = rest + widths[position + 1] * sizes.itemsize
         else:
-            ahead = widths[position + 1] <= widths[position]
-            original = plain.taps[position + ahead]
+            original = plain.taps[position + 1]
         most = max(before, compressed + sizes.two * original)
         if own.cache is not None and own.cache[0] in (position, position + 1):
             most = max(most, own.cache[1] + sizes.two * plain.taps[position])

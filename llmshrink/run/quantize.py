@@ -38,6 +38,7 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
     started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         job = prepare(options)
+        give_back()
         memory = check_fits(job, workspace.folder, already=workspace.finished_bytes())
         parts = workspace.begin(job.identity())
         if parts is None:

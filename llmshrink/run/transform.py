@@ -137,14 +137,14 @@ def gather(
 
     factors: what the compressed model's inputs are divided by there, where they are smoothed.
 
-    Nothing that is solved here changes the original, so it needn't wait for it: from the last tap it goes on to the
-    block's end at once, and from one that isn't narrower than the next it goes on to that. So it doesn't hold the
-    queries, keys and values of all batches together, nor their widest activations.
+    Nothing that is solved here changes the original, so it needn't wait for it: from the last tap at which it is read
+    it goes on to the block's end at once, and from one that isn't narrower than the next it goes on to that. So it
+    doesn't hold the queries, keys and values of all batches together, nor their widest activations.
     """
     stage = stages[position]
-    following = stages[position + 1] if position + 1 < len(stages) else None
     if not walk.needs_calibration:
         return None
+    last = max((number for number, each in enumerate(stages) if walk.compares(each)), default=-1)
     reads = frozenset[str]().union(*(walk.reads.get(site.name, ()) for site in stage.sites))
     cross = "cross" in reads
     statistics = Statistics(stage.sites[0].in_features, cross=cross, device=walk.chain.skeleton.device)
@@ -155,12 +155,13 @@ def gather(
         compressed = batch.real(forwards.at_tap(i, False, position))
         forwards.rest(i, False)
         original = None
-        if walk.two_streams:
+        if position <= last:
             original = batch.real(forwards.at_tap(i, True, position))
-            if following is None:
+            if position == last:
                 forwards.finish(i, True)
             else:
-                forwards.rest(i, True, ahead=following.sites[0].in_features <= stage.sites[0].in_features)
+                ahead = stages[position + 1].sites[0].in_features <= stage.sites[0].in_features
+                forwards.rest(i, True, ahead=ahead, last=position + 1 == last)
         if cross and factors is not None and original is not None:
             original = shrunk(original, factors)
         if reads:

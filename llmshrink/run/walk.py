@@ -18,7 +18,7 @@ from llmshrink.methods import SiteSpec
 from llmshrink.model.caches import CacheSite
 from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward
-from llmshrink.model.sites import Site
+from llmshrink.model.sites import Site, Stage
 from llmshrink.run.smooth import Smoothing
 from llmshrink.weights import CacheScales, Solvable
 
@@ -100,6 +100,10 @@ class Walk:
         original too."""
         return self.tune is not None or any("cross" in reads for reads in self.reads.values())
 
+    def compares(self, stage: Stage) -> bool:
+        """Whether what arrives at a stage's tap in the original is read."""
+        return any("cross" in self.reads.get(site.name, ()) for site in stage.sites)
+
     @property
     def needs_calibration(self) -> bool:
         return self.tune is not None or bool(self.caches) or bool(self.smoothing) or any(self.reads.values())
@@ -160,15 +164,18 @@ class Forwards:
                 paused.advance()
         return paused.advance()
 
-    def rest(self, batch: int, original: bool, *, ahead: bool = False) -> None:
+    def rest(self, batch: int, original: bool, *, ahead: bool = False, last: bool = False) -> None:
         """Between two taps: where half-finished forwards aren't kept, let this one go.
 
-        ahead: the original waits at its next tap instead of at this one.
+        ahead: the original waits at its next tap instead of at this one. last: that is the last tap at which it is
+        looked at, so that only the input there waits, and the forward goes on to the block's end.
         """
         if not self._walk.keep_paused:
             self._paused.pop((batch, original)).close()
         elif ahead:
             self._waiting[batch] = self._paused[batch, original].advance()
+            if last:
+                self.finish(batch, original)
 
     def finish(self, batch: int, original: bool) -> None:
         """Run a batch to the block's end and store its output; after the last block nothing reads calibration's."""
@@ -182,7 +189,7 @@ class Forwards:
                 paused.close()
             stream.drop(batch)
         elif paused is not None:
-            stream.put(batch, paused.advance())
+            stream.put(batch, paused.finish())
         else:
             call = self._walk.chain.calls(self._walk.batches[batch])[self._number]
             with torch.no_grad():
