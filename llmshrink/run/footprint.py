@@ -28,7 +28,7 @@ from llmshrink.run.sizes import outside_keys
 from llmshrink.run.workspace import narrowing, solving
 from llmshrink.weights import Activations, round_inputs
 
-LIBRARIES = 15_000_000
+LIBRARIES = 45_000_000
 """Bytes that the mathematical libraries take when the first large batch is computed: code, threads' buffers."""
 FLOAT = 4
 TRAINING = 30
@@ -203,6 +203,7 @@ def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage
         statistics = (1 + cross) * FLOAT * inputs * inputs if reads else 0
         differing = cross * (3 + (stage in smoothing))
         adding = sizes.batch * inputs * (FLOAT + differing * sizes.itemsize) if reads else 0
+        adding += cross * FLOAT * inputs * inputs  # the batch's product, before it's added
         yield here, there + solved + waiting + statistics + max(adding, forward)
         yield here, there + solved + waiting + statistics + _workspace(job, stage, cross)
         weights = sum(site.out_features * site.in_features for site in stage.sites if _touched(job, site.name))

@@ -26,9 +26,9 @@ import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 SLACK = 12_000_000
-"""Bytes that the process may grow by before it is worth giving any back; the temporaries of a batch, while a run holds
-its memory, are `ROOM`."""
-ROOM = 64_000_000
+"""Bytes that the process may grow by before it is worth giving any back."""
+BETWEEN = 64_000_000
+"""Bytes that a run may add between two calls of `give_back`."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE = 32 << 20
 """Bytes of a tensor from which it isn't in the heap: its pages go when it does. glibc's own limit for learning this."""
@@ -55,20 +55,20 @@ def give_back() -> None:
     """Return the free pages inside the heap to the system, if the process has grown since, and beyond what it holds;
     else, or under another C library than glibc, nothing."""
     trim, now = _libc("malloc_trim"), resident()
-    slack = ROOM if _State.held else SLACK
-    if trim is not None and now > max(_State.held, _State.resident + slack):
+    if trim is not None and now > max(_State.held, _State.resident + SLACK):
         trim(0)
         _State.resident = resident()
 
 
 @contextmanager
 def holding(more: int) -> Iterator[None]:
-    """While open, the process keeps its heap's pages until it has `more` bytes than now; then they are given back."""
+    """While open, the process keeps its heap's pages until it has nearly `more` bytes than now; then they are given
+    back."""
     mallopt, trim = _libc("mallopt"), _libc("malloc_trim")
     if mallopt is None or trim is None:
         yield
         return
-    _State.held = resident() + more
+    _State.held = resident() + max(0, more - BETWEEN)
     mallopt(M_MMAP_THRESHOLD, LARGE)
     mallopt(M_TRIM_THRESHOLD, NEVER)
     try:

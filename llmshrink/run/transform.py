@@ -55,6 +55,7 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
             if cache is not None and position == cache.site.place(stages, active):
                 calibrate(cache, walk, forwards, position)
             statistics = gather(walk, active, forwards, position, smooth.factors.get(stage.tap))
+            give_back()
             for result in _solve_stage(walk, stage, statistics, stored, smooth.events.get(stage.tap, ())):
                 solved[result.site.key] = result
                 install(twin, result.site.local, result.weight)
