@@ -59,6 +59,7 @@ from llmshrink.run.storage import (
     scheme_of,
 )
 from llmshrink.run.structure import Structure, structure_of
+from llmshrink.weights.products import product
 
 HELD_OUT_TOKENS = 1024
 """About as many tokens are held out as the closing summary needs to tell a good result from a bad one."""
@@ -195,6 +196,7 @@ def here(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": instructions(torch.backends.cpu.get_cpu_capability()),
+        "products": product(),
         "threads": torch.get_num_threads(),
         "versions": {
             "llmshrink": llmshrink.__version__,
