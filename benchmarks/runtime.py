@@ -22,10 +22,11 @@ from llmshrink_kernels.wna16 import naive, prepack
 from torch import Tensor
 
 from llmshrink.methods.pruning.pattern import largest_of_blocks
-from llmshrink.runtime.eight_bit import EightBitLinear, tolerance
+from llmshrink.runtime.eight_bit import EightBitLinear
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.sparse import SparseLinear
 from llmshrink.weights import FP8, Activations, EightBit, GroupedInt, Sparse24, coded
+from llmshrink.weights.product import tolerance
 
 SHAPES = ("256x256", "768x256", "256x768", "4096x4096")
 ROUNDS = 7

@@ -5,9 +5,9 @@ buffers, so that `state_dict`, `.to(device)` and `copy.deepcopy` find them. `.to
 in, never the scales: rounding those would be another model.
 
 There is one copy of the weight, in one of two layouts. On the CPU, in bfloat16 and where torch's int4 product takes the
-shape, `words` are in that operator's layout, which the processor decides (see cpu.py); everywhere else they are in the
-kernels'. The layer changes over when it moves or changes its dtype, and `state_dict` always holds the kernels' layout,
-so that what is saved here loads anywhere.
+shape, `words` are in that operator's layout, which the processor decides (see llmshrink_kernels.wna16.cpu); everywhere
+else they are in the kernels'. The layer changes over when it moves or changes its dtype, and `state_dict` always holds
+the kernels' layout, so that what is saved here loads anywhere.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from llmshrink_kernels.device import runs_triton
-from llmshrink_kernels.wna16 import PackedWeight
+from llmshrink_kernels.wna16 import PackedWeight, cpu
 from torch import Tensor, nn
-
-from llmshrink.runtime import cpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from llmshrink_kernels import device as where
-from llmshrink_kernels.wna16 import PackedWeight, naive, prepack, unpack
+from llmshrink_kernels.wna16 import PackedWeight, cpu, naive, prepack, unpack
 from torch import Tensor, nn
 
-from llmshrink.runtime import cpu
 from llmshrink.runtime.linear import QuantLinear
 
 SHAPES = [(64, 128), (172, 256), (80, 96), (8, 172), (200, 768)]
