@@ -5,7 +5,7 @@ first of its kernels that takes the resulting shape. The conditions below are th
 their `can_implement` and `create_weights` and, on the CPU, tried. A kernel that only an optional package brings counts
 only where no built-in one exists for that number of bits, and the verdict names the package.
 
-    vllm-cpu    CPUWNA16   4 bit; even group or whole row; in % 32 = 0, out % 32 = 0
+    vllm-cpu    CPUWNA16   4 bit; even group or whole row; in % 32 = 0, out % 32 = 0; CPUs with AVX-512
     vllm-cuda   Machete    4, 8 bit; group 64, 128 or whole row; in % 64 = 0, out % 128 = 0 (Hopper)
                 Marlin     4 bit, 8 bit symmetric; group 32, 64, 128 or whole row; any out, pads to its tiles
                 Triton     4 bit; group 32, 64, 128, 256 or whole row; out % 8 = 0
@@ -13,15 +13,21 @@ only where no built-in one exists for that number of bits, and the verdict names
 
 Exllama takes other groups too, but only in steps of 32 inputs and in float16, without saying so: not counted on.
 
-llmshrink's plugin for vLLM brings two more, which `plugin_kernel` and `sparse24_kernel` ask: they need the plugin where
-the checkpoint is served, so they aren't counted when a checkpoint is made.
+On x86 the CPU build loads one of three extensions by the CPU's instructions; the one for AVX2 alone has no CPUWNA16,
+though its check doesn't look. So a verdict names the instructions without which vLLM's own kernel isn't there, or is
+wrong (`CPU_NEEDS`): a checkpoint is made for any machine, and `serving.processor` asks the one at hand.
+
+llmshrink's plugin for vLLM brings three more, which `plugin_kernel`, `plugin_eight_bit` and `sparse24_kernel` ask: they
+need the plugin where the checkpoint is served, so they aren't counted when a checkpoint is made.
 
     wna16       2, 3, 4, 8 bit; group 32, 64, 128, 256 or whole row; any shape that the group divides
+    eight_bit   int8 on CPUs, exact on all of them; any shape that can be cut
     sparse24    2:4 of 4, 8, 16 bit; groups that are multiples of 32, or whole row; in % 4 = 0 (% 8 for a rank's share)
 
 Products of 8 bits, weights and inputs (`eight_bit`), have kernels of their own for any shape that can be cut:
 
-    vllm-cpu    int8 (oneDNN, or its own for AMX); FP8 by channel has none
+    vllm-cpu    int8 (oneDNN, or its own for AMX; without VNNI oneDNN adds pairs of products in 16 bits, and they
+                overflow); FP8 by channel has none
     vllm-cuda   int8 on compute capability 7.5 to 9.0 (Turing to Hopper); FP8 from 8.9 (Ada), and before that, from 8.0,
                 as FP8 weights with inputs of 16 bits
 
@@ -64,6 +70,12 @@ FP8_CACHE_CUT = (
     "what that costs isn't in the KL"
 )
 HUMMING = "vLLM's optional Humming kernels"
+Instructions = Literal["AVX-512", "VNNI"]
+CPU_NEEDS: dict[Instructions, str] = {
+    "AVX-512": "vLLM's own int4 kernel for CPUs takes AVX-512",
+    "VNNI": "vLLM's own int8 product for CPUs takes VNNI, and without it sums overflow without an error",
+}
+"""What an x86 CPU must have for vLLM's CPU build to compute a layer by itself, and why."""
 FP8_ON_CPU = "the CPU build has no kernel for FP8 with a scale a row; a GPU of compute capability 8.9 or more has"
 
 
@@ -72,11 +84,13 @@ class Verdict:
     """What the engines say of one layer.
 
     engines: engine -> None when it serves the layer, else why not. needs: an optional package of the engine without
-    which it does not, or None.
+    which it does not, or None. cpu: the instructions without which the CPU build, where it serves the layer, has no
+    right kernel of its own for it, or None.
     """
 
     engines: dict[str, str | None]
     needs: str | None = None
+    cpu: Instructions | None = None
 
     @property
     def served(self) -> bool:
@@ -152,8 +166,8 @@ def servable(
         outputs=sum(outputs for outputs, _ in shards) // column_split,
         inputs=inputs // row_split,
     )
-    cuda, needs = _cuda(piece)
-    return Verdict({"vllm-cpu": _cpu(piece), "vllm-cuda": cuda}, needs)
+    cpu, (cuda, needs) = _cpu(piece), _cuda(piece)
+    return Verdict({"vllm-cpu": cpu, "vllm-cuda": cuda}, needs, "AVX-512" if cpu is None else None)
 
 
 def _cut(
@@ -221,11 +235,16 @@ def eight_bit(
     activations: Activations, shards: Sequence[tuple[int, int]], tp: int = 1, parallel: Parallel | None = None
 ) -> Verdict:
     """The engines' verdict on a layer of 8-bit products; the other arguments are `servable`'s."""
-    cuts = [(1, tp), (tp, 1)] if parallel is None and tp > 1 and len(shards) == 1 else [_splits(tp, parallel)]
-    faults = [_cut(8, -1, True, shards, row_split, column_split) for row_split, column_split in cuts]
-    fault = next((fault for fault in faults if fault is not None), None)
+    fault = _first_cut(8, -1, True, shards, tp, parallel)
     cpu = fault or (FP8_ON_CPU if activations == "fp8" else None)
-    return Verdict({"vllm-cpu": cpu, "vllm-cuda": fault})
+    return Verdict({"vllm-cpu": cpu, "vllm-cuda": fault}, None, "VNNI" if cpu is None else None)
+
+
+def plugin_eight_bit(
+    activations: Activations, shards: Sequence[tuple[int, int]], tp: int = 1, parallel: Parallel | None = None
+) -> str | None:
+    """Why the plugin's product of 8 bits, on CPUs, doesn't take a layer; None when it does. Asked as `eight_bit`."""
+    return FP8_ON_CPU if activations == "fp8" else _first_cut(8, -1, True, shards, tp, parallel)
 
 
 def plugin_kernel(
@@ -242,9 +261,7 @@ def plugin_kernel(
     inputs = shards[0][1]
     if group_size not in (-1, inputs, 32, 64, 128, 256):
         return f"llmshrink's kernel takes groups of 32, 64, 128, 256 or one a row, not {group_size}"
-    cuts = [(1, tp), (tp, 1)] if parallel is None and tp > 1 and len(shards) == 1 else [_splits(tp, parallel)]
-    faults = [_cut(bits, group_size, symmetric, shards, row_split, column_split) for row_split, column_split in cuts]
-    return next((fault for fault in faults if fault is not None), None)
+    return _first_cut(bits, group_size, symmetric, shards, tp, parallel)
 
 
 def sparse24_kernel(
@@ -270,6 +287,20 @@ def sparse24_kernel(
         if fault is not None:
             return fault
     return None
+
+
+def _first_cut(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    shards: Sequence[tuple[int, int]],
+    tp: int,
+    parallel: Parallel | None,
+) -> str | None:
+    """The first fault in the ways in which a layer may be cut; None if there is none."""
+    cuts = [(1, tp), (tp, 1)] if parallel is None and tp > 1 and len(shards) == 1 else [_splits(tp, parallel)]
+    faults = (_cut(bits, group_size, symmetric, shards, row_split, column_split) for row_split, column_split in cuts)
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _splits(tp: int, parallel: Parallel | None) -> tuple[int, int]:

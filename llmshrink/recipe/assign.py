@@ -19,7 +19,17 @@ from fnmatch import fnmatchcase
 from pydantic import ValidationError
 
 from llmshrink.errors import RecipeError
-from llmshrink.formats.servable import Parallel, Verdict, eight_bit, plugin_kernel, servable, sparse24_kernel
+from llmshrink.formats.servable import (
+    CPU_NEEDS,
+    Instructions,
+    Parallel,
+    Verdict,
+    eight_bit,
+    plugin_eight_bit,
+    plugin_kernel,
+    servable,
+    sparse24_kernel,
+)
 from llmshrink.formats.stored import Format
 from llmshrink.methods import Pattern, PruneSpec, QuantizeSpec, SiteSpec
 from llmshrink.recipe.fields import BITSANDBYTES
@@ -146,11 +156,13 @@ def assign(
 def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
     """One line for each reason for which an engine by itself can't serve the sites as decided in a standard checkpoint.
 
-    Each says whether a package of the engine's or llmshrink's plugin can.
+    Each says whether a package of the engine's or llmshrink's plugin can. What vLLM's CPU build serves by itself on
+    some CPUs only is said too, unless the plugin is needed on all of them anyway.
     """
     found = [one for one in assigned if one.verdict is not None]
     refused: Counter[tuple[str, str, bool]] = Counter()
     lacking: Counter[tuple[str, bool]] = Counter()
+    on_some: Counter[tuple[Instructions, bool]] = Counter()
     bits = set()
     for one in found:
         assert one.verdict is not None and one.spec is not None and one.spec.quantize is not None
@@ -158,17 +170,35 @@ def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
         if one.verdict.needs is not None:
             lacking[one.verdict.needs, one.plugin] += 1
             bits.add(one.spec.quantize.bits)
+        if one.verdict.cpu is not None:
+            on_some[one.verdict.cpu, one.plugin] += 1
+    anyway = any(engine == "vllm-cpu" and plugin for engine, _, plugin in refused)
     of_all = f"of {len(found)} quantized sites"
-    return [
-        f"{engine} serves {count} {of_all} only with {PLUGIN}: {why}"
-        if plugin
-        else f"{engine} won't serve this checkpoint: {count} {of_all}: {why}"
-        for (engine, why, plugin), count in refused.items()
-    ] + [
-        f"vllm-cuda serves {count} {of_all} ({', '.join(map(str, sorted(bits)))} bits) only with {package}"
-        + (f", or with {PLUGIN}" if plugin else "")
-        for (package, plugin), count in lacking.items()
-    ]
+    return (
+        [
+            f"{engine} serves {count} {of_all} only with {PLUGIN}: {why}"
+            if plugin
+            else f"{engine} won't serve this checkpoint: {count} {of_all}: {why}"
+            for (engine, why, plugin), count in refused.items()
+        ]
+        + [
+            f"vllm-cuda serves {count} {of_all} ({', '.join(map(str, sorted(bits)))} bits) only with {package}"
+            + (f", or with {PLUGIN}" if plugin else "")
+            for (package, plugin), count in lacking.items()
+        ]
+        + [
+            f"vllm-cpu serves {count} {of_all} {_on_cpus(needed, plugin=plugin)}: {CPU_NEEDS[needed]}"
+            for (needed, plugin), count in on_some.items()
+            if not (plugin and anyway)
+        ]
+    )
+
+
+def _on_cpus(needed: Instructions, *, plugin: bool) -> str:
+    """On which x86 CPUs vLLM serves what its own kernels take with some instructions only."""
+    if plugin:
+        return f"by itself on CPUs with {needed}, on others with {PLUGIN}"
+    return f"on CPUs with {needed} alone"
 
 
 def _asked(recipe: Recipe, name: str) -> Asked:
@@ -283,7 +313,8 @@ def _decide(layer: Sequence[SiteShape], asked: dict[str, Asked], tp: int, format
 def _engines(layer: Sequence[SiteShape], spec: QuantizeSpec, tp: int) -> tuple[Verdict, bool]:
     """(what the engines say of a layer, whether the plugin has a kernel for it), as a standard checkpoint stores it."""
     if spec.activations != "none":
-        return eight_bit(spec.activations, _shards(layer), tp, layer[0].parallel), False
+        products = (spec.activations, _shards(layer), tp, layer[0].parallel)
+        return eight_bit(*products), plugin_eight_bit(*products) is None
     asked = (spec.bits, spec.group_size, spec.symmetric, _shards(layer), tp, layer[0].parallel)
     return servable(*asked), plugin_kernel(*asked) is None
 

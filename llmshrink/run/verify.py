@@ -245,10 +245,10 @@ def verify_vllm(folder: Path) -> VerifyReport:
     except EngineError as error:
         if "--engine transformers" in str(error):
             raise
-        raise EngineError(
-            f"{str(error).rstrip('. ')}; verify with --engine transformers, which needs no vLLM, or quantize again as "
-            "vLLM serves it (--bits 4, and the notes of `llmshrink inspect`)"
-        ) from error
+        ways = "verify with --engine transformers, which needs no vLLM"
+        if not _four_bits(folder):
+            ways += ", or quantize again as vLLM serves it (--bits 4, and the notes of `llmshrink inspect`)"
+        raise EngineError(f"{str(error).rstrip('. ')}; {ways}") from error
     config = json.loads((folder / "config.json").read_text())
     as_decoded = " as llmshrink decodes it" if only_we_read(config) or cut_cache(config) else ""
     if cut_cache(config):
@@ -267,6 +267,13 @@ def verify_vllm(folder: Path) -> VerifyReport:
         max_difference=found.max_abs_diff,
         worst=_text(folder, found.worst_prompt, prompts[found.worst_prompt]),
     )
+
+
+def _four_bits(folder: Path) -> bool:
+    """Whether all that a checkpoint has quantized are weights of 4 bits, which vLLM serves best."""
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    groups = (quantization.get("config_groups") or {}).values()
+    return bool(groups) and all((group.get("weights") or {}).get("num_bits") == 4 for group in groups)
 
 
 def _window_of(folder: Path, reference: dict[str, Tensor], position: int) -> str:

@@ -1,7 +1,8 @@
 """Can the vLLM of this environment serve this checkpoint on this device? Asked before half a minute of starting it.
 
 The engine, the device, the plugin where the checkpoint needs it, the model's attention, and every compressed layer as
-vLLM will make it: its parts stored alike, its bits, groups and shape taken by one of vLLM's kernels or by the plugin's.
+vLLM will make it: its parts stored alike, its bits, groups and shape taken by one of vLLM's kernels, which are fewer on
+some CPUs, or by the plugin's.
 What can't be judged from here (other tools' formats, patterns for names, architectures that llmshrink doesn't know) is
 left to vLLM, and a note says so.
 """
@@ -24,11 +25,13 @@ from llmshrink.formats import bitsandbytes, compressed_tensors, kv_cache, sparse
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.formats.servable import (
+    CPU_NEEDS,
     FP8_CACHE,
     FP8_CACHE_CUT,
     Verdict,
     attention,
     eight_bit,
+    plugin_eight_bit,
     plugin_kernel,
     servable,
     sparse24_kernel,
@@ -38,6 +41,7 @@ from llmshrink.model.families import FAMILIES, Family
 from llmshrink.serving.fused import one_scheme
 from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, install_line, installed
 from llmshrink.serving.options import EngineOptions
+from llmshrink.serving.processor import Processor, processor_here
 from llmshrink.serving.vllm.plugin import GROUP, KERNELS, NAME, kernels_place
 
 BNB_PLUGIN = "vllm_bnb_plugin"
@@ -45,10 +49,21 @@ NO_BNB = "vLLM has had no bitsandbytes of its own since 0.28, and vllm-bnb-plugi
 NO_FP8_CACHE = (
     "keys and values are cached in FP8, which vLLM's CPU build does with AVX-512 alone, and this CPU has none"
 )
+SLOW_DENSE = (
+    "this CPU has no instructions for bfloat16 and multiplies in 16 bits several times as slowly as in float32: where "
+    "memory holds twice the weights, add --dtype float32"
+)
+SLOW_FLOAT16 = (
+    "on this CPU llmshrink's plugin multiplies 4 bits, and in float16 several times as slowly as in bfloat16: add "
+    "--dtype bfloat16"
+)
 OLDEST = (0, 32)
 """The vLLM whose kernels and plugin interface are known."""
 OLDEST_CAPABILITY = (8, 0)
 """Of the plugin's kernels: Ampere."""
+
+FLOAT32 = ("float32", "float")
+"""What vLLM's --dtype calls it."""
 
 Scheme = GroupedIntScheme | EightBitScheme | Sparse24Scheme
 
@@ -87,6 +102,7 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
     target = "vllm-cpu" if engine.cpu else "vllm-cuda"
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     quantization = config.get("quantization_config")
+    processor = processor_here() if engine.cpu else Processor()
     cached = fp8_cache(quantization, asked)
     refused = _attention(text or {}, asked.tp, fp8_cache=cached)
     if target in refused:
@@ -95,10 +111,11 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
     if cached and engine.cpu and not caches_fp8():
         raise ServeError(f"{checkpoint}: {NO_FP8_CACHE}; {_ways_out(target, asked.tp, cuda=True)}")
     if quantization is None:
-        return Passed(engine, device)
+        slow = not processor.multiplies_bfloat16 and asked.dtype not in FLOAT32
+        return Passed(engine, device, (SLOW_DENSE,) if slow else ())
     if not isinstance(quantization, dict):
         raise ServeError(f"{checkpoint}: the quantization_config of config.json is no mapping; copy the folder again")
-    notes = check_layers(checkpoint, config, quantization, asked, target, plugin)
+    notes = check_layers(checkpoint, config, quantization, asked, target, plugin, processor)
     if cached:
         notes += [FP8_CACHE, *([FP8_CACHE_CUT] if engine.cpu and not plugin.kernel else [])]
     return Passed(engine, device, tuple(notes))
@@ -160,8 +177,12 @@ def check_layers(
     asked: EngineOptions,
     target: str,
     plugin: Plugin,
+    processor: Processor,
 ) -> list[str]:
-    """Hold every compressed layer to the kernels; returns what wasn't checked. target: "vllm-cpu" or "vllm-cuda"."""
+    """Hold every compressed layer to the kernels; returns what a user should know and what wasn't checked.
+
+    target: "vllm-cpu" or "vllm-cuda". processor: the CPU that serves, where it is the first.
+    """
     sparsity = quantization.get("sparsity_config")
     if sparsity and sparsity.get("format") != "dense":
         raise ServeError(
@@ -176,7 +197,7 @@ def check_layers(
         return [f"quantized by {method}{f', format {form}' if form else ''}: whether vLLM serves that wasn't checked"]
     if own and plugin.why is not None:
         raise ServeError(f"{checkpoint} is in llmshrink's own format, and {plugin.why}")
-    if asked.dtype in ("float32", "float"):
+    if asked.dtype in FLOAT32:
         raise ServeError(f"{checkpoint}: vLLM's kernels for compressed weights compute in 16 bits; --dtype float16")
     try:
         schemes = sparse24.schemes(quantization) if own else compressed_tensors.schemes(quantization)
@@ -185,9 +206,13 @@ def check_layers(
             raise ServeError(f"{checkpoint}: {error}") from error
         return [f"the layers weren't checked: {error}"]
     family = FAMILIES.get(str(config.get("model_type")))
-    layers = _Layers(checkpoint, schemes, family, asked.tp, target, plugin)
+    layers = _Layers(checkpoint, schemes, family, asked.tp, target, plugin, processor)
     notes = [] if family else [f"fused layers weren't checked: architecture {config.get('model_type')!r} isn't known"]
-    return notes + layers.check()
+    notes += layers.check()
+    four = any(isinstance(scheme, GroupedIntScheme) and scheme.bits == 4 for scheme in schemes.values())
+    if four and "AVX-512" in processor.lacks and _computes_in_float16(config, asked):
+        notes.append(SLOW_FLOAT16)
+    return notes
 
 
 @dataclass(frozen=True)
@@ -200,6 +225,7 @@ class _Layers:
     tp: int
     target: str
     plugin: Plugin
+    processor: Processor
 
     def check(self) -> list[str]:
         """Raise ServeError naming the first layer of each fault; returns notes."""
@@ -244,6 +270,8 @@ class _Layers:
             return sparse24_kernel(scheme.group_size, parts, self.tp, parallel), None
         verdict = self._verdict(scheme, layer, parts)
         why = verdict.engines[self.target]
+        if why is None and self.target == "vllm-cpu" and verdict.cpu in self.processor.lacks:
+            why = f"{CPU_NEEDS[verdict.cpu]}, and this CPU has none"
         if why is None and verdict.needs is None:
             return None, None
         if self.plugin.kernel and self._plugin_takes(scheme, layer, parts):
@@ -261,9 +289,9 @@ class _Layers:
     def _plugin_takes(
         self, scheme: GroupedIntScheme | EightBitScheme, layer: str, parts: list[tuple[int, int]]
     ) -> bool:
-        if isinstance(scheme, EightBitScheme):
-            return False
         parallel = self.family.parallel(layer) if self.family else None
+        if isinstance(scheme, EightBitScheme):
+            return self.target == "vllm-cpu" and plugin_eight_bit(scheme.activations, parts, self.tp, parallel) is None
         return plugin_kernel(scheme.bits, scheme.group_size, scheme.symmetric, parts, self.tp, parallel) is None
 
     def _ways_out(self, scheme: Scheme, layer: str, parts: list[tuple[int, int]]) -> str:
@@ -282,6 +310,13 @@ def caches_fp8() -> bool:
     import torch
 
     return bool(torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _computes_in_float16(config: Mapping[str, Any], asked: EngineOptions) -> bool:
+    """Whether vLLM computes in float16: asked to, or by config.json."""
+    if asked.dtype not in (None, "auto"):
+        return asked.dtype in ("float16", "half")
+    return str(config.get("dtype", config.get("torch_dtype"))) == "float16"
 
 
 def fp8_cache(quantization: object, asked: EngineOptions) -> bool:

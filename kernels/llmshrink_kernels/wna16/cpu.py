@@ -16,8 +16,8 @@ Eight bits are two nibbles, 16 * upper + lower: two weights under each other, on
 For prefills of many rows the weight is brought back a block at a time and multiplied densely: in bfloat16 where this
 CPU has dense products in it, else in float32.
 
-With AVX2 alone (2048 x 2048, group 64, one core, bfloat16) the operator takes .44 ms of CPU at one row and 1.8 at 16, where
-a dense weight in float32 takes .66 and 2.3 and one in bfloat16 .30 and 13; blocks are as fast from some 160 rows on.
+With AVX2 alone (2048 x 2048, group 64, one core, bfloat16) the operator takes .44 ms of CPU at one row and 1.8 at 16,
+where a dense weight in float32 takes .66 and 2.3, one in bfloat16 .30 and 13; blocks are as fast from some 160 rows on.
 """
 
 from __future__ import annotations

@@ -18,14 +18,18 @@ from typing import Any
 
 KERNELS = "vllm.model_executor.kernels.linear"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+_OPS = "vllm._custom_ops"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _LINEAR = "vllm.model_executor.layers.linear"
 _PARAMETER = "vllm.model_executor.parameter"
 _WHERE = {
     "BasevLLMParameter": _PARAMETER,
     "CPUAttentionBackendImpl": CPU_ATTENTION,
+    "CPUInt8ScaledMMLinearKernel": KERNELS,
+    "CPUWNA16LinearKernel": KERNELS,
     "ChannelQuantScaleParameter": _PARAMETER,
     "GroupQuantScaleParameter": _PARAMETER,
+    "Int8ScaledMMLinearKernel": KERNELS,
     "LinearBase": _LINEAR,
     "LinearMethodBase": _LINEAR,
     "MPLinearKernel": KERNELS,
@@ -33,7 +37,10 @@ _WHERE = {
     "PlatformEnum": "vllm.platforms.interface",
     "QuantizationConfig": f"{_QUANTIZATION}.base_config",
     "UnquantizedLinearMethod": _LINEAR,
+    "_POSSIBLE_INT8_KERNELS": KERNELS,
     "_POSSIBLE_KERNELS": KERNELS,
+    "create_onednn_scaled_mm": _OPS,
+    "onednn_scaled_mm": _OPS,
     "register_linear_kernel": KERNELS,
     "register_quantization_config": _QUANTIZATION,
     "register_weight_loader_v2_supported_method": _LINEAR,
@@ -61,6 +68,21 @@ def offer_kernel(kernel: type, *, first: bool) -> None:
         __getattr__("register_linear_kernel")(kernel, platform, "mp")
         if first:
             possible[platform].insert(0, possible[platform].pop())
+
+
+def offer_int8_kernel(kernel: type) -> None:
+    """Let vLLM's choice of kernels for products of int8 on CPUs know one more, after its own; once."""
+    cpu = __getattr__("PlatformEnum").CPU
+    if kernel not in __getattr__("_POSSIBLE_INT8_KERNELS").get(cpu, ()):
+        __getattr__("register_linear_kernel")(kernel, cpu, "int8")
+
+
+def has_own_int4() -> bool:
+    """Whether the extension that vLLM's CPU build loaded for this CPU has the int4 kernel."""
+    import torch
+
+    import_module(_OPS)  # which loads the extension
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 def once_imported(module: str, then: Callable[[], None]) -> None:

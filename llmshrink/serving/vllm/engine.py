@@ -29,7 +29,17 @@ from llmshrink.formats.servable import FP8_ON_CPU
 from llmshrink.model.families import FAMILIES
 from llmshrink.serving.launch import AS_MEASURED, Installed, install_line, installed
 from llmshrink.serving.options import EngineOptions
-from llmshrink.serving.preflight import BNB_PLUGIN, NO_BNB, NO_FP8_CACHE, caches_fp8, fp8_cache, plugin_here
+from llmshrink.serving.preflight import (
+    BNB_PLUGIN,
+    NO_BNB,
+    NO_FP8_CACHE,
+    ServeError,
+    caches_fp8,
+    check_layers,
+    fp8_cache,
+    plugin_here,
+)
+from llmshrink.serving.processor import processor_here
 
 TOP = 20
 """How many of the likeliest next tokens the engine is asked for: as many as it gives by default."""
@@ -96,7 +106,7 @@ def engine_logprobs(
         )
     _refuse_bitsandbytes(checkpoint)
     if engine.cpu:
-        _refuse_bits_without_cpu_kernel(checkpoint)
+        _refuse_what_no_cpu_kernel_takes(checkpoint)
     request = {
         "model": os.fspath(checkpoint),
         "dtype": dtype or closest_dtype(checkpoint),
@@ -142,7 +152,7 @@ def _refuse_bitsandbytes(checkpoint: Path) -> None:
         raise EngineError(f"{checkpoint}: {NO_BNB}; verify with --engine transformers")
 
 
-def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
+def _refuse_what_no_cpu_kernel_takes(checkpoint: Path) -> None:
     """Say at once what the engine would say after half a minute, in words of its kernels."""
     quantization = _quantization(checkpoint)
     if not quantization or quantization.get("quant_method") in (sparse24.METHOD, bitsandbytes.METHOD):
@@ -152,7 +162,8 @@ def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
     schemes = list(compressed_tensors.schemes(quantization).values())
     if any(isinstance(scheme, EightBitScheme) and scheme.activations == "fp8" for scheme in schemes):
         raise EngineError(f"{checkpoint}: {FP8_ON_CPU}; verify it there, or with --engine transformers")
-    served = {4, 2, 3, 8} if plugin_here(os.environ).kernel else {4}
+    plugin, processor = plugin_here(os.environ), processor_here()
+    served = {4, 2, 3, 8} if plugin.kernel else {4}
     others = sorted({scheme.bits for scheme in schemes if isinstance(scheme, GroupedIntScheme)} - served)
     if others:
         bits, here = " and ".join(map(str, others)), ", ".join(map(str, sorted(served)))
@@ -160,6 +171,11 @@ def _refuse_bits_without_cpu_kernel(checkpoint: Path) -> None:
             f"{checkpoint} has {bits}-bit weights, and vLLM's CPU build serves {here} bits only here; verify it where"
             " vLLM runs on CUDA, or with --engine transformers"
         )
+    if processor.lacks:
+        try:
+            check_layers(checkpoint, _config(checkpoint), quantization, EngineOptions(), "vllm-cpu", plugin, processor)
+        except ServeError as error:
+            raise EngineError(f"{error}; or verify with --engine transformers") from error
 
 
 def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[_Said]:

@@ -7,8 +7,8 @@ the plugin is then refused by vLLM itself.
 
     VLLM_PLUGINS=""                 vLLM's own switch: no plugins
     LLMSHRINK_VLLM_KERNELS=first    our kernel for compressed-tensors' `pack-quantized` before vLLM's own, not after
-    LLMSHRINK_VLLM_KERNELS=off      without it, and caches of FP8 on CPUs as vLLM has them; checkpoints in llmshrink's
-                                    own format are served all the same
+    LLMSHRINK_VLLM_KERNELS=off      without it, and on CPUs int4, int8 and caches of FP8 as vLLM has them; checkpoints
+                                    in llmshrink's own format are served all the same
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ NAME = "llmshrink"
 GROUP = "vllm.general_plugins"
 KERNELS = "LLMSHRINK_VLLM_KERNELS"
 KERNELS_TAKEN = ("last", "first", "off")
+UNOFFERED = "its kernel for 2, 3, 4 and 8 bits can't be used"
+UNASKED = "4 bits without AVX-512 and int8 without VNNI stay as vLLM has them"
 UNMENDED = "keys and values cached in FP8 are cut off on CPUs"
 
 # Below vLLM's own logger, whose handlers it shares.
@@ -29,9 +31,9 @@ _logger = logging.getLogger("vllm.plugins.llmshrink")
 
 
 def register() -> None:
-    """Register the quantization config `llmshrink`, offer the kernel for grouped integers, mend the CPU's FP8 cache."""
+    """Register the quantization config `llmshrink`, offer our kernels, mend what vLLM's CPU build has wrong."""
     _safely("its format can't be served", _config)
-    _safely("its kernel for 2, 3, 4 and 8 bits can't be used", _kernel)
+    _safely(UNOFFERED, _kernels)
     _safely(UNMENDED, _cache)
 
 
@@ -48,7 +50,7 @@ def _config() -> None:
     config.register()
 
 
-def _kernel() -> None:
+def _kernels() -> None:
     place = kernels_place(os.environ.get(KERNELS))
     if place == "off":
         return
@@ -59,7 +61,16 @@ def _kernel() -> None:
 
         compat.offer_kernel(LlmshrinkLinearKernel, first=place == "first")
 
-    compat.once_imported(compat.KERNELS, lambda: _safely("its kernel for 2, 3, 4 and 8 bits can't be used", offer))
+    def mend() -> None:
+        from llmshrink.serving.vllm import cpu
+
+        cpu.mend()
+
+    def loaded() -> None:
+        _safely(UNOFFERED, offer)
+        _safely(UNASKED, mend)
+
+    compat.once_imported(compat.KERNELS, loaded)
 
 
 def _cache() -> None:

@@ -1,8 +1,9 @@
 """`wna16_matmul` among vLLM's mixed-precision kernels: 2, 3, 4 and 8-bit grouped integers.
 
-By default it is asked last, and so serves what the built-in kernels refuse: 2 and 3 bits everywhere, and on CPUs 8 bits
-and shapes that vLLM's own doesn't take. vLLM has the weight in one of two layouts by then, which its parameters tell:
-codes packed along the inputs as [N, words] (compressed-tensors) or as [words, N] (GPTQ).
+By default it is asked last, and so serves what the built-in kernels refuse: 2 and 3 bits everywhere, and on CPUs 8
+bits, shapes that vLLM's own doesn't take, and 4 bits where the CPU has no AVX-512 (`cpu`). vLLM has the weight in one
+of two layouts by then, which its parameters tell: codes packed along the inputs as [N, words] (compressed-tensors) or
+as [words, N] (GPTQ).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llmshrink_kernels.wna16 import PackedWeight, cpu, prepack_compressed_tensors
 from torch import Tensor, nn
 
 from llmshrink.serving.vllm.compat import MPLinearKernel, replace_parameter, scalar_types
@@ -29,7 +31,9 @@ BITS = {
 
 
 class LlmshrinkLinearKernel(MPLinearKernel):  # type: ignore[misc]
-    """On CUDA the fused kernel, elsewhere plain torch, both through the operator `llmshrink::wna16_matmul`."""
+    """On CUDA the fused kernel; on CPUs torch's int4 product for 4 and 8 bits in bfloat16, which is fast on all of them
+    (`llmshrink_kernels.wna16.cpu`), else blocks of the weight in float32.
+    """
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -44,8 +48,6 @@ class LlmshrinkLinearKernel(MPLinearKernel):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Bring the weight into the kernel's layout."""
-        from llmshrink_kernels.wna16 import prepack_compressed_tensors
-
         inputs, outputs = self.config.partition_weight_shape
         words, scale, zero_point = self._get_weight_params(layer)
         packed = prepack_compressed_tensors(
@@ -58,24 +60,39 @@ class LlmshrinkLinearKernel(MPLinearKernel):  # type: ignore[misc]
         )
         self.group_size = packed.group_size
         names = (self.w_q_name, self.w_s_name, self.w_zp_name)
-        for name, tensor in zip(names, (packed.words, packed.scales, packed.zero_points), strict=True):
+        for name, tensor in zip(names, self._kept(layer, packed), strict=True):
             if name is not None and tensor is not None:
                 replace_parameter(layer, name, nn.Parameter(tensor, requires_grad=False))
+
+    def _kept(self, layer: nn.Module, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What takes the place of words, scales and zero-points: the kernel's layout, or that of torch's product."""
+        group = cpu.group_for(packed.bits, packed.group_size, packed.in_features)
+        self.by_torch = group is not None and self.config.act_type == torch.bfloat16 and not packed.words.is_cuda
+        if not self.by_torch:
+            return packed.words, packed.scales, packed.zero_points
+        assert group is not None
+        scale_and_zero, left = cpu.pairs(packed.scales, packed.zero_points, group, packed)
+        layer.register_buffer("llmshrink_left", left, persistent=False)
+        return cpu.pack(packed), scale_and_zero, packed.zero_points
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: [..., K] -> [..., N]."""
         inputs, outputs = self.config.partition_weight_shape
         words, scales, zero_points = self._get_weight_params(layer)
-        y: Tensor = torch.ops.llmshrink.wna16_matmul(
-            x.reshape(-1, inputs),
-            words,
-            scales,
-            zero_points if self.config.zero_points else None,
-            BITS[self.config.weight_type],
-            self.group_size,
-            outputs,
-            inputs,
-        )
+        flat = x.reshape(-1, inputs)
+        if self.by_torch:
+            y: Tensor = torch.ops.llmshrink.int4_cpu_matmul(flat, words, scales, layer.llmshrink_left, outputs)
+        else:
+            y = torch.ops.llmshrink.wna16_matmul(
+                flat,
+                words,
+                scales,
+                zero_points if self.config.zero_points else None,
+                BITS[self.config.weight_type],
+                self.group_size,
+                outputs,
+                inputs,
+            )
         y = y.view(*x.shape[:-1], outputs)
         return y if bias is None else y + bias
 
