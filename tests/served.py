@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmshrink.serving.vllm.engine import EngineResult
 
+TESTS = Path(__file__).parent
+AVX2 = {
+    "PYTHONPATH": os.pathsep.join([os.fspath(TESTS / "avx2"), os.fspath(TESTS)]),
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+"""What makes a process, and vLLM in it, run as on an x86 CPU with AVX2 alone."""
 
-def llmshrink(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command line through its entry point and hold it to an exit status."""
+
+def llmshrink(
+    *words: str | Path, status: int = 0, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line through its entry point and hold it to an exit status. environment: beside this one's."""
     command = [str(Path(sys.executable).with_name("llmshrink")), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, env=variables)
     assert done.returncode == status, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -144,8 +144,19 @@ def errors(found: dict[str, list[Tensor]], stored: Stored, x: Tensor, wide: Tens
     }
 
 
-def grouped(bits: int, *, symmetric: bool, layout: str) -> float:
-    """The relative error of the kernel for grouped integers, from either of the layouts in which vLLM has weights."""
+def grouped(
+    bits: int,
+    *,
+    symmetric: bool,
+    layout: str,
+    group: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """The largest error of our kernel for grouped integers, in units of the one that is allowed.
+
+    layout: of the two in which vLLM has weights.
+    """
+    from llmshrink_kernels.wna16.naive import allowed_error
     from packed import rounded
     from vllm.scalar_type import scalar_types
 
@@ -153,14 +164,14 @@ def grouped(bits: int, *, symmetric: bool, layout: str) -> float:
     from llmshrink.formats.compressed_tensors import GroupedIntScheme
     from llmshrink.serving.vllm.wna16 import LlmshrinkLinearKernel
 
-    rows, columns, group = 96, 256, 64
-    weight = rounded(torch.randn(rows, columns, dtype=torch.bfloat16), GroupedIntScheme(bits, group, symmetric))
+    rows, columns = 96, 256
+    weight = rounded(torch.randn(rows, columns).to(dtype), GroupedIntScheme(bits, group, symmetric))
     kind = f"uint{bits}b{1 << (bits - 1)}" if symmetric else f"uint{bits}"
     asked = SimpleNamespace(
         full_weight_shape=(columns, rows),
         partition_weight_shape=(columns, rows),
         weight_type=getattr(scalar_types, kind),
-        act_type=torch.bfloat16,
+        act_type=dtype,
         group_size=group,
         zero_points=not symmetric,
         out_type=None,
@@ -177,9 +188,85 @@ def grouped(bits: int, *, symmetric: bool, layout: str) -> float:
         layer.register_parameter(name, parameter)
     kernel = LlmshrinkLinearKernel(asked, "weight_packed", "weight_scale", "weight_zero_point")
     kernel.process_weights_after_loading(layer)
-    x, bias = torch.randn(7, columns).bfloat16(), torch.randn(rows).bfloat16()
-    right = x.double() @ weight.dequantize(torch.float32).double().T + bias.double()
-    return float((kernel.apply_weights(layer, x, bias).double() - right).norm() / right.norm())
+    dense, errors = weight.dequantize(torch.float32).double(), []
+    for count in (1, 7, 300):
+        x = torch.randn(count, columns).to(dtype)
+        wrong = (kernel.apply_weights(layer, x).double() - x.double() @ dense.T).abs()
+        errors.append((wrong / allowed_error(x, dense, dtype)).max())
+    bias = torch.randn(rows).to(dtype)
+    assert torch.equal(kernel.apply_weights(layer, x, bias), kernel.apply_weights(layer, x) + bias)
+    return float(max(errors))
+
+
+def chosen() -> dict[str, str]:
+    """The kernels that vLLM picks, by the kind of layer."""
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel, init_int8_linear_kernel
+    from vllm.scalar_type import scalar_types
+
+    def of(bits: int, group: int, dtype: torch.dtype, *, symmetric: bool = True) -> str:
+        kind = getattr(scalar_types, f"uint{bits}b{1 << (bits - 1)}" if symmetric else f"uint{bits}")
+        shape = (256, 96)
+        return choose_mp_linear_kernel(MPLinearLayerConfig(shape, shape, kind, dtype, group, not symmetric)).__name__
+
+    found = {
+        "int4": of(4, 128, torch.bfloat16),
+        "int4 in float16": of(4, -1, torch.float16),
+        "int4 with zero-points": of(4, 32, torch.bfloat16, symmetric=False),
+        "int8 weights": of(8, 128, torch.bfloat16),
+    }
+    for name, static in (("int8 products", False), ("int8 products, static", True)):
+        found[name] = type(init_int8_linear_kernel(True, static, True, "a.down_proj")).__name__
+    return found
+
+
+def int8_products() -> float:
+    """The largest error of what vLLM picks for int8 products, of the largest codes, in units of the allowed."""
+    from vllm.model_executor.kernels.linear import init_int8_linear_kernel
+
+    from llmshrink.weights.product import tolerance
+
+    kernel = init_int8_linear_kernel(True, False, True, "a.down_proj")
+    layer = torch.nn.Module()
+    layer.bias, layer.logical_widths = None, [48]  # type: ignore[assignment]
+    scale = torch.full((48, 1), 2.0**-7)
+    layer.register_parameter("weight", torch.nn.Parameter(torch.full((48, 128), 127, dtype=torch.int8), False))
+    layer.register_parameter("weight_scale", torch.nn.Parameter(scale.clone(), False))
+    layer.input_scale = layer.input_zero_point = layer.azp_adj = None  # type: ignore[assignment]
+    torch.set_default_dtype(torch.bfloat16)
+    kernel.process_weights_after_loading(layer)
+    torch.set_default_dtype(torch.float32)
+    x = torch.full((5, 128), 127.0).bfloat16()
+    exact = torch.full((5, 48), 128 * 127.0 * 127 * 2**-7, dtype=torch.float64)
+    dense = torch.full((48, 128), 127.0 * 2**-7, dtype=torch.float64)
+    wrong = (kernel.apply_weights(layer, x).double() - exact).abs()
+    # vLLM's own rounds its scales once more.
+    return float((wrong / (2 * tolerance(x.double(), dense, torch.bfloat16))).max())
+
+
+def on_this_cpu() -> dict[str, Any]:
+    """What vLLM has here, and what ours makes of every kind of int4."""
+    registration()
+    from llmshrink.serving.processor import processor_here
+    from llmshrink.serving.vllm import compat
+
+    kinds = [
+        (group, symmetric, dtype)
+        for group in (32, 64, 128, -1)
+        for symmetric in (True, False)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    return {
+        "own_int4": compat.has_own_int4(),
+        "lacks": sorted(processor_here().lacks),
+        "chosen": chosen(),
+        "int8_products": int8_products(),
+        "int4": {
+            f"group {group}, symmetric {symmetric}, {dtype}": grouped(
+                4, symmetric=symmetric, layout="ct", group=group, dtype=dtype
+            )
+            for group, symmetric, dtype in kinds
+        },
+    }
 
 
 def refusals() -> dict[str, str]:
@@ -210,6 +297,9 @@ def renamed() -> list[str]:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["cpu"]:
+        print(json.dumps(on_this_cpu()))
+        return
     facts: dict[str, Any] = {"registration": registration()}
     facts["ranks"] = {str(bits): ranks(bits, group) for bits, group in ((4, 32), (8, -1), (16, None))}
     facts["grouped"] = {

@@ -98,9 +98,10 @@ def exact() -> bool:
     inputs = 64
     try:
         codes = torch.full((32, inputs), 127, dtype=torch.int8)
-        handler = compat.create_onednn_scaled_mm(codes.t(), torch.ones(32, 1), torch.float32, True, False, 32)
+        by_row, by_token = torch.ones(32, 1), torch.ones(4, 1)  # the handler reads the first where it lies
+        handler = compat.create_onednn_scaled_mm(codes.t(), by_row, torch.float32, True, False, 32)
         y = torch.empty(4, 32, dtype=torch.float32)
-        compat.onednn_scaled_mm(handler, codes[:4].contiguous(), y, torch.ones(4, 1), None, None, None)
+        compat.onednn_scaled_mm(handler, codes[:4].contiguous(), y, by_token, None, None, None)
     except (RuntimeError, AttributeError):
         return True  # a build with other products than oneDNN's: nothing is known against them
     return bool((y == inputs * 127**2).all())
