@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import SERVABLE
 from hub_server import HubServer, use
 
 import llmshrink
@@ -152,8 +153,7 @@ def test_of_a_model_on_the_hub_only_headers_come(
 
 def test_the_cpus_on_which_vllm_serves_by_itself_are_said(model_of: ModelOf, story: Path) -> None:
     asked = {"recipe": "rtn-w4a16", "calibration": story, "measured": False, **FEW}
-    # Outputs that are multiples of 32, as vLLM's own kernel takes them.
-    model = model_of("llama", hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2)
+    model = model_of("llama", **SERVABLE)
     cpu = llmshrink.plan(model, group_size=32, **asked).engines["vllm-cpu"]
     assert cpu.serves and cpu.needs is None
     assert str(cpu).startswith("serves it by itself on CPUs with AVX-512, on others with llmshrink's plugin")
