@@ -74,7 +74,7 @@ def plan(source: Path, output: Path, format: Format, *, overwrite: bool) -> Plan
         parts={},
         activations="a file of weights at a time",
         arithmetic={"verification": arithmetic_of(record, device_of(record))},
-        engines=engines(record["format_notes"][format], format),
+        engines=engines([*record["format_notes"][format], *record.get("cpu_notes", [])], format),
         notes=tuple(record["format_notes"][format]),
         faults=(),
         probe_seconds=0.0,

@@ -63,7 +63,8 @@ def _as_it_is(found: Found) -> Plan:
         pass
     else:
         notes, bits, linear = known.notes, known.bits_per_weight, known.linear_bits_per_weight
-        served = engines(notes, format_of(read_record(source.folder)))
+        record = read_record(source.folder)
+        served = engines([*notes, *record.get("cpu_notes", [])], format_of(record))
     return Plan(
         model=source.name,
         recipe="distill",

