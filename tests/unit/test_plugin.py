@@ -45,7 +45,7 @@ def test_importing_the_plugin_takes_milliseconds_and_brings_nothing_heavy() -> N
     assert heavy == []
 
 
-def test_a_vllm_whose_insides_have_moved_is_two_lines_in_the_log() -> None:
+def test_a_vllm_whose_insides_have_moved_is_a_line_for_each_in_the_log() -> None:
     done = python(
         """
         import sys
@@ -58,9 +58,10 @@ def test_a_vllm_whose_insides_have_moved_is_two_lines_in_the_log() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["llmshrink's plugin"] * 3
+    assert [line.partition(":")[0] for line in lines] == ["llmshrink's plugin"] * 4
     assert "its format can't be served: ModuleNotFoundError" in lines[0]
     assert "2, 3, 4 and 8 bits can't be used: ModuleNotFoundError" in lines[2]
+    assert "without VNNI stay as vLLM has them: ModuleNotFoundError" in lines[3]
 
 
 def test_where_our_kernel_stands_is_told_by_the_environment() -> None:

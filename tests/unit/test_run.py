@@ -266,6 +266,9 @@ def test_what_vllm_refuses_has_a_way_out(finished: Path, monkeypatch: pytest.Mon
         raise EngineError(f"vLLM 0.32 doesn't serve {finished}: head size 16 isn't supported.")
 
     monkeypatch.setattr(check, "compare_with_transformers", refuse)
+    with pytest.raises(EngineError, match=r"isn't supported; verify with --engine transformers, which needs no vLLM$"):
+        llmshrink.verify(finished, engine="vllm")
+    monkeypatch.setattr("llmshrink.run.verify._four_bits", lambda _: False)
     with pytest.raises(EngineError, match=r"isn't supported; verify with --engine transformers, .*--bits 4"):
         llmshrink.verify(finished, engine="vllm")
 
