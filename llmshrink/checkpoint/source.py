@@ -29,10 +29,14 @@ _WANTED = (
     "*.md",
     "*.jinja",
     "*.model",
+    "*.spm",
+    "*.bpe",
+    "*.codes",
     "*.tiktoken",
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
+    "COPYING*",
     "USE_POLICY*",
 )
 # What is beside second copies of the same weights, in their authors' own layout.

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink.checkpoint.beside import NOTHING, LeftBehind
 from llmshrink.distillation.curves import PICTURE
 from llmshrink.run.heldout import Quality
 from llmshrink.run.progress import duration
@@ -17,6 +18,7 @@ class DistillReport:
     """before, quality: of the student against the teacher, before and after. curve: of each evaluation.
 
     tokens: that the student was trained on, counting repeats. seconds of wall time, peak memory in bytes.
+    left_behind: what of the student's folder isn't carried over.
     """
 
     output: Path
@@ -33,6 +35,7 @@ class DistillReport:
     notes: tuple[str, ...]
     serve: str
     verification: VerifyReport
+    left_behind: LeftBehind = NOTHING
     pushed: Pushed | None = None
 
     @property
@@ -56,7 +59,7 @@ class DistillReport:
             f"training    {self.steps} steps, {self.tokens:,} tokens; curves in {self.output / PICTURE}",
             f"time        {duration(self.seconds)} ({self.seconds:.1f} s), peak memory {self.peak_memory / 1e9:.2f} GB",
             *self.verification.lines(),
-            *(f"note        {note}" for note in self.notes),
+            *(f"note        {note}" for note in [*self.notes, *self.left_behind.lines()]),
             f"serve       {self.serve}",
             *(self.pushed.lines(self.output) if self.pushed else []),
         ]

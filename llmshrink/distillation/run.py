@@ -24,7 +24,7 @@ from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import write
 from llmshrink.run.card import complete
-from llmshrink.run.finish import serve_line
+from llmshrink.run.finish import left_out_of, serve_line
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import JOURNAL, TRAINING, Workspace, partial_folder
 from llmshrink.run.progress import Progress, Silent, peak_memory
@@ -93,6 +93,12 @@ def _report(job: Job, folder: Path, record: dict[str, Any], started: float) -> D
         notes=tuple(record["notes"]),
         serve=serve_line(options.output, record),
         verification=verify_reload(folder),
+        left_behind=left_out_of(
+            job.student.source.folder,
+            job.student.index,
+            trust_remote_code=options.trust_remote_code,
+            besides=(partial_folder(options.output), options.output),
+        ),
     )
 
 

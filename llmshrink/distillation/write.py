@@ -56,7 +56,8 @@ def write(
         stem = file.stem.removeprefix("model-") if file.stem.startswith("model-") else "weights"
         workspace.finish_part(write_part(folder, file.name, stem, layout, bytes_of, limit=WHOLE, rows=[]))
     _write_index(job, workspace)
-    copy_side_files(source, folder, besides=(workspace.folder, workspace.output))
+    trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
+    copy_side_files(source, folder, trust_remote_code=trusted, besides=besides)
     disk.write_file(folder / "config.json", pieces(source / "config.json"), (source / "config.json").stat().st_size)
     for name in CARRIED:
         if (source / name).is_file():

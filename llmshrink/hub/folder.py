@@ -21,6 +21,7 @@ from llmshrink.hub.guard import leaks, paths_here
 from llmshrink.hub.upload import Item
 from llmshrink.run import disk
 from llmshrink.run.card import CARD, beyond, write_card
+from llmshrink.run.finish import published
 from llmshrink.run.journal import RECORD
 from llmshrink.run.seal import FREE, SEAL, files_of, known_files, read_seal, seal_of, write_seal
 from llmshrink.run.verify import REFERENCE, verify_reload
@@ -50,12 +51,21 @@ def contents(folder: Path, record: Mapping[str, Any]) -> Contents:
     seal, anew = read_seal(folder), None
     known = known_files(record, seal)
     if known is None:
-        known = frozenset(sums) - {RECORD, *FREE, *record.get("shards", {})}
+        known = frozenset(filter(published, sums)) - {RECORD, *FREE, *record.get("shards", {})}
         ask.append(
-            f"nothing says which files are the run's, so that all that are there go ({', '.join(sorted(known))})"
+            "nothing says which files are the run's, so that all go that are a model's by their names "
+            f"({', '.join(sorted(known))})"
         )
+    strange = frozenset(name for name in known if not published(name))
+    known -= strange
     other = [] if seal is None else _changed(seal["files"], sums)
-    if seal is None or other or known - seal["files"].keys() & sums.keys() or "shards" not in record:
+    if (
+        seal is None
+        or other
+        or known - seal["files"].keys() & sums.keys()
+        or strange & seal["files"].keys()
+        or "shards" not in record
+    ):
         report = verify_reload(folder)
         if not report.ok:
             raise CheckpointError(f"{folder}: doesn't verify: {'; '.join(report.lines())}; make it again")

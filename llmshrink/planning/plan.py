@@ -19,6 +19,7 @@ from llmshrink.planning.spent import now
 from llmshrink.recipe.read import load_recipe
 from llmshrink.run.arithmetic import Arithmetic, automatic_training
 from llmshrink.run.asked import Options
+from llmshrink.run.finish import left_out_of
 from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
 from llmshrink.run.job import Job, outline
@@ -51,6 +52,9 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
     before = resident()
     memory = footprint(job, keep_paused=placement.keep_paused, in_files=placement.spill is not None)
     faults = memory_faults(job, memory)
+    left = left_out_of(
+        job.source.folder, found.index, trust_remote_code=options.trust_remote_code, besides=(options.output, partial)
+    )
     times = None
     if measured:
         times = probe(job, keep_paused=placement.keep_paused, weights_here=found.here, text=text)
@@ -71,7 +75,7 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
         activations=_where(placement),
         arithmetic=_arithmetic(job),
         engines=engines([*job.notes, *job.cpu_notes], job.format),
-        notes=(*job.notes, *unknown(job, found.download)),
+        notes=(*job.notes, *unknown(job, found.download), *left.lines()),
         faults=tuple(faults),
         probe_seconds=0.0,
     )

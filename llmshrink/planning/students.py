@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from llmshrink.checkpoint.beside import side_files
 from llmshrink.distillation.job import Options, training_arithmetic
 from llmshrink.distillation.smaller import SAMPLES, Smaller
 from llmshrink.errors import LlmshrinkError, NoRoomError, SourceError
@@ -18,7 +19,6 @@ from llmshrink.recipe.steps import Distill
 from llmshrink.run import disk
 from llmshrink.run.asked import Options as RunOptions
 from llmshrink.run.asked import pick_device
-from llmshrink.run.finish import side_files
 from llmshrink.run.inspect import inspect
 from llmshrink.run.job import Job
 from llmshrink.run.journal import check_output, partial_folder

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmshrink.checkpoint.beside import NOTHING, LeftBehind
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.errors import CheckpointError, OutputError, SourceError
@@ -26,19 +27,19 @@ from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Layout, Scheme
 from llmshrink.run import disk
 from llmshrink.run.card import beyond, complete
-from llmshrink.run.finish import WEIGHT_SUFFIXES, pieces, serve_line
-from llmshrink.run.journal import RECORD, Workspace
+from llmshrink.run.finish import TIMING, left_out_of, pieces, published, serve_line
+from llmshrink.run.journal import RECORD, Workspace, partial_folder
 from llmshrink.run.report import VerifyReport, rows_of, size, summary_of
-from llmshrink.run.seal import SEAL, shard_sums, weight_bytes
+from llmshrink.run.seal import files_of, known_files, read_seal, shard_sums, weight_bytes
 from llmshrink.run.shards import layout_of, open_shards, write_part
 from llmshrink.run.storage import BITS, GROUP_STEP, format_of
-from llmshrink.run.verify import REFERENCE, read_record, verify_reload
+from llmshrink.run.verify import read_record, verify_reload
 from llmshrink.weights import Dense, GroupedInt, Sparse24
 from llmshrink.weights.sparse24 import VALUE_DTYPES
 
 WHOLE = 1 << 62
 """A limit on shards that none reaches: files stay as they are cut."""
-REWRITTEN = ("config.json", "README.md", RECORD, INDEX_FILE, str(SEAL))
+REWRITTEN = ("config.json", "README.md", INDEX_FILE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ConvertReport:
     seconds: float
     serve: str
     verification: VerifyReport
+    left_behind: LeftBehind = NOTHING
 
     @property
     def ok(self) -> bool:
@@ -72,7 +74,7 @@ class ConvertReport:
             f"size        {size(self.bytes_before)} -> {size(self.bytes_after)}",
             f"sites       {self.sites} stored anew, every weight as it was",
             *self.verification.lines(),
-            *(f"note        {note}" for note in self.notes),
+            *(f"note        {note}" for note in [*self.notes, *self.left_behind.lines()]),
             f"serve       {self.serve}",
         ]
 
@@ -246,10 +248,9 @@ def _write(
         total = written.nbytes()
         sizes = {n: sum(written.entry(k).nbytes for k in stored.names(n, s)) for n, s in plan.after.items()}
     disk.write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-    for path in _side_files(source, besides=(workspace.folder, workspace.output)):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        disk.write_file(target, pieces(path), path.stat().st_size)
+    for name in _carried(source, record):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        disk.write_file(folder / name, pieces(source / name), (source / name).stat().st_size)
     disk.write_json(folder / "config.json", _config(plan, record, config))
     new = {**_record(plan, record, sizes), "shards": shard_sums(workspace.parts)}
     disk.write_json(folder / RECORD, new)
@@ -299,19 +300,16 @@ def _record(plan: Conversion, record: dict[str, Any], sizes: Mapping[str, int]) 
     }
 
 
-def _side_files(source: Path, *, besides: tuple[Path, ...]) -> Iterator[Path]:
-    """Everything beside the weights and what is written anew, but other outputs that lie in the folder."""
-    apart = {path.resolve() for path in besides} | {path.parent.resolve() for path in source.glob(f"*/**/{RECORD}")}
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        weights = path.suffix.lower() in WEIGHT_SUFFIXES and relative != REFERENCE
-        if (
-            path.is_file()
-            and not weights
-            and str(relative) not in REWRITTEN
-            and not apart.intersection(path.resolve().parents)
-        ):
-            yield path
+def _carried(source: Path, record: dict[str, Any]) -> list[str]:
+    """The files that stay as they are: what the run left beside the weights, of what belongs to a model."""
+    known = known_files(record, read_seal(source))
+    return [
+        name
+        for name in files_of(source)
+        if (published(name) or name == TIMING)
+        and name not in REWRITTEN
+        and (name in {TIMING, *known} if known is not None else not name.endswith(".py"))
+    ]
 
 
 def _report(plan: Conversion, source: Path, folder: Path, output: Path, started: float) -> ConvertReport:
@@ -325,6 +323,7 @@ def _report(plan: Conversion, source: Path, folder: Path, output: Path, started:
         sites=len(plan.after),
         notes=tuple(record["notes"]),
         verification=verify_reload(folder),
+        left_behind=left_out_of(source, plan.index, trust_remote_code=True, besides=(output, partial_folder(output))),
         serve=serve_line(output, record),
         seconds=time.perf_counter() - started,
     )

@@ -12,38 +12,29 @@ from typing import Any
 
 from torch import Tensor
 
-from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.checkpoint.beside import LeftBehind, belongs, left_behind, side_files
+from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
 from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk
 from llmshrink.run.card import complete
 from llmshrink.run.heldout import Quality
 from llmshrink.run.job import Job
-from llmshrink.run.journal import RECORD, Workspace
+from llmshrink.run.journal import RECORD, Workspace, is_ours
 from llmshrink.run.progress import Progress, peak_memory
 from llmshrink.run.report import QuantizeReport, SiteRow, cache_of, fallen_notes, rows_of, summary_of
 from llmshrink.run.seal import SEAL, shard_sums, weight_bytes
 from llmshrink.run.shards import open_shards
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import REFERENCE, verify_reload
-from llmshrink.run.work import Work
+from llmshrink.run.work import OFFSETS, Work
 from llmshrink.serving.launch import installed, serve_command
 
 TIMING = "timing.json"
 ENGINES = ("vllm-cpu", "vllm-cuda")
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ckpt",
-    ".tflite",
-    ".pkl",
-)
-REPLACED = ("config.json", "README.md", RECORD, TIMING, "recipe.yaml", INDEX_FILE, str(SEAL))
+RECIPE = "recipe.yaml"
+CURVES = ("distillation.csv", "distillation.svg")
+OWN = (RECIPE, *CURVES, REFERENCE.as_posix())
+"""What a run leaves beside the weights that is a part of its output, the record, seal, card and times apart."""
 
 
 def finish(
@@ -65,10 +56,11 @@ def finish(
     folder = workspace.checkpoint
     rows = [row for part in workspace.parts if part.of_block for row in rows_of(part.rows)]
     _write_index(job, work, workspace)
-    copy_side_files(job.source.folder, folder, besides=(workspace.folder, workspace.output))
+    trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
+    copy_side_files(job.source.folder, folder, trust_remote_code=trusted, besides=besides)
     config = json.loads((job.source.folder / "config.json").read_text())
     disk.write_json(folder / "config.json", work.config(config))
-    disk.write_text(folder / "recipe.yaml", to_yaml(job.recipe))
+    disk.write_text(folder / RECIPE, to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
     record = _record(job, work, workspace, quality, rows)
@@ -92,6 +84,7 @@ def finish(
         peak_memory=peak_memory(),
         serve=serve_line(job.options.output, record),
         verification=verification,
+        left_behind=left_out_of(job.source.folder, job.index, trust_remote_code=trusted, besides=besides),
     )
     timing = {"seconds": report.seconds, "peak_memory": report.peak_memory, "blocks_kept": kept, "sites": dict(seconds)}
     disk.write_json(folder / TIMING, timing)
@@ -104,8 +97,9 @@ def finish(
     return report
 
 
-def reread(output: Path, *, seconds: float) -> QuantizeReport:
+def reread(job: Job, *, seconds: float) -> QuantizeReport:
     """The summary of an output that an earlier process published just before it died."""
+    output = job.options.output
     record = json.loads((output / RECORD).read_text())
     timing = json.loads((output / TIMING).read_text())
     rows = rows_of(record["sites"])
@@ -127,6 +121,9 @@ def reread(output: Path, *, seconds: float) -> QuantizeReport:
         peak_memory=timing["peak_memory"],
         serve=serve_line(output, record),
         verification=verify_reload(output),
+        left_behind=left_out_of(
+            job.source.folder, job.index, trust_remote_code=job.options.trust_remote_code, besides=(output,)
+        ),
     )
 
 
@@ -165,30 +162,28 @@ def _write_index(job: Job, work: Work, workspace: Workspace) -> None:
     )
 
 
-def copy_side_files(source: Path, target: Path, *, besides: Sequence[Path] = ()) -> None:
+def copy_side_files(
+    source: Path, target: Path, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()
+) -> None:
     """Copy everything that `side_files` names."""
-    for path, name in side_files(source, besides=besides):
+    for path, name in side_files(source, trust_remote_code=trust_remote_code, besides=besides):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         disk.write_file(target / name, pieces(path), path.stat().st_size)
 
 
-def side_files(source: Path, *, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str]]:
-    """Everything beside the weights, and its name in an output: tokenizer, chat template, licence; never a pickle.
+def left_out_of(
+    source: Path, index: CheckpointIndex, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()
+) -> LeftBehind:
+    """What of a source's folder a run doesn't carry over; what runs of ours left there is no news."""
+    known = {file.name for file in index.files()} | {record.parent.name for record in source.glob(f"*/{RECORD}")}
+    if is_ours(source):
+        known |= {RECORD, TIMING, OFFSETS, *(name.partition("/")[0] for name in (*OWN, str(SEAL)))}
+    return left_behind(source, trust_remote_code=trust_remote_code, besides=besides, known=known)
 
-    The source's README.md becomes SOURCE_README.md; subfolders are copied without the weights in them. besides:
-    folders that aren't part of the model though they lie in it; outputs of other runs aren't either.
-    """
-    apart = {path.resolve() for path in besides} | {path.parent.resolve() for path in source.glob(f"*/**/{RECORD}")}
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if apart.intersection(path.resolve().parents) or apart.intersection(path.absolute().parents):
-            continue
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if hidden or not path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
-            continue
-        if str(relative) in REPLACED and str(relative) != "README.md":
-            continue
-        yield path, "SOURCE_README.md" if str(relative) == "README.md" else str(relative)
+
+def published(name: str) -> bool:
+    """Whether a file of an output, beside its weights, record, seal, card and times, is one that goes to the Hub."""
+    return belongs(name) or name in (*OWN, "config.json", INDEX_FILE) or ("/" not in name and name.endswith(".py"))
 
 
 def pieces(path: Path) -> Iterator[bytes]:

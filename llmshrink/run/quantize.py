@@ -42,7 +42,7 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         memory = check_fits(job, workspace.folder, already=workspace.finished_bytes())
         parts = workspace.begin(job.identity())
         if parts is None:
-            return reread(options.output, seconds=time.perf_counter() - started)
+            return reread(job, seconds=time.perf_counter() - started)
         if job.arithmetic.dtype != dtype_name(stored_dtype(job.index)):
             progress.note(f"computed in {job.arithmetic.dtype}: {job.arithmetic.why}")
         for note in job.notes:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink.checkpoint.beside import NOTHING, LeftBehind
 from llmshrink.run.heldout import Quality
 from llmshrink.run.progress import duration
 from llmshrink.run.progress import size as size
@@ -102,7 +103,8 @@ class QuantizeReport:
     """The closing summary. Sizes in bytes, seconds of wall time without imports, peak memory in bytes.
 
     structure: how the result's shape differs from the original's, in words; None where it doesn't. kv_cache: what keys
-    and values are cached in, in words; None where nothing says.
+    and values are cached in, in words; None where nothing says. left_behind: what of the source's folder isn't carried
+    over.
     """
 
     output: Path
@@ -122,6 +124,7 @@ class QuantizeReport:
     peak_memory: int
     serve: str
     verification: VerifyReport | None
+    left_behind: LeftBehind = NOTHING
     pushed: Pushed | None = None
 
     @property
@@ -152,7 +155,7 @@ class QuantizeReport:
         ]
         if self.verification is not None:
             found += self.verification.lines()
-        found += [f"note        {note}" for note in self.notes]
+        found += [f"note        {note}" for note in [*self.notes, *self.left_behind.lines()]]
         found.append(f"serve       {self.serve}")
         return found + (self.pushed.lines(self.output) if self.pushed else [])
 

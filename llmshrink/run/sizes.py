@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from llmshrink.checkpoint.beside import side_files
 from llmshrink.formats import stored
 from llmshrink.formats.stored import Layout
 from llmshrink.model.sites import sites_of
 from llmshrink.run import disk
-from llmshrink.run.finish import side_files
 from llmshrink.run.heldout import TOP
 from llmshrink.run.job import Job
 from llmshrink.run.shards import file_name, split
@@ -154,7 +154,8 @@ def _vector(job: Job, key: str, name: str, linear: Mapping[str, Layout]) -> tupl
 def _beside(job: Job, where: Mapping[str, str], sites: int) -> int:
     source = job.source.folder
     index = {"metadata": {"total_size": 10**10}, "weight_map": dict(sorted(where.items()))}
-    side = sum(path.stat().st_size for path, _ in side_files(source, besides=(job.options.output.absolute(),)))
+    trusted, apart = job.options.trust_remote_code, (job.options.output.absolute(),)
+    side = sum(path.stat().st_size for path, _ in side_files(source, trust_remote_code=trusted, besides=apart))
     config = (source / "config.json").stat().st_size
     held_out = job.held_out.input_ids.numel() * (POSITION + 9)
     return (

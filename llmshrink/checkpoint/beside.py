@@ -1,0 +1,197 @@
+"""What lies beside the weights and belongs to the model: the one list of it, for what is fetched, copied and published.
+
+A model's folder is often a training run's too, with its checkpoints, logs, data and keys. So what goes on is what is
+known by name to belong to a model: the tokenizer's files, chat templates, generation and processor settings, licences
+and the card. The repository's own Python goes on where the user trusts it, and of that what its configs name (auto_map)
+with what those modules import from beside them: a folder's train.py isn't the model's. Everything else stays behind,
+and is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from llmshrink.checkpoint.index import INDEX_FILE, SINGLE_FILE
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "vocab-*.json",
+    "encoder.json",
+    "merges.txt",
+    "merges-*.txt",
+    "bpe.codes",
+    "normalizer.json",
+    "tekken.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+)
+TEMPLATES = ("chat_template.json", "chat_template.jinja", "*.jinja", "additional_chat_templates/*.jinja")
+SETTINGS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+)
+TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*", "readme.md")
+"""Compared without regard to case."""
+SOURCE_CARD = "SOURCE_README.md"
+"""What the source's README.md is called in an output, whose own card is README.md."""
+WANTED = (*TOKENIZER, *TEMPLATES, *SETTINGS, *TERMS)
+CODE_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+UNSEEN = (".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store", "__pycache__")
+"""Of the repository or the system, and not worth a word."""
+SHOWN, LISTED = 4, 20
+_PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_IMPORT = re.compile(r"^\s*from\s+\.(?:(\w+)\s+import|\s*import\s+\(?\s*(\w+(?:\s*,\s*\w+)*))", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class LeftBehind:
+    """What of a model's folder isn't the model's. names: the first of them, a folder with a slash; count: of all."""
+
+    names: tuple[str, ...] = ()
+    count: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """In one line for a person; none where nothing was."""
+        if not self.count:
+            return []
+        more = f" and {self.count - SHOWN} more" if self.count > SHOWN else ""
+        return [f"left behind {', '.join(self.names[:SHOWN])}{more}: not part of the model"]
+
+
+NOTHING = LeftBehind()
+
+
+def belongs(name: str) -> bool:
+    """Whether a file of this name, a path within the folder, belongs to a model; weights, config.json, code apart."""
+    if name == SOURCE_CARD:
+        return True
+    return any(_matches(name, pattern) for pattern in (*TOKENIZER, *TEMPLATES, *SETTINGS)) or any(
+        _matches(name.lower(), pattern) for pattern in TERMS
+    )
+
+
+def side_files(
+    source: Path, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()
+) -> Iterator[tuple[Path, str]]:
+    """Each file beside the weights that goes on, and its name in an output; never a pickle, whatever it is called.
+
+    README.md becomes SOURCE_README.md, unless there is one already (the source is then an output of ours, and its card
+    is about itself). besides: folders that aren't part of the model though they lie in it.
+    """
+    code = own_code(source) if trust_remote_code else frozenset()
+    for path in _candidates(source):
+        name = path.relative_to(source).as_posix()
+        if not (belongs(name) or name in code) or not path.is_file() or _within(path, besides) or _is_pickle(path):
+            continue
+        if name.lower() == "readme.md":
+            if not (source / SOURCE_CARD).is_file():
+                yield path, SOURCE_CARD
+            continue
+        yield path, name
+
+
+def left_behind(
+    source: Path, *, trust_remote_code: bool = False, besides: Sequence[Path] = (), known: Collection[str] = ()
+) -> LeftBehind:
+    """What `side_files` leaves, by its name at the top of the folder.
+
+    besides: as there. known: other names that are accounted for (the weights that were read, files of an earlier run).
+    """
+    taken = {path for path, _ in side_files(source, trust_remote_code=trust_remote_code, besides=besides)}
+    apart = {"config.json", SINGLE_FILE, INDEX_FILE, "README.md", *UNSEEN, *known}
+    names = []
+    for path in sorted(source.iterdir()):
+        if path in taken or path.name in apart or _within(path, besides):
+            continue
+        if path.is_dir():
+            inside = [each for each in path.iterdir() if each.name not in UNSEEN] if _readable(path) else [path]
+            if not inside or all(each in taken for each in inside):
+                continue
+            names.append(f"{_shown(path.name)}/")
+        else:
+            names.append(_shown(path.name))
+    return LeftBehind(tuple(names[:LISTED]), len(names))
+
+
+def own_code(source: Path) -> frozenset[str]:
+    """The Python files that the folder's configs name, with those that they import from beside them."""
+    waiting = [f"{module}.py" for config in CODE_CONFIGS for module in _modules(source / config)]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (source / name).is_file():
+            continue
+        found.add(name)
+        text = (source / name).read_text(encoding="utf-8", errors="replace")
+        for match in _IMPORT.finditer(text):
+            waiting += [f"{each.strip()}.py" for group in match.groups() if group for each in group.split(",")]
+    return frozenset(found)
+
+
+def _modules(config: Path) -> Iterator[str]:
+    """The modules of a config's auto_map; those of another repository (`owner/name--module.Class`) aren't here."""
+    try:
+        auto_map = json.loads(config.read_bytes()).get("auto_map")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return
+    for value in auto_map.values() if isinstance(auto_map, dict) else ():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and "--" not in each and re.fullmatch(r"\w+\.\w+", each):
+                yield each.partition(".")[0]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path matches, folder by folder: a star doesn't reach into one."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _candidates(source: Path) -> list[Path]:
+    """The folder's own entries, and those of the subfolders that a model may have."""
+    inside = {pattern.rpartition("/")[0] for pattern in WANTED if "/" in pattern}
+    folders = [source, *(source / name for name in sorted(inside) if (source / name).is_dir())]
+    return sorted(path for folder in folders for path in folder.iterdir())
+
+
+def _within(path: Path, folders: Sequence[Path]) -> bool:
+    apart = {each for folder in folders for each in (folder.absolute(), folder.resolve())}
+    own = {path.absolute(), path.resolve(), *path.absolute().parents, *path.resolve().parents}
+    return not apart.isdisjoint(own)
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith(_PICKLE)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        next(path.iterdir(), None)
+    except OSError:
+        return False
+    return True
+
+
+def _shown(name: str) -> str:
+    """A file's name as text, whatever its bytes are."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

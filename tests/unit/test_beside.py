@@ -1,0 +1,129 @@
+"""What goes on from a model's folder: what belongs to a model, by name; everything else stays behind and is counted."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import make_model
+
+import llmshrink
+from llmshrink.checkpoint import beside, source
+from llmshrink.checkpoint.beside import belongs, left_behind, own_code, side_files
+
+SMALL = {"samples": 8, "seq_len": 32, "group_size": 32}
+MODEL = {
+    "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
+    "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "License.md", "qwen.tiktoken", "tekken.json", "source.spm",
+}  # fmt: skip
+TRAINING = {
+    "checkpoint-500/model.safetensors", "checkpoint-500/tokenizer.json", "runs/Nov01/events.out.tfevents.1",
+    "wandb/run-1/x.wandb", "trainer_state.json", "all_results.json", "training_args.bin", "optimizer.pt", "data.arrow",
+    "secrets.txt", ".env", "train.log", "train.py", "pytorch_model.bin", "adapter_model.safetensors", "q4.gguf",
+    "requirements.txt", "evil.model",
+}  # fmt: skip
+
+
+def _write(folder: Path, names: set[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\x80\x04pickled" if name == "evil.model" else b"{}")
+
+
+def test_only_what_belongs_to_a_model_goes_on(tmp_path: Path) -> None:
+    _write(tmp_path, MODEL | TRAINING | {"README.md", "config.json", "model.safetensors", "sub/chat_template.jinja"})
+    os.mkfifo(tmp_path / "merges-pipe.txt")
+    (tmp_path / "vocab.txt").symlink_to(tmp_path / "nowhere")
+    found = {name: path for path, name in side_files(tmp_path)}
+    assert found.keys() == MODEL | {"SOURCE_README.md"}
+    assert found["SOURCE_README.md"] == tmp_path / "README.md"
+    left = left_behind(tmp_path)
+    tops = {f"{name.partition('/')[0]}/" if "/" in name else name for name in TRAINING | {"sub/"}}
+    assert set(left.names) == tops | {"merges-pipe.txt", "vocab.txt"}
+    assert left.count == len(left.names)
+    assert left.lines()[0].endswith(f"and {left.count - 4} more: not part of the model")
+
+
+def test_many_names_are_counted_and_not_all_listed(tmp_path: Path) -> None:
+    _write(tmp_path, {f"log-{number:03}.txt" for number in range(100)})
+    left = left_behind(tmp_path)
+    assert (left.count, len(left.names)) == (100, 20)
+    assert left.lines() == ["left behind log-000.txt, log-001.txt, log-002.txt, log-003.txt and 96 more: not part of "
+                            "the model"]  # fmt: skip
+
+
+def test_code_goes_on_where_it_is_trusted_and_only_what_the_configs_name(tmp_path: Path) -> None:
+    auto_map = {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "owner/other--configuration_y.Y"}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.Slow", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "modeling_x.py").write_text("import torch\nfrom .layers import A\nfrom . import shared, more\n")
+    for name in ("layers", "shared", "more", "tokenization_x", "train", "configuration_y"):
+        (tmp_path / f"{name}.py").write_text("from .modeling_x import X\n")
+    code = {"modeling_x.py", "layers.py", "shared.py", "more.py", "tokenization_x.py"}
+    assert own_code(tmp_path) == code
+    assert {name for _, name in side_files(tmp_path)} == {"tokenizer_config.json"}
+    assert {name for _, name in side_files(tmp_path, trust_remote_code=True)} == {"tokenizer_config.json", *code}
+    assert left_behind(tmp_path, trust_remote_code=True).names == ("configuration_y.py", "train.py")
+
+
+def test_an_original_s_card_stays_the_original_s(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("the output's")
+    (tmp_path / "SOURCE_README.md").write_text("the original's")
+    assert list(side_files(tmp_path)) == [(tmp_path / "SOURCE_README.md", "SOURCE_README.md")]
+    assert left_behind(tmp_path).count == 0
+
+
+def test_whatever_belongs_to_a_model_is_also_downloaded() -> None:
+    names = {*MODEL, "README.md", "vocab.bpe", "bpe.codes", "COPYING"} - {"License.md"}
+    assert all(belongs(name) for name in names)
+    assert [n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in source._WANTED)] == []
+    assert beside.TERMS
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    folder = make_model(tmp_path / "model")
+    _write(folder, TRAINING | {"LICENSE", "additional_chat_templates/tool_use.jinja"})
+    return folder
+
+
+def test_a_training_folder_s_output_is_the_model_alone(training: Path, story: Path, tmp_path: Path) -> None:
+    report = llmshrink.quantize(training, output=tmp_path / "out", calibration=story, **SMALL)
+    there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert not there & TRAINING
+    assert {"LICENSE", "additional_chat_templates/tool_use.jinja", "tokenizer.json"} <= there
+    assert report.left_behind.count == len({name.partition("/")[0] for name in TRAINING})
+    assert "secrets.txt" in report.to_dict()["left_behind"]["names"]
+    assert any(line.startswith("note        left behind .env, adapter_model.safetensors") for line in report.lines())
+    record = json.loads((tmp_path / "out" / "llmshrink.json").read_text())
+    assert not {*record["files"]} & TRAINING
+    assert "secrets" not in json.dumps(record)
+
+
+def test_plan_says_what_stays_behind(training: Path, story: Path, tmp_path: Path) -> None:
+    plan = llmshrink.plan(training, output=tmp_path / "out", calibration=story, measured=False, **SMALL)
+    assert any(note.startswith("left behind ") for note in plan.notes)
+
+
+def test_push_takes_what_belongs_to_a_model_of_an_older_output(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, **SMALL)
+    (out / "data.arrow").write_bytes(b"rows")
+    record = json.loads((out / "llmshrink.json").read_text())
+    (out / "llmshrink.json").write_text(json.dumps({**record, "files": [*record["files"], "data.arrow"]}))
+    from llmshrink.hub.folder import contents
+    from llmshrink.run.verify import read_record
+
+    found = contents(out, read_record(out))
+    assert "data.arrow" not in {item.path for item in found.items}
+    assert "data.arrow stays here: it isn't part of what was made" in found.notes
+    assert "tokenizer.json" in {item.path for item in found.items}
