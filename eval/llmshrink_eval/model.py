@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.weightfiles import weight_files
 
 M_MMAP_THRESHOLD = -3
 """glibc's name for the size from which a block is its own mapping (malloc.h)."""
@@ -157,11 +158,11 @@ def _give_back_large_blocks() -> None:
 
 
 def _places(path: Path) -> dict[str, tuple[Path, str]]:
-    """Tensor -> (file, its name there), from the headers of the checkpoint's safetensors."""
+    """Tensor -> (file, its name there), from the headers of the checkpoint's safetensors: those that are its own."""
     from safetensors import safe_open
 
     places: dict[str, tuple[Path, str]] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in weight_files(path):
         with safe_open(file, framework="pt") as shard:
             places |= {name: (file, name) for name in shard.keys()}  # noqa: SIM118 (no mapping, it has only keys)
     return places

@@ -41,7 +41,10 @@ def load_text(spec: str, *, limit_documents: int | None = None) -> Text:
     missing or of another kind, isn't UTF-8 (a .txt), has no such column, if the data set can't be fetched, and if
     there is no text in it at all, or none in its first many records.
     """
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+    except RuntimeError as error:  # ~ without a home folder, or ~user of nobody
+        raise EvalError(f"--text {spec}: no such home folder is known here; give the path in full") from error
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir():
         raise EvalError(f"--text {spec}: is a folder; {OTHER_WAYS}")

@@ -69,6 +69,11 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
             size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
             length = int.from_bytes(start, "little")
+            if start == b"version ":  # of a Git LFS pointer
+                raise EvalError(
+                    f"{file}: a Git LFS pointer, which stands for the file; run `git lfs pull` in {file.parent}, and "
+                    "then this again"
+                )
             if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
                 raise _broken(file, f"it claims {length:,} bytes and the file has {size:,}")
             text = stream.read(length)

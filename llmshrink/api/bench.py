@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmshrink.errors import LlmshrinkError, PathLike
+from llmshrink.paths import expanded
 
 
 def bench_kernels(
@@ -62,7 +63,7 @@ def bench_kernels(
         raise LlmshrinkError(str(error)) from error
     if tune:
         _tune(bench, asked, say)
-    return _measure(bench, asked, Path(output), say)
+    return _measure(bench, asked, expanded(output), say)
 
 
 def _tune(bench: Any, shapes: Sequence[Any], say: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmshrink.errors import PathLike, SourceError
+from llmshrink.paths import expanded
 
 if TYPE_CHECKING:
     from llmshrink.recipe.schema import Recipe
@@ -47,7 +48,10 @@ def recipes() -> dict[str, Recipe]:
 def _folder(path: PathLike) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise SourceError(f"{path!r}: not a path; pass the folder that llmshrink wrote")
-    folder = Path(path)
+    from llmshrink.checkpoint.recognise import refuse_unready
+
+    folder = expanded(path)
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder; name one that llmshrink wrote")
+    refuse_unready(folder, str(path))
     return folder

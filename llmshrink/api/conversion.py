@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmshrink.api.checkpoints import _folder
 from llmshrink.api.runs import check_format, check_types
 from llmshrink.errors import PathLike
+from llmshrink.paths import output_folder
 
 if TYPE_CHECKING:
     from llmshrink.run.convert import ConvertReport
@@ -31,4 +31,4 @@ def convert(
     folder = _folder(path)
     from llmshrink.run.convert import convert as run
 
-    return run(folder, Path(output), format, overwrite=overwrite)
+    return run(folder, output_folder(output), format, overwrite=overwrite)

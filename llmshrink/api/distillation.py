@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from llmshrink.api.publishing import and_push
 from llmshrink.errors import PathLike, RecipeError
+from llmshrink.paths import expanded, output_folder
 
 if TYPE_CHECKING:
     from llmshrink.distillation.job import Options
@@ -115,8 +115,8 @@ def options_of(
     return Options(
         teacher=os.fspath(teacher),
         student=None if student is None else os.fspath(student),
-        output=Path(output),
+        output=output_folder(output),
         data=None if data is None else os.fspath(data),
-        teacher_cache=None if teacher_cache is None else Path(teacher_cache),
+        teacher_cache=None if teacher_cache is None else expanded(teacher_cache),
         **fields,  # type: ignore[arg-type]
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from llmshrink.errors import LlmshrinkError, PathLike
+from llmshrink.paths import output_folder
 
 if TYPE_CHECKING:
     from llmshrink_eval.progress import Progress
@@ -93,7 +93,7 @@ def _evaluate(
     return evaluate(
         None if original is None else os.fspath(original),
         [os.fspath(model) for model in models],
-        Path(output),
+        output_folder(output),
         Settings(**settings),
         command=command,
         progress=progress,

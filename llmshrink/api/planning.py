@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from llmshrink.api.checkpoints import _folder as checkpoint_folder
@@ -10,6 +9,7 @@ from llmshrink.api.distillation import RECIPE, RunSettings
 from llmshrink.api.distillation import options_of as options_of_distill
 from llmshrink.api.runs import StoredSettings, check_format, check_types, options_of
 from llmshrink.errors import PathLike
+from llmshrink.paths import output_folder
 
 if TYPE_CHECKING:
     from llmshrink.planning.report import Plan
@@ -84,4 +84,4 @@ def plan_convert(
     check_format(format)
     from llmshrink.planning.converting import plan as made
 
-    return made(checkpoint_folder(path), Path(output), format, overwrite=overwrite)
+    return made(checkpoint_folder(path), output_folder(output), format, overwrite=overwrite)

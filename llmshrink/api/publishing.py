@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmshrink.api.checkpoints import _folder
 from llmshrink.errors import LlmshrinkError, PathLike
+from llmshrink.paths import expanded
 
 if TYPE_CHECKING:
     from llmshrink.distillation.report import DistillReport
@@ -49,7 +50,7 @@ def push(
     from llmshrink.hub.push import push as run
     from llmshrink.run.progress import Silent
 
-    asked = Asked(name, revision, private, None if report is None else Path(report), dry_run, yes)
+    asked = Asked(name, revision, private, None if report is None else expanded(report), dry_run, yes)
     return run(folder, asked, progress or Silent())
 
 
@@ -76,7 +77,8 @@ def and_push(
 
     check(name, "main")
     check_licence(source, yes=yes)
-    places = tuple(os.path.abspath(path) for path in (source, *reads) if path is not None and os.path.exists(path))
+    named = [expanded(path) for path in (source, *reads) if path is not None]
+    places = tuple(os.path.abspath(path) for path in named if path.exists())
     report = run()
     if report is None or not report.ok:
         return report

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from llmshrink.api.publishing import and_push
 from llmshrink.errors import LlmshrinkError, PathLike
+from llmshrink.paths import expanded, output_folder
 
 if TYPE_CHECKING:
     from llmshrink.distillation.report import DistillReport
@@ -259,7 +259,7 @@ def options_of(
     calibration, work_dir = settings.get("calibration"), settings.get("work_dir")
     return Options(
         model=os.fspath(model),
-        output=Path(output),
+        output=output_folder(output),
         verb=verb,
         recipe=os.fspath(recipe),
         calibration=None if calibration is None else os.fspath(calibration),
@@ -272,7 +272,7 @@ def options_of(
         dtype=settings.get("dtype"),
         batch_size=settings.get("batch_size"),
         seed=settings.get("seed", 0),
-        work_dir=None if work_dir is None else Path(work_dir),
+        work_dir=None if work_dir is None else expanded(work_dir),
         overwrite=settings.get("overwrite", False),
         max_shard_size=parse_size(settings.get("max_shard_size", "5GB")),
         trust_remote_code=settings.get("trust_remote_code", False),

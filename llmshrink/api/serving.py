@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from llmshrink.errors import PathLike
+from llmshrink.paths import expanded
 
 
 def serve(
@@ -26,6 +26,11 @@ def serve(
     when this one can't serve the checkpoint on this device, or when the port is taken: str(error) says why, and what to
     do. SIGINT and SIGTERM are passed on when this is called from the main thread.
     """
+    from llmshrink.checkpoint.recognise import refuse_unready
     from llmshrink.serving import serve as serving
 
-    return serving.serve(Path(os.fspath(checkpoint)), host=host, port=port, options=options, dry_run=dry_run, say=say)
+    folder = expanded(checkpoint)
+    if folder.is_dir():
+        refuse_unready(folder, os.fspath(checkpoint))
+
+    return serving.serve(folder, host=host, port=port, options=options, dry_run=dry_run, say=say)

@@ -38,6 +38,7 @@ from llmshrink.calibration.records import (
     read_record,
 )
 from llmshrink.errors import CalibrationError
+from llmshrink.paths import expanded
 
 __all__ = ["Completion", "Document", "Documents", "Messages", "Record", "load_documents"]
 
@@ -83,7 +84,7 @@ def load_documents(spec: str | None, *, source_kind: str = "hub") -> Documents:
         return Documents(PUBLIC_MIX_NAME, _public_mix)
     if spec is None or spec == "demo":
         return Documents("demo", _demo)
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     reader = _READERS.get(path.suffix.lower())
     if path.is_file() and reader is None:
         raise CalibrationError(f"--calibration {spec}: only .txt, .jsonl and .parquet files are read; {OTHER_WAYS}")
@@ -91,7 +92,7 @@ def load_documents(spec: str | None, *, source_kind: str = "hub") -> Documents:
         raise CalibrationError(f"--calibration {spec}: no such file; {OTHER_WAYS}")
     if reader is not None:
         return Documents(path.name, lambda seed: reader(path, seed), single=path.suffix.lower() == ".txt")
-    folder = Path(spec.partition(":")[0]).expanduser()
+    folder = expanded(spec.partition(":")[0])
     name = folder.resolve().name + spec[len(spec.partition(":")[0]) :] if folder.is_dir() else spec
     return Documents(name, lambda seed: _dataset(spec, seed))
 
@@ -186,7 +187,7 @@ def _dataset(spec: str, seed: int, within: str = "") -> Iterator[Record]:
             f"--calibration {spec}: needs the package datasets (pip install datasets); or {OTHER_WAYS}"
         ) from error
     try:
-        folder = Path(name).expanduser()
+        folder = expanded(name)
         if not folder.is_dir():
             # One question first: offline, `datasets` itself would retry for half a minute and log each try.
             huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
@@ -201,7 +202,7 @@ def _dataset(spec: str, seed: int, within: str = "") -> Iterator[Record]:
             yield read_record(record, f"{within}record {number} in the order of the seed")
     # The package and its transports raise dozens of unrelated types for a name that isn't there or no network.
     except Exception as error:
-        verb = "read" if Path(name).expanduser().is_dir() else "fetched"
+        verb = "read" if expanded(name).is_dir() else "fetched"
         raise CalibrationError(
             f"calibration data {spec} can't be {verb} ({type(error).__name__}: {_first_line(error)}); {OTHER_WAYS}"
         ) from error

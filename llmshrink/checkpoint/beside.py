@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from llmshrink.checkpoint.index import INDEX_FILE, SINGLE_FILE
+from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE
 
 TOKENIZER = (
     "tokenizer.json",

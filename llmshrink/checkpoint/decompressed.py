@@ -23,6 +23,7 @@ class Decompressed:
 
     def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
         self._index = CheckpointIndex.open(folder)
+        self.why_not = self._index.why_not
         self._dtype = dtype
         self._schemes = stored.schemes(config.get("quantization_config"), self._index)
         packed = {key for name, scheme in self._schemes.items() for key in stored.names(name, scheme)}

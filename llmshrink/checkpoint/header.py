@@ -19,6 +19,7 @@ from typing import TypeGuard
 
 import torch
 
+from llmshrink.checkpoint.files import is_lfs_pointer
 from llmshrink.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -76,8 +77,7 @@ def read_header(file: Path) -> Header:
             size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
             length = int.from_bytes(start, "little")
-            if length <= HEADER_LIMIT:
-                start += stream.read(length)
+            start += stream.read(length if length <= HEADER_LIMIT else 64)
     except OSError as error:
         raise CheckpointError(f"{file}: can't be read: {error.strerror or error}") from error
     return parse_header(file, start, size)
@@ -88,6 +88,11 @@ def parse_header(file: Path, start: bytes, size: int) -> Header:
 
     Raises CheckpointError as read_header does.
     """
+    if is_lfs_pointer(start):
+        raise CheckpointError(
+            f"{file}: a Git LFS pointer, which stands for the file; run `git lfs pull` in {file.parent}, and then this "
+            "again"
+        )
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
         raise _broken(file, f"the header claims {length:,} bytes and the file has {size:,}")

@@ -16,21 +16,19 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from llmshrink.checkpoint.arrival import Arriving
+from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_weight_map
 from llmshrink.checkpoint.header import Header, TensorEntry, read_header
 from llmshrink.errors import CheckpointError, SourceError
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorEntry", "check_finite"]
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 CHUNK = 16 * 2**20
 """Bytes read, hashed or checked at a time."""
@@ -43,19 +41,26 @@ _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 class CheckpointIndex:
     """Every tensor of a folder's safetensors checkpoint, by key.
 
-    `reads` counts how often each key's bytes were read in full. Open files are closed by `close` (or `with`).
+    Of several shards it is the index that says which tensors are the model's and where each lies, as in transformers:
+    what else the shards hold is `left_out` (tensor -> why). `absent`: keys that the index names and no shard holds ->
+    the file it names; only a model that needs one of them is refused. `reads` counts how often each key's bytes were read in full. Open files are closed by `close` (or `with`).
     """
 
     def __init__(
         self,
         folder: Path,
         entries: Sequence[TensorEntry],
-        metadata: dict[str, str],
+        left_out: Mapping[str, str] | None = None,
+        absent: Mapping[str, str] | None = None,
+        *,
+        metadata: dict[str, str] | None = None,
         arriving: Arriving | None = None,
     ) -> None:
         self._arriving = arriving
         self.folder = folder
-        self.metadata = metadata
+        self.metadata = metadata or {}
+        self.left_out = dict(left_out or {})
+        self.absent = dict(absent or {})
         self.reads: Counter[str] = Counter()
         self._entries = {entry.key: entry for entry in entries}
         self._descriptors: dict[Path, int] = {}
@@ -66,29 +71,26 @@ class CheckpointIndex:
         """Find and check the checkpoint in `folder`: `model.safetensors`, or the shards its index names.
 
         arriving: shards that aren't there yet; a read waits for the one that it needs. Raises SourceError when there
-        are no safetensors, CheckpointError when a file is missing, damaged, or named outside the folder, or when the
-        index and the shards disagree.
+        are no safetensors, CheckpointError when a file is missing, damaged, or named outside the folder.
         """
         folder = Path(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
         coming = arriving is not None and single in arriving
         if coming or single.exists() or (single.is_symlink() and not index.exists()):
             header = _header(single, arriving)
-            return cls(folder, header.entries, header.metadata, arriving)
+            return cls(folder, header.entries, metadata=header.metadata, arriving=arriving)
         if not index.exists():
             raise _no_safetensors(folder)
         weight_map = read_weight_map(index)
-        entries: list[TensorEntry] = []
+        headers: dict[str, Header] = {}
         metadata: dict[str, str] = {}
         for name in sorted(set(weight_map.values())):
             file = folder / name
             if not file.exists() and (arriving is None or file not in arriving):
                 raise CheckpointError(f"{file}: missing, though {INDEX_FILE} names it; download or copy it again")
-            header = _header(file, arriving)
-            metadata.update(header.metadata)
-            entries.extend(header.entries)
-        _check_agreement(index, weight_map, entries)
-        return cls(folder, entries, metadata, arriving)
+            headers[name] = _header(file, arriving)
+            metadata.update(headers[name].metadata)
+        return cls(folder, *_allowed(weight_map, headers), metadata=metadata, arriving=arriving)
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries
@@ -123,6 +125,25 @@ class CheckpointIndex:
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(entry.nbytes for entry in self._entries.values())
+
+    @property
+    def why_not(self) -> dict[str, str]:
+        """Key that can't be read -> why, where the files say so."""
+        unnamed = dict.fromkeys(self.left_out, f"a file holds it, but {INDEX_FILE} doesn't name it")
+        return unnamed | {key: f"its index says {name}, which doesn't hold it" for key, name in self.absent.items()}
+
+    def notes(self) -> list[str]:
+        """What a user should know of tensors that aren't read, a line for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            reasons.setdefault(why, []).append(name)
+        if self.absent:
+            reasons[f"named by {INDEX_FILE} and in no file"] = list(self.absent)
+        return [
+            f"{len(names)} tensor{'s' if len(names) > 1 else ''} left out, {why}: {', '.join(names[:2])}"
+            f"{', ...' if len(names) > 2 else ''}"
+            for why, names in reasons.items()
+        ]
 
     def entry(self, key: str) -> TensorEntry:
         """Where `key` lies. Raises CheckpointError when the checkpoint has no such tensor."""
@@ -259,49 +280,29 @@ def _position(flat: int, tensor: Tensor) -> str:
     return str(index[::-1])
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Key -> shard, as an index file has it. Raises CheckpointError for one that can't be read or leaves the folder."""
-    try:
-        described = json.loads(index.read_bytes())
-        weight_map = described["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: broken index: no weight_map to read; download or copy it again") from error
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or not _stays_inside(name):
-            raise CheckpointError(
-                f"{index}: {key} is said to lie in {name!r}, outside the model's folder: refused; "
-                "an index names files beside it"
-            )
-    return weight_map
+def _allowed(
+    weight_map: Mapping[str, str], headers: Mapping[str, Header]
+) -> tuple[list[TensorEntry], dict[str, str], dict[str, str]]:
+    """(the tensors that the index names, those left out -> why, keys that lie nowhere -> the file that should hold it).
 
-
-def _stays_inside(name: str) -> bool:
-    """Whether a shard's name is a relative path without a step up; links inside the folder are the user's own."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if not name or "\0" in name or posix.is_absolute() or windows.drive or windows.root:
-        return False
-    return ".." not in windows.parts and ".." not in posix.parts
-
-
-def _check_agreement(index: Path, weight_map: dict[str, str], entries: Sequence[TensorEntry]) -> None:
-    where: dict[str, Path] = {}
-    for entry in entries:
-        if entry.key in where:
-            raise CheckpointError(
-                f"{entry.file}: holds {entry.key}, and so does {where[entry.key].name}; keep one of the two"
-            )
-        where[entry.key] = entry.file
-    for key, name in weight_map.items():
-        if where.get(key) != index.parent / name:
-            raise CheckpointError(f"{index}: says that {key} lies in {name}, which doesn't hold it; copy both again")
-    unknown = sorted(where.keys() - weight_map.keys())
-    if unknown:
-        raise CheckpointError(
-            f"{where[unknown[0]]}: holds {unknown[0]} (and {len(unknown) - 1} more), unknown to {INDEX_FILE}; "
-            "copy both again"
-        )
+    A tensor that the index looks for in another of its files, where it isn't, is taken from the one that has it.
+    """
+    holders: dict[str, list[str]] = {}
+    for name, header in headers.items():
+        for entry in header.entries:
+            holders.setdefault(entry.key, []).append(name)
+    entries, left_out = [], {}
+    for name, header in headers.items():
+        for entry in header.entries:
+            said, held = weight_map.get(entry.key), holders[entry.key]
+            if said == name or (said is not None and said not in held and held[0] == name):
+                entries.append(entry)
+            elif said is None:
+                left_out[entry.key if len(held) == 1 else f"{entry.key} in {name}"] = f"unknown to {INDEX_FILE}"
+            else:
+                left_out[f"{entry.key} in {name}"] = f"also in another file, which {INDEX_FILE} names"
+    absent = {key: name for key, name in weight_map.items() if key not in holders}
+    return entries, left_out, absent
 
 
 def _no_safetensors(folder: Path) -> SourceError:

@@ -12,11 +12,17 @@ from llmshrink.errors import CheckpointError
 
 
 def map_names(
-    parameters: Collection[str], keys: Collection[str], *, base_prefix: str, tied: Mapping[str, str]
+    parameters: Collection[str],
+    keys: Collection[str],
+    *,
+    base_prefix: str,
+    tied: Mapping[str, str],
+    why_not: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Checkpoint key of every parameter.
 
     parameters: names in the model; keys: the checkpoint's; tied: parameter -> the parameter whose tensor it shares.
+    why_not: keys that the checkpoint doesn't give -> why, where its files say so.
     Raises CheckpointError naming the first parameters that no key fills.
     """
     available = set(keys)
@@ -41,5 +47,9 @@ def map_names(
                 f"{said}, instead {', '.join(instead[:3])}: it is already quantized, though config.json has no "
                 "quantization_config; start from the original model"
             )
+        reasons = why_not or {}
+        lost = next((name for name in (missing[0], missing[0].removeprefix(prefix)) if name in reasons), None)
+        if lost is not None:
+            raise CheckpointError(f"{said}: {reasons[lost]}; download or copy both again")
         raise CheckpointError(f"{said}; it doesn't match its config.json: download it again")
     return {name: key for name, key in found.items() if key is not None}

@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_weight_map
+from llmshrink.checkpoint.recognise import ADAPTER, adapter, refuse_unready
 from llmshrink.errors import LlmshrinkError, SourceError
+from llmshrink.paths import expanded
 
 if TYPE_CHECKING:
     from llmshrink.checkpoint.arrival import Arriving
@@ -72,8 +75,9 @@ def resolve(
         from llmshrink.demo import model_folder
 
         return Source("demo", Path(model_folder()), None, "demo")
-    path = Path(model).expanduser()
+    path = expanded(model)
     if model and path.is_dir():
+        refuse_unready(path.resolve(), model)
         return Source(model, path.resolve(), None, "folder")
     if model and path.exists():
         raise SourceError(f"{model}: a file, not a model's folder; name the folder that holds config.json")
@@ -112,6 +116,7 @@ def _from_hub(name: str, revision: str | None, *, trust_remote_code: bool, strea
         folder, commit = Path(found), commit or Path(found).name
         if not offline:
             _remember(folder, revision, commit)
+        refuse_unready(folder, name)
         weights = _weights(folder)
         arriving = None
         if offline:
@@ -140,8 +145,6 @@ def _remember(folder: Path, revision: str | None, commit: str) -> None:
 
 def _weights(folder: Path) -> list[str]:
     """The files of weights that a snapshot's index names, or the one that a model without an index has."""
-    from llmshrink.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_weight_map
-
     index = folder / INDEX_FILE
     return sorted(set(read_weight_map(index).values())) if index.is_file() else [SINGLE_FILE]
 
@@ -166,6 +169,8 @@ def _pin(name: str, revision: str | None) -> str | None:
             raise
         return None
     files = [file.rfilename for file in info.siblings or []]
+    if ADAPTER in files and not {SINGLE_FILE, INDEX_FILE} & set(files):
+        raise SourceError(adapter(name, base=None, where=name))
     if not any(file.endswith(".safetensors") for file in files):
         pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
         if pickles:

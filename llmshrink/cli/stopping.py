@@ -103,18 +103,24 @@ def _goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
     if kept is None:
         return None
     if verb not in ("eval", "compare", "push"):
-        output = os.path.abspath(str(given["output"])) if given.get("output") else None
+        output = _written(str(given["output"])) if given.get("output") else None
         # With --overwrite it may be an older output that is there.
         made = output and os.path.isdir(output) and not os.path.isdir(output + BESIDE[0]) and not given.get("overwrite")
         if made and given.get("push"):
             also = [f"--{name}" for name in ("private", "yes") if given.get(name)]
             return "the output is whole, publish it with", ["push", str(given["output"]), str(given["push"]), *also]
         if not (output and any(os.path.isdir(output + ending) for ending in BESIDE)):
-            models = [str(given.get(name) or "demo") for name in ("model", "teacher", "student")]
+            models = [os.path.expanduser(str(given.get(name) or "demo")) for name in ("model", "teacher", "student")]
             if all(model == "demo" or os.path.exists(model) for model in models):
                 return (NOTHING, arguments) if output and not os.path.exists(output) else None
             kept = "what was downloaded"
     return f"{kept} is kept: go on from there with the same command", arguments
+
+
+def _written(output: str) -> str:
+    """The folder that an output means."""
+    folder = os.path.abspath(os.path.expanduser(output))
+    return os.path.realpath(folder) if os.path.islink(folder) else folder
 
 
 def _given(arguments: Sequence[str]) -> dict[str, object]:

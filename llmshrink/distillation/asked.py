@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from difflib import get_close_matches
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +13,8 @@ import torch
 from llmshrink.distillation.objective import Objective
 from llmshrink.errors import LlmshrinkError
 from llmshrink.methods.bnb import require
+from llmshrink.paths import expanded
+from llmshrink.run.asked import check_apart
 from llmshrink.run.journal import partial_folder
 from llmshrink.runtime.load import one_line
 
@@ -35,12 +36,13 @@ def check_places(options: Options) -> None:
     """
     output = options.output.resolve()
     for what, name in (("STUDENT", options.student), ("TEACHER", options.teacher)):
-        if name is None or not Path(name).is_dir():
+        if name is None or not expanded(name).is_dir():
             continue  # of the Hub, or the demo
-        folder = Path(name).resolve()
+        folder = expanded(name).resolve()
         if output == folder or output in folder.parents or folder in output.parents:
             how = "is" if output == folder else "holds" if output in folder.parents else "lies in"
             raise LlmshrinkError(f"-o {options.output}: {how} the {what} {name}, which is read; name a folder apart")
+    check_apart(options.output, (("--data", options.data),))
     if options.teacher_cache is not None:
         cache = options.teacher_cache.resolve()
         there = next(folder for folder in (cache, *cache.parents) if folder.exists())

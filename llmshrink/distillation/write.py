@@ -91,6 +91,7 @@ def _record(job: Job, training: TokenWindows, before: Quality, quality: Quality,
     carried = {**old["identity"], **identity, "dtype": "torch.float32", "batch_size": options.batch_size}
     return {
         **old,
+        "notes": [*old["notes"], *student.index.notes()],
         "recipe": options.recipe or f"{old['recipe']}, distilled",
         "quality": asdict(quality),
         "identity": carried,

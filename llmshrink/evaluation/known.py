@@ -35,6 +35,7 @@ from llmshrink_eval.results import Results
 import llmshrink
 from llmshrink.errors import LlmshrinkError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
+from llmshrink.paths import expanded
 
 if TYPE_CHECKING:
     from llmshrink.evaluation.settings import Settings
@@ -59,7 +60,7 @@ class Known:
 
     def __init__(self, original: str | None, models: Sequence[str], settings: Settings) -> None:
         self._asked = (original, models, settings)
-        self._folder = default_folder() if settings.cache is None else Path(settings.cache)
+        self._folder = default_folder() if settings.cache is None else expanded(settings.cache)
         self._cache, self._fresh = Cache(self._folder), settings.fresh
         # Our own tasks are made by our own code.
         self._only_demo = settings.tasks_dir is None and all(map(is_demo_task, task_names(settings.tasks)))
@@ -119,7 +120,7 @@ class Known:
         """All that the results depend on; None where that can't be told from here."""
         folders = [_folder(model) for model in (*([original] if original is not None else ()), *models)]
         text = _text(settings.text, self._folder)
-        tasks = [] if settings.tasks_dir is None else _tasks(Path(settings.tasks_dir), self._folder)
+        tasks = [] if settings.tasks_dir is None else _tasks(expanded(settings.tasks_dir), self._folder)
         if text is None or tasks is None:
             return None
         told = []
@@ -147,14 +148,14 @@ def _folder(model: str) -> Path | None:
     """Where a model lies; None for one of the Hub."""
     from llmshrink.checkpoint.source import resolve
 
-    return resolve(model).folder if model == DEMO or Path(model).expanduser().is_dir() else None
+    return resolve(model).folder if model == DEMO or expanded(model).is_dir() else None
 
 
 def _text(spec: str | None, cache: Path) -> str | None:
     """What tells a text's content; None for what isn't a file here."""
     if spec is None or spec == DEMO:
         return ""
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     return file_digest(path, cache) if path.suffix.lower() in TEXT_FILES and path.is_file() else None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
 from llmshrink.evaluation.settings import Settings
+from llmshrink.paths import expanded
 from llmshrink.run.lock import LOCK, locked
 
 if TYPE_CHECKING:
@@ -142,9 +143,9 @@ def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Opt
     from llmshrink.run.asked import pick_device
 
     device = "cpu" if settings.engine == "vllm" and settings.device is None else str(pick_device(settings.device))
-    cache = default_folder() if settings.cache is None else Path(settings.cache)
+    cache = default_folder() if settings.cache is None else expanded(settings.cache)
     tasks = task_names(settings.tasks)
-    folders = [] if settings.tasks_dir is None else [Path(settings.tasks_dir)]
+    folders = [] if settings.tasks_dir is None else [expanded(settings.tasks_dir)]
     if any(map(is_demo_task, tasks)):
         folders.append(_demo_tasks(cache))
     return Options(

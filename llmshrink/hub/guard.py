@@ -63,9 +63,15 @@ def paths_here(folder: Path, known: Iterable[str] = ()) -> list[str]:
     known: others, files among them, which stand as they are.
     """
     place = folder.resolve()
-    found = {f"{os.path.abspath(path)}/" for path in (Path.home(), os.getcwd(), place, place.parent)}
+    found = {f"{os.path.abspath(path)}/" for path in (*_home(), os.getcwd(), place, place.parent)}
     found |= {each for path in known for each in (os.path.abspath(path), os.path.realpath(path))}
     return sorted(found - {"//", "/"}, key=len, reverse=True)
+
+
+def _home() -> list[str]:
+    """The user's home folder; none where none is known, as in a container under a number alone."""
+    home = os.path.expanduser("~")
+    return [home] if os.path.isabs(home) else []
 
 
 def _names(line: str, path: str) -> bool:

@@ -24,6 +24,7 @@ class Blank:
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
+        self.why_not = index.why_not
 
     def keys(self) -> list[str]:
         return self._index.keys()

@@ -99,6 +99,7 @@ class Skeleton:
             list(reader.keys()),
             base_prefix=self.model.base_model_prefix,
             tied=self.tied,
+            why_not=getattr(reader, "why_not", None),
         )
 
     def load(

@@ -9,6 +9,7 @@ from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.errors import OutputError
+from llmshrink.paths import expanded
 from llmshrink.planning.report import Plan
 from llmshrink.run.fits import on_one_disk
 
@@ -38,7 +39,7 @@ def text_here(spec: str | None, source: Source) -> bool:
     """Whether a calibration text can be read without a network."""
     if spec is None:
         return source.kind == "demo"
-    return spec == "demo" or Path(spec).is_file()
+    return spec == "demo" or expanded(spec).is_file()
 
 
 def fitting(made: Plan, output: Path) -> Plan:

@@ -18,7 +18,7 @@ from llmshrink.planning.report import Plan
 from llmshrink.planning.spent import now
 from llmshrink.recipe.read import load_recipe
 from llmshrink.run.arithmetic import Arithmetic, automatic_training
-from llmshrink.run.asked import Options
+from llmshrink.run.asked import Options, check_apart
 from llmshrink.run.finish import left_out_of
 from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
@@ -38,6 +38,7 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
         )
     if recipe.distill is not None:  # it brings transformers' Trainer, which such a run holds from its start
         from llmshrink.planning.students import taught
+    check_apart(options.output, (("the model", options.model), ("--calibration", options.calibration)))
     partial = partial_folder(Path(os.path.abspath(options.output)))
     if not partial.exists():
         check_output(Path(os.path.abspath(options.output)), overwrite=options.overwrite)

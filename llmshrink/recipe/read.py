@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from llmshrink.errors import RecipeError
+from llmshrink.paths import expanded
 from llmshrink.recipe.faults import describe, joined, nearest
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.steps import switch_method
@@ -140,7 +141,7 @@ def _find(name: str) -> tuple[str, str]:
     names = shipped_names()
     if name in names:
         return name, (_folder() / f"{name}.yaml").read_text("utf-8")
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         if name.endswith((".yaml", ".yml")) or os.sep in name or path.exists():
             raise RecipeError([f"{name}: no such file; shipped recipes: {', '.join(names)}"])

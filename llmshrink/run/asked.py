@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,10 +18,12 @@ from llmshrink_eval.beginning import Bos
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
-from llmshrink.errors import LlmshrinkError, OutputError, RecipeError
+from llmshrink.errors import LlmshrinkError, OutputError, PathLike, RecipeError
 from llmshrink.formats.stored import Format
+from llmshrink.paths import expanded, holds
 from llmshrink.recipe.schema import Recipe
 from llmshrink.run.arithmetic import Arithmetic, automatic
+from llmshrink.run.journal import partial_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +64,21 @@ def check_verb(verb: str, recipe: Recipe) -> None:
     if verb != "compress" and does != [verb]:
         proper = "compress" if len(does) > 1 else does[0]
         raise RecipeError([f"{recipe.name}: it would {' and '.join(does)}: use llmshrink {proper} for it"])
+
+
+def check_apart(output: Path, reads: Iterable[tuple[str, PathLike | None]]) -> None:
+    """Raise OutputError where OUT, which a run replaces as a whole under --overwrite, is or holds what it reads.
+
+    reads: what it is called, and its path, where it is one: names of the Hub's are no paths.
+    """
+    for what, name in reads:
+        path = None if name is None or name == "demo" else expanded(name)
+        if path is None or not path.exists():
+            continue
+        for folder in (output, partial_folder(output)):
+            if holds(folder, path):
+                how = "is" if folder.samefile(path) else "holds"
+                raise OutputError(f"output {folder} {how} {what} {name}, which is read; choose another folder with -o")
 
 
 def check_work_dir(folder: Path | None) -> None:

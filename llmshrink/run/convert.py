@@ -20,12 +20,13 @@ from torch import Tensor
 from llmshrink.checkpoint.beside import NOTHING, LeftBehind
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
 from llmshrink.checkpoint.preflight import check_room
-from llmshrink.errors import CheckpointError, OutputError, SourceError
+from llmshrink.errors import CheckpointError, SourceError
 from llmshrink.formats import kv_cache, stored
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.sparse24 import PATTERN, Sparse24Scheme
 from llmshrink.formats.stored import Format, Layout, Scheme
 from llmshrink.run import disk
+from llmshrink.run.asked import check_apart
 from llmshrink.run.card import beyond, complete
 from llmshrink.run.finish import TIMING, left_out_of, pieces, published, serve_line
 from llmshrink.run.journal import RECORD, Workspace, partial_folder
@@ -124,8 +125,7 @@ def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], d
         )
     if format_of(record) == format:
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")
-    if output.resolve() == source.resolve():
-        raise OutputError(f"output {output} is the model itself; choose another folder with -o")
+    check_apart(output, (("the model", source),))
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     return record, config
 

@@ -155,7 +155,9 @@ def _write_index(job: Job, work: Work, workspace: Workspace) -> None:
     with open_shards(workspace.checkpoint, files) as written:
         where = {key: written.entry(key).file.name for key in written}
         total = written.nbytes()
-    work.ledger().check(job.index.keys(), where)
+    ledger = work.ledger()
+    ledger.dropped |= job.index.left_out
+    ledger.check(job.index.keys(), where)
     disk.write_json(
         workspace.checkpoint / INDEX_FILE,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
@@ -225,6 +227,7 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
         "other_linears": job.other_linears,
         "structure": work.structure,
         "kv_cache": _cache_scales(job, workspace),
+        "left_out": {**job.index.left_out, **dict.fromkeys(job.index.absent, "in no file")},
         "shards": shard_sums(workspace.parts),
         "sites": [asdict(row) for row in rows],
     }

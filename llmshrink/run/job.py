@@ -40,6 +40,7 @@ from llmshrink.run.arithmetic import Arithmetic, instructions
 from llmshrink.run.asked import (
     DTYPES,
     Options,
+    check_apart,
     check_verb,
     check_vocabulary,
     check_work_dir,
@@ -163,7 +164,7 @@ class Job:
                 f"{self.options.recipe} was measured at other bits; --recipe {other} is the one made for these"
             )
         notes += self.calibration.reading.notes(self.calibration.name)
-        return [*notes, *self.format_notes[self.format]]
+        return [*notes, *self.index.notes(), *self.format_notes[self.format]]
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -216,6 +217,7 @@ def prepare(options: Options) -> Job:
     recipe = _recipe(options)
     require_tools(recipe)
     source = resolve(options.model, trust_remote_code=options.trust_remote_code, stream=True)
+    check_apart(options.output, (("the model", source.folder),))
     check_source(source, trust_remote_code=options.trust_remote_code)
     index = CheckpointIndex.open(source.folder, source.arriving)
     index.verify_blobs()

@@ -14,7 +14,7 @@ from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
-from llmshrink.run.asked import Options, dtype_name, stored_dtype
+from llmshrink.run.asked import Options, check_apart, dtype_name, stored_dtype
 from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.fits import check_memory, on_one_disk
@@ -36,6 +36,7 @@ from llmshrink.run.work import SiteWork, Work
 def quantize(options: Options, progress: Progress) -> QuantizeReport:
     """Carry out a whole run. Raises LlmshrinkError for what a user did; what is finished by then is kept."""
     started = time.perf_counter()
+    check_apart(options.output, (("the model", options.model), ("--calibration", options.calibration)))
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         job = prepare(options)
         give_back()

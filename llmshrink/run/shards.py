@@ -67,7 +67,7 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
 def open_shards(folder: Path, files: Iterable[str]) -> CheckpointIndex:
     """An index over finished shards, before there is an index file."""
     entries = [entry for file in files for entry in read_header(folder / file).entries]
-    return CheckpointIndex(folder, entries, {})
+    return CheckpointIndex(folder, entries)
 
 
 class Overlay:

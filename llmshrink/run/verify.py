@@ -72,7 +72,7 @@ def read_reference(folder: Path) -> dict[str, Tensor]:
     path = folder / REFERENCE
     if not path.is_file():
         raise SourceError(f"{folder}: no {REFERENCE} there; only a folder that llmshrink wrote can be verified")
-    with CheckpointIndex(folder, read_header(path).entries, {}) as index:
+    with CheckpointIndex(folder, read_header(path).entries) as index:
         reference = {key: index.read(key) for key in index}
     shapes = [reference[key].shape for key in ("input_ids", "mask", "token_logprobs") if key in reference]
     if len(shapes) < 3 or shapes[0] != shapes[1] or [len(shape) for shape in shapes] != [2, 2, 1]:

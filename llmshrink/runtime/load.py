@@ -52,6 +52,7 @@ class _Reader:
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
+        self.why_not = index.why_not
         self.packed = packed_in(index)
 
     def keys(self) -> list[str]:

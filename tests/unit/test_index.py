@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmshrink.checkpoint import index as index_module
 from llmshrink.checkpoint.index import CheckpointIndex, check_finite
+from llmshrink.checkpoint.names import map_names
 from llmshrink.errors import CheckpointError, SourceError
 
 DTYPES = [
@@ -206,25 +207,58 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         CheckpointIndex.open(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "weight_map", [{"a": "a.safetensors", "b": "a.safetensors"}, {"a": "c.safetensors", "c": "a.safetensors"}]
-)
-def test_a_key_that_its_shard_does_not_hold_is_named(tmp_path: Path, weight_map: dict[str, str]) -> None:
-    write_sharded(tmp_path, {"a.safetensors": {"a": torch.ones(2)}, "c.safetensors": {"c": torch.ones(2)}}, weight_map)
-    with pytest.raises(CheckpointError, match=r"says that [abc] lies in .*, which doesn't hold it"):
-        CheckpointIndex.open(tmp_path)
+def test_the_index_says_which_tensors_are_the_model_s(tmp_path: Path) -> None:
+    shards = {
+        "a.safetensors": {"a": torch.full((2,), 1.0), "b": torch.full((2,), 2.0), "extra": torch.ones(3)},
+        "b.safetensors": {"a": torch.full((2,), 3.0), "c": torch.full((2,), 4.0), "extra": torch.ones(3)},
+    }
+    named = {"a": "a.safetensors", "c": "a.safetensors", "gone": "b.safetensors"}
+    write_sharded(tmp_path, shards, {**named, "x": "b.safetensors"})
+    with CheckpointIndex.open(tmp_path) as index:
+        assert {key: index.read(key)[0].item() for key in index} == {"a": 1.0, "c": 4.0}
+        assert index.left_out == {
+            "a in b.safetensors": "also in another file, which model.safetensors.index.json names",
+            "b": "unknown to model.safetensors.index.json",
+            "extra in a.safetensors": "unknown to model.safetensors.index.json",
+            "extra in b.safetensors": "unknown to model.safetensors.index.json",
+        }
+        assert index.absent == {"gone": "b.safetensors", "x": "b.safetensors"}
+        assert index.notes() == [
+            "3 tensors left out, unknown to model.safetensors.index.json: b, extra in a.safetensors, ...",
+            "1 tensor left out, also in another file, which model.safetensors.index.json names: a in b.safetensors",
+            "2 tensors left out, named by model.safetensors.index.json and in no file: gone, x",
+        ]
+        with pytest.raises(CheckpointError, match="has no tensor b"):
+            index.read("b")
+        assert index.fingerprint() == _fingerprint(tmp_path / "other", {"a": 1.0, "c": 4.0})
 
 
-def test_a_key_unknown_to_the_index_is_named(tmp_path: Path) -> None:
+def _fingerprint(folder: Path, tensors: dict[str, float]) -> str:
+    folder.mkdir()
+    save_file({key: torch.full((2,), value) for key, value in tensors.items()}, folder / "model.safetensors")
+    with CheckpointIndex.open(folder) as index:
+        return index.fingerprint()
+
+
+def test_a_tensor_that_the_model_needs_is_required(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a.safetensors": {"a": torch.ones(2), "b": torch.ones(2)}}, {"a": "a.safetensors"})
-    with pytest.raises(CheckpointError, match=r"holds b .*unknown to"):
-        CheckpointIndex.open(tmp_path)
+    with (
+        CheckpointIndex.open(tmp_path) as index,
+        pytest.raises(CheckpointError, match=r"b: a file holds it, but .*name"),
+    ):
+        map_names(["a", "b"], index.keys(), base_prefix="model", tied={}, why_not=index.why_not)
+    write_sharded(tmp_path, {}, {"a": "a.safetensors", "c": "a.safetensors"})
+    with (
+        CheckpointIndex.open(tmp_path) as index,
+        pytest.raises(CheckpointError, match=r"c: its index says a\.safet.*hold"),
+    ):
+        map_names(["a", "c"], index.keys(), base_prefix="model", tied={}, why_not=index.why_not)
 
 
-def test_a_key_in_two_shards_is_named(tmp_path: Path) -> None:
-    shards = {"a.safetensors": {"a": torch.ones(2)}, "b.safetensors": {"a": torch.ones(2), "b": torch.ones(2)}}
-    write_sharded(tmp_path, shards, {"a": "a.safetensors", "b": "b.safetensors"})
-    with pytest.raises(CheckpointError, match="holds a, and so does"):
+def test_a_pointer_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="Git LFS pointer.*git lfs pull"):
         CheckpointIndex.open(tmp_path)
 
 
