@@ -74,10 +74,12 @@ def architecture(folder: Path, *, trust_remote_code: bool = False) -> Architectu
     Raises EvalError, with transformers' reason, when it can't be built.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from llmshrink_eval.configured import running_config
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = running_config(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from llmshrink_eval.configured import running_config
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.weightfiles import weight_files
 
@@ -99,8 +100,9 @@ def _whole(path: Path, **settings: Any) -> Any:
     """From transformers, which fills what it doesn't find with random numbers and says so in a warning: refused."""
     from transformers import AutoModelForCausalLM
 
+    config = running_config(path, trust_remote_code=settings["trust_remote_code"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, local_files_only=True, output_loading_info=True, **settings
+        path, config=config, local_files_only=True, output_loading_info=True, **settings
     )
     model, found = loaded
     missing = sorted(found["missing_keys"])
@@ -115,9 +117,9 @@ def _whole(path: Path, **settings: Any) -> Any:
 def _streamed(path: Path, options: LoadOptions, common: dict[str, Any]) -> Any | None:
     """The model without weights, and accelerate told where they are; None if they aren't there under their names."""
     import accelerate
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=options.trust_remote_code)
+    config = running_config(path, trust_remote_code=options.trust_remote_code)
     with accelerate.init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, **common)
         model.tie_weights()

@@ -199,17 +199,14 @@ def _told_apart(specs: Sequence[ModelSpec]) -> list[ModelSpec]:
 
 
 def _tokenizer(spec: ModelSpec, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
+    from llmshrink_eval.configured import read_tokenizer
     from llmshrink_eval.model import quiet
 
     if not (spec.folder / "config.json").is_file():
         raise EvalError(f"{spec.name}: no config.json in {spec.folder}; name a model's folder")
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(
-                spec.folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            return read_tokenizer(spec.folder, trust_remote_code=trust_remote_code)
         # Of whatever type the tokenizer's own code raises.
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "no message")[:200]
@@ -217,13 +214,12 @@ def _tokenizer(spec: ModelSpec, trust_remote_code: bool) -> Any:
 
 
 def _config(spec: ModelSpec, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
+    from llmshrink_eval.configured import running_config
     from llmshrink_eval.model import quiet
 
     with quiet():
         try:
-            return AutoConfig.from_pretrained(spec.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            return running_config(spec.folder, trust_remote_code=trust_remote_code)
         # Of whatever type transformers or the model's own code raises.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]

@@ -43,7 +43,8 @@ class CheckpointIndex:
 
     Of several shards it is the index that says which tensors are the model's and where each lies, as in transformers:
     what else the shards hold is `left_out` (tensor -> why). `absent`: keys that the index names and no shard holds ->
-    the file it names; only a model that needs one of them is refused. `reads` counts how often each key's bytes were read in full. Open files are closed by `close` (or `with`).
+    the file it names; only a model that needs one of them is refused. `reads` counts how often each key's bytes were
+    read in full. Open files are closed by `close` (or `with`).
     """
 
     def __init__(

@@ -64,10 +64,11 @@ def check_source(source: Source, *, trust_remote_code: bool = False) -> None:
 def load_config(source: Source, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration through transformers. Raises SourceError as check_source does, and when it's broken."""
     check_source(source, trust_remote_code=trust_remote_code)
-    from transformers import AutoConfig, PretrainedConfig
+    from llmshrink_eval.configured import running_config
+    from transformers import PretrainedConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = running_config(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever the field at fault leads to
         raise SourceError(
             f"{source.name}: transformers can't read its config.json: {_one_line(error)}; "
@@ -96,12 +97,11 @@ def check_dtypes(source: Source, index: CheckpointIndex, keys: Iterable[str]) ->
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer through transformers. Raises SourceError when it's missing or can't be read."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from llmshrink_eval.configured import read_tokenizer
+    from transformers import PreTrainedTokenizerBase
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        tokenizer = read_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
             f"{source.name}: its tokenizer can't be read: {_one_line(error)}; "

@@ -125,6 +125,7 @@ def _sample(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
             eos_token_id=None,
             pad_token_id=0,
             use_cache=True,
+            return_dict_in_generate=False,
         )
     return found.cpu()
 

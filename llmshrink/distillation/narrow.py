@@ -34,6 +34,7 @@ def check_narrow(quant: str | None) -> None:
 
 def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust_remote_code: bool) -> Any:
     """A teacher with narrow linears; its embeddings and output layer as they are. Raises SourceError."""
+    from llmshrink_eval.configured import running_config
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if quantization_of(source) is not None:
@@ -50,6 +51,7 @@ def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
+                config=running_config(source.folder, trust_remote_code=trust_remote_code),
                 quantization_config=chosen,
                 dtype=choose_dtype(None, config_of(source, trust_remote_code), device, None),
                 device_map={"": device},

@@ -14,7 +14,6 @@ Embeddings and the output layer stay as they are: the text at hand shows a small
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -123,14 +122,17 @@ def schemes_of(source: Source) -> dict[str, Scheme]:
 
 
 def open_student(source: Source, *, train: Train | None, device: torch.device, config: Any) -> Student:
-    """Read the whole checkpoint into float32 and decide what is trained. config: transformers', without quantization.
+    """Read the whole checkpoint into float32 and decide what is trained.
+
+    config: transformers', without quantization, as `runtime.load.config_of` gives it: nothing is dropped at random, for
+    a student is held to what it computes.
 
     train: None is `scales` for a quantized checkpoint, else `weights`. Raises SourceError for scales that aren't there.
     """
     raw = json.loads((source.folder / "config.json").read_text())
     index = CheckpointIndex.open(source.folder)
     reader = Decompressed(source.folder, raw, torch.float32)
-    skeleton = Skeleton(_without_dropout(config), reader, device=device, dtype=torch.float32)
+    skeleton = Skeleton(config, reader, device=device, dtype=torch.float32)
     skeleton.load("")
     schemes = schemes_of(source)
     quantized = {name: scheme for name, scheme in schemes.items() if getattr(scheme, "group_size", None) is not None}
@@ -152,16 +154,6 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
         skeleton.model.set_submodule(name, scaled)
     choose(student, quantized=bool(quantized))
     return student
-
-
-def _without_dropout(config: Any) -> Any:
-    """A copy in which nothing is dropped at random while the model trains: the student is held to what it computes."""
-    config = copy.deepcopy(config)
-    for part in {id(each): each for each in (config, config.get_text_config())}.values():
-        for name, value in list(vars(part).items()):
-            if name.endswith(("dropout", "pdrop", "layerdrop")) and isinstance(value, float | int):
-                setattr(part, name, type(value)(0))
-    return config
 
 
 def _offsets(folder: Path) -> dict[str, Tensor]:

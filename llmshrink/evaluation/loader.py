@@ -160,10 +160,10 @@ def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_
 
 def _opened(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> tuple[Any, Decompressed]:
     """The dense model's config and a reader that answers with its tensors."""
-    from transformers import AutoConfig
+    from llmshrink_eval.configured import running_config
 
     raw = json.loads((folder / "config.json").read_text())
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = running_config(folder, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config, Decompressed(folder, raw, dtype)

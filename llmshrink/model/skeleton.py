@@ -81,8 +81,15 @@ class Skeleton:
     ) -> None:
         from transformers import AutoModelForCausalLM
 
-        with _parameters_on_meta():
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            with _parameters_on_meta():
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except Exception as error:  # of whatever type the model's own code raises
+            said = " ".join(str(error).split()).rstrip(".")
+            raise CheckpointError(
+                f"config.json: no model can be built from it ({type(error).__name__}: {said}); correct it, or download "
+                "it again"
+            ) from error
         self.model: Any = model.eval()
         self.model.config.use_cache = False
         self.reader = reader

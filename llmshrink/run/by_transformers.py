@@ -40,6 +40,7 @@ def token_logprobs(folder: Path, scheme: BitsAndBytesScheme, windows: Sequence[B
     Raises LlmshrinkError where bitsandbytes isn't there, CheckpointError where transformers can't load the folder.
     """
     require(f"verifying {folder}", "verify it where it is installed")
+    from llmshrink_eval.configured import running_config
     from transformers import AutoModelForCausalLM
 
     chatter = logging.getLogger("bitsandbytes.autograd._functions")
@@ -47,7 +48,9 @@ def token_logprobs(folder: Path, scheme: BitsAndBytesScheme, windows: Sequence[B
     chatter.setLevel(logging.ERROR)  # a line for each product that it casts to float16 for
     try:
         with redirect_stderr(StringIO()), torch.no_grad():
-            model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=running_config(folder), device_map={"": device}, local_files_only=True
+            )
             rows = [model(window.input_ids.to(device)).logits for window in windows]
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
         said = " ".join(str(error).split())[:300]

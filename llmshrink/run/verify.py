@@ -116,7 +116,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
 
     Raises CheckpointError or UnsupportedModelError when config and weights don't fit.
     """
-    from transformers import AutoConfig
+    from llmshrink_eval.configured import running_config
 
     dtype = DTYPES[arithmetic_of(record, device).dtype]
     raw = json.loads((folder / "config.json").read_text())
@@ -126,7 +126,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
         raise CheckpointError(f"{file}: {unknown}: it is damaged; copy it again")
     try:
         reader = Decompressed(folder, raw, dtype)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = running_config(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the skeleton is the dense model; the reader decompresses
         chain = Chain(Skeleton(config, reader, device=device, dtype=dtype))
@@ -286,9 +286,9 @@ def _window_of(folder: Path, reference: dict[str, Tensor], position: int) -> str
 
 def _text(folder: Path, window: int, ids: list[int]) -> str:
     try:
-        from transformers import AutoTokenizer
+        from llmshrink_eval.configured import read_tokenizer
 
-        text = repr(AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids[:16]))
+        text = repr(read_tokenizer(folder).decode(ids[:16]))
     except Exception:  # the tokenizers library raises bare ones; the tokens say as much
         text = f"with tokens {ids[:16]}"
     return f"held-out window {window}, which begins {text}"

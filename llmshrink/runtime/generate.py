@@ -52,6 +52,7 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """As transformers' `generate` takes them, in place of what the checkpoint's generation_config says."""
         common = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "do_sample": self.temperature > 0}
+        common |= {"use_cache": True, "return_dict_in_generate": False}
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return common | (drawn if self.temperature > 0 else dict.fromkeys(drawn))
 

@@ -90,7 +90,7 @@ def load(
             )
         if not plain_too:
             logger.warning("%s isn't compressed: loaded as it is", source.name)
-        loaded = _load_dense(source, place, chosen, trust_remote_code)
+        loaded = _load_dense(source, config, place, chosen, trust_remote_code)
     elif quantization.get("quant_method") == bitsandbytes.METHOD:
         loaded = _load_bitsandbytes(source, quantization, place, chosen, trust_remote_code)
     else:
@@ -150,12 +150,10 @@ def config_of(source: Source, trust_remote_code: bool) -> Any:
     """The dense model's configuration. Raises SourceError where there is none that transformers can read."""
     if quantization_of(source) is None:
         return load_config(source, trust_remote_code)
-    from transformers import AutoConfig
+    from llmshrink_eval.configured import running_config
 
     try:
-        config: Any = AutoConfig.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        config = running_config(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever the field at fault leads to
         raise SourceError(f"{source.name}: transformers can't read its config.json: {one_line(error)}") from error
     for part in (config, config.get_text_config()):
@@ -164,12 +162,12 @@ def config_of(source: Source, trust_remote_code: bool) -> Any:
     return config
 
 
-def _load_dense(source: Source, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load_dense(source: Source, config: Any, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+            source.folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
         )
         return model.to(device)
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
@@ -180,6 +178,7 @@ def _load_bitsandbytes(
     source: Source, quantization: dict[str, Any], device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> Any:
     """The model as transformers loads it, its linears that library's modules. CheckpointError for other options."""
+    from llmshrink_eval.configured import running_config
     from transformers import AutoModelForCausalLM
 
     bitsandbytes.scheme_of(quantization)
@@ -189,6 +188,7 @@ def _load_bitsandbytes(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
+            config=running_config(source.folder, trust_remote_code=trust_remote_code),
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=trust_remote_code,

@@ -544,11 +544,8 @@ def test_no_parameter_decays() -> None:
 
 
 def test_nothing_is_dropped_while_a_student_learns() -> None:
+    from llmshrink_eval.configured import settle
     from transformers import OPTConfig
 
-    from llmshrink.distillation.student import _without_dropout
-
-    config = OPTConfig(dropout=0.1, attention_dropout=0.2, layerdrop=0.3)
-    without = _without_dropout(config)
-    assert (without.dropout, without.attention_dropout, without.layerdrop) == (0.0, 0.0, 0.0)
-    assert (config.dropout, config.attention_dropout) == (0.1, 0.2)
+    config = settle(OPTConfig(dropout=0.1, attention_dropout=0.2, layerdrop=0.3))
+    assert (config.dropout, config.attention_dropout, config.layerdrop) == (0.0, 0.0, 0.0)

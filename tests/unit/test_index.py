@@ -258,7 +258,7 @@ def test_a_tensor_that_the_model_needs_is_required(tmp_path: Path) -> None:
 def test_a_pointer_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
     (tmp_path / "model.safetensors").write_text(pointer)
-    with pytest.raises(CheckpointError, match="Git LFS pointer.*git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):
         CheckpointIndex.open(tmp_path)
 
 

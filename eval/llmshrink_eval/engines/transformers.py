@@ -131,7 +131,13 @@ class TransformersEngine:
                 # A streamed model has no device of its own; what it reads goes where accelerate computes.
                 warnings.filterwarnings("ignore", message=r"You are calling \.generate\(\) with the `input_ids`")
                 said = self.loaded.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False, pad_token_id=0
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=room,
+                    do_sample=False,
+                    pad_token_id=0,
+                    use_cache=True,
+                    return_dict_in_generate=False,
                 )
             text = self._tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
             found.append(Generation(prompt=prompt, text=text).model_dump())
@@ -145,7 +151,7 @@ class TransformersEngine:
 
 def own_dtype(spec: ModelSpec, running: Running) -> str:
     """What the model's config says that it computes in; float32 where it says nothing."""
-    from transformers import AutoConfig
+    from llmshrink_eval.configured import running_config
 
-    config = AutoConfig.from_pretrained(spec.folder, trust_remote_code=running.trust_remote_code, local_files_only=True)
+    config = running_config(spec.folder, trust_remote_code=running.trust_remote_code)
     return str(getattr(config.get_text_config(), "dtype", None) or "float32").removeprefix("torch.")

@@ -47,7 +47,7 @@ class VllmEngine:
     method = "full"
 
     def __init__(self, spec: ModelSpec, running: Running, tokenizer: Any) -> None:
-        from transformers import AutoConfig
+        from llmshrink_eval.configured import running_config
 
         if running.offload is not None:
             raise EvalError(
@@ -57,9 +57,7 @@ class VllmEngine:
         if build is not None and device_of(*build) != running.device.partition(":")[0]:
             raise EvalError(f"--device {running.device}: the vLLM of this environment runs on {device_of(*build)}")
         self._spec, self._running, self._tokenizer = spec, running, tokenizer
-        self._config = AutoConfig.from_pretrained(
-            spec.folder, trust_remote_code=running.trust_remote_code, local_files_only=True
-        )
+        self._config = running_config(spec.folder, trust_remote_code=running.trust_remote_code)
         self._limit = model_limit(self._config)
         self._dtype = self._chosen_dtype()
         self._process: VllmProcess | None = None

@@ -99,6 +99,7 @@ def transformers_logits(checkpoint: Path) -> Reference:
     don't divide a word, which the compressed-tensors library that vLLM pins packs otherwise; and where inputs are
     rounded to 8-bit integers, which that library does with other scales than vLLM, or keys and values cut off to FP8.
     """
+    from llmshrink_eval.configured import running_config
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()), torch.no_grad():  # progress bars of three libraries; what goes wrong is raised
@@ -106,7 +107,9 @@ def transformers_logits(checkpoint: Path) -> Reference:
         if only_we_read(config) or cut_cache(config):
             model = _decompressed(checkpoint, cut=cut_cache(config))
         else:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint, config=running_config(checkpoint), dtype=torch.float32, local_files_only=True
+            )
         model(
             torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         )  # weights are decompressed at the first forward
@@ -144,10 +147,11 @@ def _decompressed(checkpoint: Path, *, cut: bool = False) -> Any:
 
     cut: as `cut_cache` says.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from llmshrink_eval.configured import running_config
+    from transformers import AutoModelForCausalLM
 
     reader = Decompressed(checkpoint, json.loads((checkpoint / "config.json").read_text()), torch.float32)
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = running_config(checkpoint)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     reader.round_too(model, {name: name for name, _ in model.named_parameters()}, cut=cut)

@@ -1,0 +1,93 @@
+"""A model's config as it is run here: what its training left in it doesn't change how it is asked.
+
+config.json says what a model is, and often how somebody once ran it: tuples instead of named outputs, hidden states
+and attentions with every answer, no cache, gradient checkpointing, dropout, an attention kernel that isn't installed
+here, a padding id that no row of the embedding has. None of that changes what the model computes, and all of it can
+stop whoever reads its logits. So wherever a model is built here its config comes through `running_config`; files are
+never changed by it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+OURS = {
+    "return_dict": True,
+    "use_cache": True,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_router_logits": False,
+    "return_dict_in_generate": False,
+    "torchscript": False,
+    "gradient_checkpointing": False,
+}
+"""What holds while a model runs, where its config has such a field."""
+
+
+def running_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of the model in `folder`, as transformers reads it, settled as `settle` does.
+
+    Raises whatever transformers, or the repository's own code, does.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found, _ = PretrainedConfig.get_config_dict(str(folder), local_files_only=True)
+    own = trust_remote_code and "AutoConfig" in (found.get("auto_map") or {})
+    kind = found.get("model_type")
+    # attn_implementation would be looked for, and with output_attentions refused, before it could be changed.
+    given: dict[str, Any] = {"output_attentions": False, "attn_implementation": None, "name_or_path": str(folder)}
+    if own or not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True, **given)
+        return settle(config)
+    known: Any = CONFIG_MAPPING[kind]
+    return settle(known.from_dict({key: value for key, value in found.items() if not _computed(known, key)}, **given))
+
+
+def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the model in `folder`, for which transformers reads config.json too. Raises whatever it does."""
+    from transformers import AutoTokenizer
+
+    try:
+        config = running_config(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # whoever builds the model says what is wrong with it
+        config = None
+    return AutoTokenizer.from_pretrained(
+        folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+
+
+def settle(config: Any) -> Any:
+    """The same config, changed in place: our settings, no dropout, no padding id without a row, attention as torch's.
+
+    config: transformers'. Its parts (`text_config`) are settled too.
+    """
+    parts = {id(part): part for part in (config, *_parts(config), config.get_text_config())}
+    for part in parts.values():
+        part.output_attentions = False
+        for name, value in OURS.items():
+            if getattr(part, name, value) != value:
+                setattr(part, name, value)
+        for name, value in list(vars(part).items()):
+            dropped = name.endswith(("dropout", "pdrop", "layerdrop", "dropout_prob", "dropout_rate"))
+            if dropped and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(part, name, type(value)(0))
+        rows, padding = getattr(part, "vocab_size", None), getattr(part, "pad_token_id", None)
+        if isinstance(rows, int) and isinstance(padding, int) and not 0 <= padding < rows:
+            part.pad_token_id = None
+    # transformers then chooses as it does for a config that names none.
+    config._attn_implementation = None
+    config._experts_implementation = None
+    return config
+
+
+def _parts(config: Any) -> list[Any]:
+    found = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [part for part in found if hasattr(part, "get_text_config")]
+
+
+def _computed(kind: type, key: str) -> bool:
+    """Whether a class of configs computes a field itself, so that it can't be set."""
+    found = getattr(kind, key, None)
+    return isinstance(found, property) and found.fset is None

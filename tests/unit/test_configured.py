@@ -1,0 +1,130 @@
+"""What a training left in config.json doesn't change how a model is run, measured and taught; files keep it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_model
+from llmshrink_eval.configured import OURS, running_config, settle
+from llmshrink_eval.model import LoadOptions, load_model
+
+import llmshrink
+from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.cli import run
+
+SMALL: dict[str, Any] = {"samples": 8, "seq_len": 32, "group_size": 32}
+LEFT: dict[str, Any] = {
+    "return_dict": False,
+    "use_return_dict": False,
+    "use_cache": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "torchscript": True,
+    "gradient_checkpointing": True,
+    "attention_dropout": 0.3,
+    "attn_implementation": "flash_attention_2",
+    "_attn_implementation": "flash_attention_2",
+    "pad_token_id": 70_000,
+    "_name_or_path": "/somewhere/run-7",
+}
+
+
+def with_leftovers(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("plain") / "model", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def left(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_leftovers(Path(shutil.copytree(plain, tmp_path_factory.mktemp("left") / "model")), **LEFT)
+
+
+def test_our_settings_hold(left: Path) -> None:
+    config = running_config(left)
+    assert {name: getattr(config, name, OURS[name]) for name in OURS} == OURS
+    assert config.output_attentions is False
+    assert config._attn_implementation is None
+    assert config.attention_dropout == 0.0
+    assert config.pad_token_id is None
+    assert settle(config) is config
+
+
+@pytest.mark.parametrize(("padding", "kept"), [(0, 0), (-1, None), (63, 63), (64, None), (None, None)])
+def test_a_padding_id_needs_a_row(padding: int | None, kept: int | None, plain: Path, tmp_path: Path) -> None:
+    folder = with_leftovers(Path(shutil.copytree(plain, tmp_path / "m")), pad_token_id=padding, vocab_size=64)
+    assert running_config(folder).pad_token_id == kept
+
+
+def test_parts_of_a_config_are_settled_too() -> None:
+    from transformers import Gemma3Config
+
+    config = Gemma3Config(text_config={"use_cache": False, "attention_dropout": 0.1, "pad_token_id": 10**9})
+    text = settle(config).text_config
+    assert (text.use_cache, text.attention_dropout, text.pad_token_id) == (True, 0.0, None)
+
+
+def test_a_model_is_measured_as_without_them(plain: Path, left: Path) -> None:
+    ids = torch.arange(2, 26)[None]
+    one, other = (load_model(folder, LoadOptions())(ids).logits for folder in (plain, left))
+    assert torch.equal(one, other)
+
+
+def test_it_says_the_same(plain: Path, left: Path) -> None:
+    one, other = (llmshrink.generate(folder, "Once", max_new_tokens=8, chat=False).text for folder in (plain, left))
+    assert one == other
+
+
+def test_it_is_quantized_as_without_them_and_keeps_them(plain: Path, left: Path, story: Path, tmp_path: Path) -> None:
+    for name, folder in (("plain", plain), ("left", left)):
+        report = llmshrink.quantize(folder, output=tmp_path / name, calibration=story, **SMALL)
+        assert report.ok
+    with CheckpointIndex.open(tmp_path / "plain") as one, CheckpointIndex.open(tmp_path / "left") as other:
+        assert one.fingerprint() == other.fingerprint()
+    written = json.loads((tmp_path / "left" / "config.json").read_text())
+    assert {name: written[name] for name in LEFT} == LEFT
+    assert llmshrink.verify(tmp_path / "left").ok
+    ids = torch.arange(2, 26)[None]
+    loaded = [llmshrink.load(tmp_path / name)(ids).logits for name in ("plain", "left")]
+    assert torch.equal(loaded[0], loaded[1])
+
+
+def test_teacher_and_student_are_taught_as_without_them(plain: Path, left: Path, story: Path, tmp_path: Path) -> None:
+    found = [
+        llmshrink.distill(folder, folder, output=tmp_path / name, data=story, steps=1, seq_len=32, batch_size=2)
+        for name, folder in (("plain", plain), ("left", left))
+    ]
+    assert found[0] is not None and found[1] is not None
+    assert found[0].quality == found[1].quality
+    assert found[1].before.kl_mean < 1e-6
+
+
+@pytest.mark.parametrize("verb", ["quantize", "eval", "generate", "plan", "distill"])
+def test_what_the_model_s_class_raises_is_one_line(
+    verb: str, model_of: Callable[..., Path], story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(model_of("llama"), tmp_path / "m"))
+    with_leftovers(folder, hidden_act="no_such_function")
+    words = {
+        "quantize": ["quantize", str(folder), "-o", str(tmp_path / "out"), "--calibration", str(story)],
+        "eval": ["eval", str(folder), "--text", str(story), "-o", str(tmp_path / "report")],
+        "generate": ["generate", str(folder), "Once"],
+        "plan": ["plan", str(folder), "--calibration", str(story)],
+        "distill": ["distill", str(folder), str(folder), "-o", str(tmp_path / "out"), "--data", str(story)],
+    }[verb]
+    capsys.readouterr()
+    assert run(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "no_such_function" in error[0], error
+    assert not (tmp_path / "out").exists()
