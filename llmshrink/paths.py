@@ -39,3 +39,8 @@ def holds(folder: Path, path: Path) -> bool:
         return False
     path = Path(os.path.realpath(path))
     return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
+
+
+def as_text(name: str) -> str:
+    """A file's name as text that can be written: bytes that are no UTF-8 become the sign for what can't be read."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

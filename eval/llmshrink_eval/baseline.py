@@ -213,7 +213,7 @@ def intact(folder: Path, windows: Windows) -> bool:
 def _read_header(folder: Path) -> Header | None:
     """None where there is none, or it or the head isn't what was written."""
     try:
-        made: dict[str, Any] = json.loads((folder / "header.json").read_text())
+        made: dict[str, Any] = json.loads((folder / "header.json").read_text(encoding="utf-8"))
         if made.pop("crc32") != _header_crc32(made) or made["version"] != VERSION:
             return None
         header = Header(**{**made, "tail": Tail(**made["tail"])})

@@ -8,10 +8,12 @@ on where it stood.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +29,21 @@ VERSION = 2
 
 def default_folder() -> Path:
     """Where results are kept when nobody says: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llmshrink" / "eval"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Without a home folder the ~ stays, and would be made where we are.
+    return (private_folder() if base.startswith("~") else Path(base) / "llmshrink") / "eval"
+
+
+def private_folder() -> Path:
+    """A folder of this user alone, the same each time where it can be, in the temporary one. Raises OSError."""
+    folder = Path(tempfile.gettempdir()) / f"llmshrink-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    # The name is everybody's to take: what somebody else made there isn't used.
+    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="llmshrink-"))
 
 
 class Cache:
@@ -52,7 +67,9 @@ class Cache:
         text = json.dumps({"key": json.loads(_canonical(key)), "sha256": _digest(value), "value": value})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as unfinished:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
+            ) as unfinished:
                 unfinished.write(text)
             os.replace(unfinished.name, path)
         except OSError as error:

@@ -84,7 +84,9 @@ def user_file() -> Path:
     """Where searches are remembered."""
     base = os.environ.get("XDG_CACHE_HOME")
     # The base directory specification: a relative path is to be ignored.
-    root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+    root = Path(base) if base and Path(base).is_absolute() else Path(os.path.expanduser("~/.cache"))
+    if not root.is_absolute():  # no home folder, as in a container under a number alone
+        root = Path(tempfile.gettempdir()) / f"llmshrink-{os.getuid()}"
     return root / "llmshrink" / "kernels.json"
 
 
@@ -111,7 +113,7 @@ def remember(name: str, plan: Plan) -> None:
     plans = dict(_read(path)) | {name: plan}
     content = {other: asdict(found) if isinstance(found, Config) else found for other, found in plans.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump({"version": FORMAT, "plans": content}, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
@@ -136,7 +138,7 @@ def _tables(user: Path) -> Mapping[str, Plan]:
 def _read(path: Path) -> dict[str, Plan]:
     """The plans of a file; those that make no sense are left out, with a notice."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != FORMAT:
             return {}
         entries = dict(content["plans"])

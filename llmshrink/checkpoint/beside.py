@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE
+from llmshrink.paths import as_text
 
 TOKENIZER = (
     "tokenizer.json",
@@ -128,9 +129,9 @@ def left_behind(
             inside = [each for each in path.iterdir() if each.name not in UNSEEN] if _readable(path) else [path]
             if not inside or all(each in taken for each in inside):
                 continue
-            names.append(f"{_shown(path.name)}/")
+            names.append(f"{as_text(path.name)}/")
         else:
-            names.append(_shown(path.name))
+            names.append(as_text(path.name))
     return LeftBehind(tuple(names[:LISTED]), len(names))
 
 
@@ -190,8 +191,3 @@ def _readable(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _shown(name: str) -> str:
-    """A file's name as text, whatever its bytes are."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_weight_map
 from llmshrink.checkpoint.recognise import ADAPTER, adapter, refuse_unready
 from llmshrink.errors import LlmshrinkError, SourceError
-from llmshrink.paths import expanded
+from llmshrink.paths import as_text, expanded
 
 if TYPE_CHECKING:
     from llmshrink.checkpoint.arrival import Arriving
@@ -78,7 +78,7 @@ def resolve(
     path = expanded(model)
     if model and path.is_dir():
         refuse_unready(path.resolve(), model)
-        return Source(model, path.resolve(), None, "folder")
+        return Source(as_text(model), path.resolve(), None, "folder")
     if model and path.exists():
         raise SourceError(f"{model}: a file, not a model's folder; name the folder that holds config.json")
     name, _, pinned = model.partition("@")

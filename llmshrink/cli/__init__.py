@@ -19,6 +19,9 @@ from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, leave_with, re
 
 def main() -> None:
     """The entry point of the installed command: runs on sys.argv and exits with the code."""
+    from llmshrink.cli.surroundings import speak_utf8
+
+    speak_utf8()
     code = run(sys.argv[1:])
     leave_with(code)
     sys.exit(code)
@@ -48,6 +51,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _carry_out(arguments: Sequence[str]) -> int:
     from llmshrink.cli.app import command
+    from llmshrink.cli.surroundings import settle
+
+    settle()
 
     # obj: what a verb finds as the root's `obj`, the command line as it was given.
     result = command().main(list(arguments), prog_name=PROGRAM, standalone_mode=False, obj=tuple(arguments))

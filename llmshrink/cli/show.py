@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Protocol
 
@@ -29,7 +31,10 @@ def show(report: Report, *, as_json: bool) -> None:
 
 def show_json(document: Mapping[str, object] | Sequence[object]) -> None:
     """Print a document as JSON."""
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    plain = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
+    text = json.dumps(_finite(document), indent=2, ensure_ascii=plain, allow_nan=False)
+    # What isn't text (a name of other bytes) has an escape in JSON, and none in UTF-8.
+    print(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _finite(value: object) -> object:

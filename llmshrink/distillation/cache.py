@@ -252,7 +252,7 @@ def _file(number: int) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         assert isinstance(manifest["key"], dict)
         assert isinstance(manifest["sha256"], dict)
         assert manifest["windows_a_file"] > 0

@@ -82,7 +82,7 @@ def _is_whole(path: Path, progress: Progress) -> bool:
     """Whether a batch is there as it was written. Its checksum is written after it: without one it isn't finished."""
     if not path.is_file() or not _sum(path).is_file():
         return False
-    whole = disk.sha256_of(path) == _sum(path).read_text(errors="replace").strip()
+    whole = disk.sha256_of(path) == _sum(path).read_text(encoding="utf-8", errors="replace").strip()
     if not whole:
         progress.note(f"generated   {path} isn't what was written there: its windows are generated again")
     return whole

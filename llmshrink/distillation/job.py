@@ -32,6 +32,7 @@ from llmshrink.distillation.student import Student, Train, open_student, schemes
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import CalibrationError, LlmshrinkError, SourceError
 from llmshrink.model.blocks import find_blocks
+from llmshrink.paths import as_text
 from llmshrink.run.arithmetic import Arithmetic, automatic_training
 from llmshrink.run.asked import DTYPES, check_vocabulary, pick_device
 from llmshrink.run.job import here
@@ -131,7 +132,7 @@ class Job:
     def teacher_name(self) -> str:
         """For reports and records: of a folder its own name alone, and what was made of it in memory."""
         source, quant = self.teacher_source, self.options.teacher_quant
-        name = source.folder.name if source.kind == "folder" else source.name
+        name = as_text(source.folder.name) if source.kind == "folder" else source.name
         return name if quant is None else f"{name} in {quant}"
 
     @cached_property
@@ -139,7 +140,7 @@ class Job:
         """The teacher's block that each of the student's is held to, where their hidden states are."""
         blocks = [len(find_blocks(model)[1]) for model in (self.student.model, self.teacher.model)]
         record = self.student.source.folder / RECORD
-        structure = json.loads(record.read_text()).get("structure") if record.is_file() else None
+        structure = json.loads(record.read_text(encoding="utf-8")).get("structure") if record.is_file() else None
         return matched_blocks(blocks[0], blocks[1], structure)
 
     @cached_property

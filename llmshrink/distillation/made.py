@@ -33,7 +33,7 @@ def made(options: Options, progress: Progress) -> QuantizeReport | None:
     """Carry the options out, or find that an earlier run did: then None. A run that was stopped goes on."""
     record = options.output / RECORD
     if record.is_file():
-        there = json.loads(record.read_text())["identity"]
+        there = json.loads(record.read_text(encoding="utf-8"))["identity"]
         if there == json.loads(json.dumps(prepare(options).identity())):
             progress.note(f"student     {options.output} is there, from an earlier run of this command")
             return None

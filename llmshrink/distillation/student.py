@@ -102,7 +102,7 @@ class Student:
 
 def schemes_of(source: Source) -> dict[str, Scheme]:
     """How the linears of a checkpoint are stored. Raises SourceError for a form that can't be trained."""
-    config = json.loads((source.folder / "config.json").read_text())
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     try:
         found = dict(stored.schemes(config.get("quantization_config")))
     except CheckpointError as error:
@@ -129,7 +129,7 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
 
     train: None is `scales` for a quantized checkpoint, else `weights`. Raises SourceError for scales that aren't there.
     """
-    raw = json.loads((source.folder / "config.json").read_text())
+    raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     index = CheckpointIndex.open(source.folder)
     reader = Decompressed(source.folder, raw, torch.float32)
     skeleton = Skeleton(config, reader, device=device, dtype=torch.float32)

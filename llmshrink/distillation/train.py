@@ -148,7 +148,7 @@ def last_whole(folder: Path) -> Path | None:
     whole = []
     for checkpoint in folder.glob("checkpoint-*"):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         whole.append(checkpoint)

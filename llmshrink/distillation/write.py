@@ -12,6 +12,7 @@ from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import INDEX_FILE
 from llmshrink.distillation.curves import PICTURE, TABLE, Curves, section
 from llmshrink.errors import SourceError
+from llmshrink.paths import as_text
 from llmshrink.run import disk
 from llmshrink.run.card import write_card
 from llmshrink.run.finish import copy_side_files, pieces
@@ -140,7 +141,7 @@ def _old_record(job: Job, training: TokenWindows) -> dict[str, Any]:
     source = student.source
     return {
         "format": 1,
-        "model": source.name if source.kind != "folder" else source.folder.name,
+        "model": source.name if source.kind != "folder" else as_text(source.folder.name),
         "revision": source.revision,
         "recipe": "as it was",
         "blocks": student.model.config.get_text_config().num_hidden_layers,

@@ -175,7 +175,7 @@ def _tasks(folder: Path, cache: Path) -> list[list[str]] | None:
 def _machine() -> dict[str, object]:
     """What a device's name and speed depend on, as far as it can be told without torch."""
     try:
-        cpu = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
         # The clock changes from moment to moment.
         kind = [line for line in cpu.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))]
     except OSError:

@@ -78,7 +78,7 @@ def needed(folder: Path) -> bool:
 def _quantization(folder: Path) -> dict[str, Any]:
     """What config.json says of the quantization; empty where it says nothing, or isn't there: others refuse that."""
     try:
-        found = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -162,7 +162,7 @@ def _opened(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> tup
     """The dense model's config and a reader that answers with its tensors."""
     from llmshrink_eval.configured import running_config
 
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = running_config(folder, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -239,7 +239,7 @@ def _site_errors(folder: Path) -> tuple[SiteError, ...]:
     from llmshrink_eval.results import SiteError
 
     try:
-        sites: list[dict[str, Any]] = json.loads((folder / "llmshrink.json").read_text())["sites"]
+        sites: list[dict[str, Any]] = json.loads((folder / "llmshrink.json").read_text(encoding="utf-8"))["sites"]
         return tuple(SiteError(name=site["name"], bits=site["bits"], error=site["error"]) for site in sites)
     except (OSError, ValueError, KeyError, TypeError):
         return ()

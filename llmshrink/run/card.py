@@ -69,7 +69,7 @@ def write_card(folder: Path, more: str = "") -> None:
 
 def beyond(folder: Path) -> str | None:
     """What README.md has after the card; None where it doesn't begin with that, as somebody edited it."""
-    text, own = (folder / CARD).read_text() if (folder / CARD).is_file() else "", card(folder)
+    text, own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "", card(folder)
     return text.removeprefix(own) if text.startswith(own) else None
 
 
@@ -231,7 +231,7 @@ def _quality(folder: Path, record: dict[str, Any], made: InspectReport, evaluati
 
 def _recipe(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str]:
     calibration, file = record["calibration"], folder / "recipe.yaml"
-    text = file.read_text().rstrip() if file.is_file() else None
+    text = file.read_text(encoding="utf-8").rstrip() if file.is_file() else None
     return [
         "## Recipe",
         "",

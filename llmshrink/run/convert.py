@@ -126,7 +126,7 @@ def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], d
     if format_of(record) == format:
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")
     check_apart(output, (("the model", source),))
-    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return record, config
 
 

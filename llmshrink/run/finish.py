@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmshrink.checkpoint.beside import LeftBehind, belongs, left_behind, side_files
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
+from llmshrink.paths import as_text
 from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk
 from llmshrink.run.card import complete
@@ -58,7 +59,7 @@ def finish(
     _write_index(job, work, workspace)
     trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
     copy_side_files(job.source.folder, folder, trust_remote_code=trusted, besides=besides)
-    config = json.loads((job.source.folder / "config.json").read_text())
+    config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
     disk.write_json(folder / "config.json", work.config(config))
     disk.write_text(folder / RECIPE, to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
@@ -100,8 +101,8 @@ def finish(
 def reread(job: Job, *, seconds: float) -> QuantizeReport:
     """The summary of an output that an earlier process published just before it died."""
     output = job.options.output
-    record = json.loads((output / RECORD).read_text())
-    timing = json.loads((output / TIMING).read_text())
+    record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    timing = json.loads((output / TIMING).read_text(encoding="utf-8"))
     rows = rows_of(record["sites"])
     return QuantizeReport(
         output=output,
@@ -206,7 +207,7 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
         )
     return {
         "format": 1,
-        "model": job.source.name if job.source.kind != "folder" else job.source.folder.name,
+        "model": job.source.name if job.source.kind != "folder" else as_text(job.source.folder.name),
         "revision": job.source.revision,
         "recipe": job.recipe.name,
         "blocks": len(job.stages),

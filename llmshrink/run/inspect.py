@@ -85,7 +85,7 @@ def inspect(folder: Path) -> InspectReport:
     record = read_record(folder)
     rows = tuple(rows_of(record["sites"]))
     with CheckpointIndex.open(folder) as index:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         schemes = stored.schemes(config.get("quantization_config"), index)
         packed = {key for name, scheme in schemes.items() for key in stored.names(name, scheme)}
         packed |= {key for name in record.get("kv_cache") or () for key in kv_cache.keys_of(name)}

@@ -132,7 +132,7 @@ def front_matter(card: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = card.read_text(errors="replace")
+        text = card.read_text(encoding="utf-8", errors="replace")
         match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", text, re.DOTALL)
         found = yaml.safe_load(match[1]) if match else None
     except (OSError, yaml.YAMLError):
@@ -143,7 +143,7 @@ def front_matter(card: Path) -> dict[str, Any]:
 def _by_file(folder: Path, gated: bool) -> Licence:
     files = sorted(path for pattern in ("LICENSE*", "LICENCE*") for path in folder.glob(pattern) if path.is_file())
     for file in files:
-        text = file.read_text(errors="replace")[:20_000]
+        text = file.read_text(encoding="utf-8", errors="replace")[:20_000]
         known = next((id for pattern, id in _FILES if re.search(pattern, text)), "other")
         return Licence(known, None, None, file.name, gated)
     return Licence(gated=gated)

@@ -103,8 +103,10 @@ def _of_cgroup() -> int | None:
     left = []
     for folder, most, used, files in _groups():
         try:
-            limit, current = ((folder / name).read_text().strip() for name in (most, used))
-            said = dict(re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE))
+            limit, current = ((folder / name).read_text(encoding="utf-8").strip() for name in (most, used))
+            said = dict(
+                re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE)
+            )
         except OSError:
             continue
         if limit.isdigit():
@@ -115,7 +117,7 @@ def _of_cgroup() -> int | None:
 def _groups() -> Iterator[tuple[Path, str, str, str]]:
     """Of each group that we are in: folder, file of its limit, of its use, memory.stat's word for pages of files."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:

@@ -72,7 +72,7 @@ def write_seal(folder: Path, seal: Mapping[str, Any]) -> None:
 def read_seal(folder: Path) -> dict[str, Any] | None:
     """The seal, or None where there is none that can be read."""
     try:
-        seal = json.loads((folder / SEAL).read_text())
+        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         return seal if isinstance(seal["files"], dict) and isinstance(seal["with"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -48,8 +48,8 @@ of that: SmolLM2-135M in 4 bits differs by .031 where another CPU computes it in
 def read_record(folder: Path) -> dict[str, Any]:
     """llmshrink.json of an output. Raises SourceError when the folder isn't one."""
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        config = json.loads((folder / "config.json").read_text())
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         identity = record["identity"]
         whole = isinstance(config, dict) and {"quality", "notes", "model", "recipe"} <= record.keys()
         dtype = getattr(torch, identity["dtype"].removeprefix("torch."))
@@ -119,7 +119,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
     from llmshrink_eval.configured import running_config
 
     dtype = DTYPES[arithmetic_of(record, device).dtype]
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     file = folder / "config.json"
     unknown = unknown_type(raw)
     if unknown is not None:
@@ -154,7 +154,9 @@ def verify(folder: Path) -> VerifyReport:
     if not own.ok or format_of(record) != "bitsandbytes":
         return own
     reference = read_reference(folder)
-    scheme = bitsandbytes.scheme_of(json.loads((folder / "config.json").read_text())["quantization_config"])
+    scheme = bitsandbytes.scheme_of(
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    )
     found = by_transformers.token_logprobs(folder, scheme, held_out_batches(reference, 1), device_of(record))
     return compare(
         folder, reference, found, tolerance=by_transformers.TOLERANCE[scheme.kind], engine=by_transformers.library()
@@ -249,7 +251,7 @@ def verify_vllm(folder: Path) -> VerifyReport:
         if not _four_bits(folder):
             ways += ", or quantize again as vLLM serves it (--bits 4, and the notes of `llmshrink inspect`)"
         raise EngineError(f"{str(error).rstrip('. ')}; {ways}") from error
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     as_decoded = " as llmshrink decodes it" if only_we_read(config) or cut_cache(config) else ""
     if cut_cache(config):
         as_decoded += (

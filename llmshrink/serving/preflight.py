@@ -124,7 +124,7 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """config.json of a folder; ServeError where there is none."""
     try:
-        config = json.loads((checkpoint / "config.json").read_text())
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ServeError(
             f"{checkpoint}: no readable config.json there; name a checkpoint's folder (hf download gets one)"

@@ -160,7 +160,7 @@ class VllmProcess:
         return said
 
     def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").split("\n")
+        lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")[:600]
 
 

@@ -191,7 +191,7 @@ def header(bench: Bench, versions: dict[str, str], commit: str, device_name: str
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a result file whole: a benchmark that is killed leaves what its finished shapes gave."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump(content, file, indent=1)
         file.write("\n")
     os.replace(file.name, path)

@@ -80,7 +80,7 @@ def compare_with_transformers(
     """
     result = engine_logprobs(checkpoint, prompts, max_tokens=max_tokens, dtype=dtype)
     if tolerance is None:
-        tolerance = tolerance_of(json.loads((checkpoint / "config.json").read_text()))
+        tolerance = tolerance_of(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     return compare(result, prompts, transformers_logits(checkpoint), tolerance=tolerance)
 
 
@@ -103,7 +103,7 @@ def transformers_logits(checkpoint: Path) -> Reference:
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()), torch.no_grad():  # progress bars of three libraries; what goes wrong is raised
-        config = json.loads((checkpoint / "config.json").read_text())
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         if only_we_read(config) or cut_cache(config):
             model = _decompressed(checkpoint, cut=cut_cache(config))
         else:
@@ -150,7 +150,9 @@ def _decompressed(checkpoint: Path, *, cut: bool = False) -> Any:
     from llmshrink_eval.configured import running_config
     from transformers import AutoModelForCausalLM
 
-    reader = Decompressed(checkpoint, json.loads((checkpoint / "config.json").read_text()), torch.float32)
+    reader = Decompressed(
+        checkpoint, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), torch.float32
+    )
     config = running_config(checkpoint)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -129,7 +129,7 @@ def engine_logprobs(
 
 def _config(checkpoint: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+        config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EngineError(f"{checkpoint}: no readable config.json there; name a checkpoint's folder") from error
     return config
@@ -209,7 +209,7 @@ def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[
             raise EngineError(
                 f"vLLM {engine.version} ended with status {status} for {request['model']}: {_last_line(log)}"
             )
-        said = json.loads(answer.read_text())
+        said = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in said:
         raise EngineError(f"vLLM {engine.version} doesn't serve {request['model']}: {said['error']}")
     generations: list[_Said] = said["generations"]
@@ -217,5 +217,5 @@ def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -48,7 +48,7 @@ def _plain(completion: Any) -> dict[str, object]:
 def main(question: Path, answer: Path) -> None:
     """Answer the question; whatever the engine raises is the answer too, since no one else is there to hear it."""
     try:
-        said: dict[str, object] = {"generations": generate(json.loads(question.read_text()))}
+        said: dict[str, object] = {"generations": generate(json.loads(question.read_text(encoding="utf-8")))}
     except Exception as error:
         line = " ".join(str(error).split())
         said = {"error": f"{type(error).__name__}: {line}"[:LONGEST_ERROR]}
