@@ -67,10 +67,8 @@ class Cache:
         text = json.dumps({"key": json.loads(_canonical(key)), "sha256": _digest(value), "value": value})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
-            ) as unfinished:
-                unfinished.write(text)
+            with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False) as unfinished:
+                unfinished.write(text.encode())
             os.replace(unfinished.name, path)
         except OSError as error:
             raise self._unwritable(error) from error

@@ -6,6 +6,9 @@ EvalFailed is a measurement that ran and can't be trusted (NaN logits, an engine
 
 from __future__ import annotations
 
+import sys
+import traceback
+
 
 class EvalError(ValueError):
     """Bad input: str(error) is one line that a user can act on."""
@@ -13,3 +16,24 @@ class EvalError(ValueError):
 
 class EvalFailed(RuntimeError):
     """It ran, and what came out is no measurement: str(error) is one line that says what and where."""
+
+
+def raised_by_model(error: BaseException) -> str | None:
+    """One line for what the code of a model's own class raised, in transformers or in its repository; None for else.
+
+    It is the model's where the innermost code outside torch and Python's own library is: an error in what somebody
+    calls from within a model's forward isn't.
+    """
+    if not isinstance(error, Exception):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [(str(frame.f_globals.get("__name__", "")), frame) for frame in frames]
+    own = [(name, frame) for name, frame in names if name.partition(".")[0] not in ("torch", *sys.stdlib_module_names)]
+    if not own or not own[-1][0].startswith(("transformers.models.", "transformers_modules.")):
+        return None
+    name, frame = own[-1]
+    said = " ".join(str(error).split()).rstrip(".")[:300]
+    return (
+        f"the model's own code ({name}, line {frame.f_lineno}) fails: {type(error).__name__}: {said}; its config.json "
+        "and its weights don't belong together, or this transformers doesn't suit it: correct or download it again"
+    )

@@ -105,10 +105,8 @@ def _remember(memo: Path, state: tuple[object, ...], digest: str) -> None:
     """Write a memory whole or not at all, under a name of its own first: another run may be writing the same."""
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=memo.parent, suffix=".part", delete=False
-        ) as unfinished:
-            json.dump({"file": state, "sha256": digest}, unfinished)
+        with tempfile.NamedTemporaryFile("wb", dir=memo.parent, suffix=".part", delete=False) as unfinished:
+            unfinished.write(json.dumps({"file": state, "sha256": digest}).encode())
         os.replace(unfinished.name, memo)
     except OSError as error:
         raise EvalError(

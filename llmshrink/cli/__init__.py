@@ -64,7 +64,7 @@ def _carry_out(arguments: Sequence[str]) -> int:
 def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
     """Say what a user did, or what befell the run, and return the exit code; None for what only a bug can do."""
     import typer
-    from llmshrink_eval.errors import EvalError, EvalFailed
+    from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
 
     from llmshrink.errors import LlmshrinkError, RecipeError
 
@@ -81,7 +81,10 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
         return 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _refuse(_no_space(error))
-    return _refuse(_usage_line(error)) if isinstance(error, usage_error()) else None
+    if isinstance(error, usage_error()):
+        return _refuse(_usage_line(error))
+    said = raised_by_model(error)
+    return None if said is None else _refuse(said)
 
 
 def _refuse(*lines: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import make_model
 from llmshrink_eval.configured import OURS, running_config, settle
+from llmshrink_eval.errors import raised_by_model
 from llmshrink_eval.model import LoadOptions, load_model
 
 import llmshrink
@@ -110,12 +111,20 @@ def test_teacher_and_student_are_taught_as_without_them(plain: Path, left: Path,
     assert found[1].before.kl_mean < 1e-6
 
 
+@pytest.mark.parametrize(
+    "fault", [{"hidden_act": "no_such_function"}, {"max_position_embeddings": 128, "head_dim": 15}]
+)
 @pytest.mark.parametrize("verb", ["quantize", "eval", "generate", "plan", "distill"])
 def test_what_the_model_s_class_raises_is_one_line(
-    verb: str, model_of: Callable[..., Path], story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    verb: str,
+    fault: dict[str, Any],
+    model_of: Callable[..., Path],
+    story: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = Path(shutil.copytree(model_of("llama"), tmp_path / "m"))
-    with_leftovers(folder, hidden_act="no_such_function")
+    with_leftovers(folder, **fault)
     words = {
         "quantize": ["quantize", str(folder), "-o", str(tmp_path / "out"), "--calibration", str(story)],
         "eval": ["eval", str(folder), "--text", str(story), "-o", str(tmp_path / "report")],
@@ -126,5 +135,24 @@ def test_what_the_model_s_class_raises_is_one_line(
     capsys.readouterr()
     assert run(words) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and "no_such_function" in error[0], error
+    assert len(error) == 1 and error[0].startswith("llmshrink: error: "), error
+    assert "no_such_function" in error[0] or "head_dim" in fault, error
     assert not (tmp_path / "out").exists()
+
+
+def test_only_what_the_model_itself_raises_is_the_model_s() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    model = LlamaForCausalLM(config)
+
+    def ours(*_: Any) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    with pytest.raises(IndexError) as caught:
+        model(torch.tensor([[9]]))
+    assert "the model's own code (transformers.models.llama.modeling_llama, line " in str(raised_by_model(caught.value))
+    model.model.layers[0].register_forward_pre_hook(ours)
+    with pytest.raises(ZeroDivisionError) as broken:
+        model(torch.tensor([[1]]))
+    assert raised_by_model(broken.value) is None

@@ -561,3 +561,62 @@ def test_an_unfinished_run_of_another_kind_of_cpu_is_not_gone_on_with(
     with pytest.raises(OutputError, match=r"another kind of machine.*avx512_bf16, bfloat16; here .*, float32\)"):
         llmshrink.quantize(model_of("llama"), output=out, calibration=story, samples=4, seq_len=64)
     assert (workspace.folder / "journal.jsonl").is_file()
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(story: Path, tmp_path: Path) -> None:
+    source, target = make_model(tmp_path / "model"), tmp_path / "big" / "target"
+    target.mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    for overwrite in (False, True):
+        report = llmshrink.quantize(source, output=link, calibration=story, overwrite=overwrite, **SMALL)
+        assert report.ok and report.output == target
+        assert link.is_symlink() and (target / "config.json").is_file()
+    assert {path.name for path in target.parent.iterdir()} == {"target"}
+    assert llmshrink.verify(link).ok
+    (tmp_path / "dangling").symlink_to(tmp_path / "new" / "place")
+    llmshrink.quantize(source, output=tmp_path / "dangling", calibration=story, **SMALL)
+    assert (tmp_path / "new" / "place" / "config.json").is_file() and (tmp_path / "dangling").is_symlink()
+
+
+def test_an_output_is_never_what_is_read(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    ours = tmp_path / "ours"
+    llmshrink.prune(source, output=ours, recipe="depth-prune", calibration=story, samples=8, seq_len=32)
+    inside = Path(shutil.copytree(source, ours / "inside"))
+    text = Path(shutil.copy(story, ours / "text.txt"))
+    (tmp_path / "link").symlink_to(ours)
+    before = contents(ours)
+    for model, output in ((ours, ours), (ours, tmp_path / "link"), (tmp_path / "link", ours), (inside, ours)):
+        for act in (llmshrink.quantize, llmshrink.plan):
+            with pytest.raises(OutputError, match=r"(is|holds) the model .*, which is read; choose another folder"):
+                act(model, output=output, calibration=story, overwrite=True, **SMALL)
+    with pytest.raises(OutputError, match=r"holds --calibration .*text\.txt, which is read"):
+        llmshrink.quantize(source, output=ours, calibration=text, overwrite=True, **SMALL)
+    with pytest.raises(OutputError, match=r"is the model .*, which is read"):
+        llmshrink.quantize(source, output=source, calibration=story, overwrite=True, **SMALL)
+    assert contents(ours) == before and text.is_file()
+    assert llmshrink.quantize(ours, output=ours / "w4", calibration=story, **SMALL).ok
+
+
+def test_tensors_that_the_index_does_not_name_are_left_out_and_said(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    save_file({**tensors, "stale.weight": torch.full((4,), torch.nan)}, source / "a.safetensors", {"format": "pt"})
+    save_file({"model.norm.weight": torch.zeros(64)}, source / "b.safetensors", {"format": "pt"})
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {"model.mtp.weight": "b.safetensors"}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    report = llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    assert report.ok
+    record = json.loads((tmp_path / "out" / "llmshrink.json").read_text())
+    assert record["left_out"] == {
+        "stale.weight": "unknown to model.safetensors.index.json",
+        "model.norm.weight in b.safetensors": "also in another file, which model.safetensors.index.json names",
+        "model.mtp.weight": "in no file",
+    }
+    assert sum("left out" in note for note in report.notes) == 3
+    plain = make_model(tmp_path / "plain")
+    llmshrink.quantize(plain, output=tmp_path / "plain-out", calibration=story, **SMALL)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index == json.loads((tmp_path / "plain-out" / "model.safetensors.index.json").read_text())

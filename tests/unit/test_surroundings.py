@@ -28,18 +28,7 @@ SMALL = ["--samples", "8", "--seq-len", "32", "--group-size", "32"]
 
 
 def llmshrink(*words: str | Path, place: Path, **changes: str) -> subprocess.CompletedProcess[bytes]:
-    apart = (
-        "HOME",
-        "USER",
-        "LOGNAME",
-        "USERNAME",
-        "LNAME",
-        "XDG_CACHE_HOME",
-        "HF_HOME",
-        "LANG",
-        "LC_ALL",
-        "PYTHONUTF8",
-    )
+    apart = ("HOME", "USER", "LOGNAME", "USERNAME", "LNAME", "XDG_CACHE_HOME", "HF_HOME", "LANG", "LC_ALL")
     environment = {name: value for name, value in os.environ.items() if name not in apart}
     environment |= {"TMPDIR": str(place), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **changes}
     command = [sys.executable, "-m", "llmshrink", *map(os.fsencode, words)]

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmshrink_eval.errors import EvalError, EvalFailed
+from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
 from llmshrink_eval.options import ModelSpec, Running
 
 PR_SET_PDEATHSIG = 1
@@ -72,6 +72,9 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
     except EvalFailed as error:
         return {"error": str(error), "kind": "failed"}
     except Exception as error:
+        said = raised_by_model(error)
+        if said is not None:
+            return {"error": said, "kind": "input"}
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600], "kind": "died"}
 
 
