@@ -69,10 +69,10 @@ def settle(config: Any) -> Any:
         for name, value in OURS.items():
             if getattr(part, name, value) != value:
                 setattr(part, name, value)
-        for name, value in list(vars(part).items()):
+        for name, share in list(vars(part).items()):
             dropped = name.endswith(("dropout", "pdrop", "layerdrop", "dropout_prob", "dropout_rate"))
-            if dropped and isinstance(value, float | int) and not isinstance(value, bool):
-                setattr(part, name, type(value)(0))
+            if dropped and isinstance(share, float | int) and not isinstance(share, bool):
+                setattr(part, name, type(share)(0))
         rows, padding = getattr(part, "vocab_size", None), getattr(part, "pad_token_id", None)
         if isinstance(rows, int) and isinstance(padding, int) and not 0 <= padding < rows:
             part.pad_token_id = None

@@ -63,7 +63,7 @@ def paths_here(folder: Path, known: Iterable[str] = ()) -> list[str]:
     known: others, files among them, which stand as they are.
     """
     place = folder.resolve()
-    found = {f"{os.path.abspath(path)}/" for path in (*_home(), os.getcwd(), place, place.parent)}
+    found = {f"{os.path.abspath(path)}/" for path in [*_home(), os.getcwd(), str(place), str(place.parent)]}
     found |= {each for path in known for each in (os.path.abspath(path), os.path.realpath(path))}
     return sorted(found - {"//", "/"}, key=len, reverse=True)
 
