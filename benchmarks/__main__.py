@@ -61,26 +61,6 @@ def measure(command: list[str]) -> dict[str, float]:
     return measured
 
 
-def write_tokens(arguments: argparse.Namespace, path: Path) -> None:
-    """The calibration windows that ours would take, for those that don't tokenize themselves."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoTokenizer
-
-    from llmshrink.calibration.text import load_documents
-    from llmshrink.calibration.tokens import build_windows
-
-    windows, _ = build_windows(
-        load_documents(str(arguments.calibration)),
-        AutoTokenizer.from_pretrained(arguments.model),
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        held_out=0,
-        seed=0,
-        model_type=AutoConfig.from_pretrained(arguments.model).model_type,
-    )
-    save_file({"input_ids": windows.input_ids}, path)
-
-
 def table(runs: dict[str, list[dict[str, float]]], damage: dict[str, float]) -> list[str]:
     """Medians, and the ratio of each of ours to each reference."""
     seconds = {name: statistics.median(run["seconds"] for run in each) for name, each in runs.items()}
@@ -111,6 +91,7 @@ def judge(original: Path, outputs: dict[str, Path], text: Path) -> dict[str, flo
 
 def main() -> None:
     """Run all contenders in turn and print the table."""
+    from benchmarks.tokens import write_tokens
     from llmshrink.demo import language, model_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,7 +109,8 @@ def main() -> None:
             arguments.calibration = folder / "demo.txt"
             arguments.calibration.write_text(language.text(1, 10 * arguments.samples * arguments.seq_len))
         tokens = folder / "tokens.safetensors"
-        write_tokens(arguments, tokens)
+        shape = {"samples": arguments.samples, "seq_len": arguments.seq_len}
+        write_tokens(arguments.model, arguments.calibration, tokens, **shape)
         field = contenders(arguments, tokens, folder)
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in field}
         for _ in range(arguments.repeats):

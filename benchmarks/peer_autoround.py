@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=200, help="200 is its own default")
+    parser.add_argument("--dtype", default="auto", help="what the model computes in; auto: as stored")
     parser.add_argument("--batch-size", type=int, default=8, help="8 is its own default")
     arguments = parser.parse_args()
     import auto_round
@@ -32,7 +33,7 @@ def main() -> None:
     ids = load_file(arguments.tokens)["input_ids"]
     started, cpu = time.perf_counter(), time.process_time()
     rounding = auto_round.AutoRound(
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto"),
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype),
         AutoTokenizer.from_pretrained(arguments.model),
         bits=arguments.bits,
         group_size=arguments.group_size,
