@@ -14,7 +14,7 @@ from pathlib import Path
 def write_tokens(model: Path, calibration: Path, path: Path, *, samples: int, seq_len: int) -> None:
     """Tokenize the first of a text by a model's tokenizer, as a run of llmshrink with seed 0 does."""
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from llmshrink.calibration.text import load_documents
     from llmshrink.calibration.tokens import build_windows
@@ -26,6 +26,7 @@ def write_tokens(model: Path, calibration: Path, path: Path, *, samples: int, se
         seq_len=seq_len,
         held_out=0,
         seed=0,
+        model_type=AutoConfig.from_pretrained(model).model_type,
     )
     save_file({"input_ids": windows.input_ids}, path)
 

@@ -76,13 +76,16 @@ class Inputs:
 def inputs(*, calibration: Path | None, text: Path | None, cache: Path | None) -> Inputs:
     """Find all of it. Raises Missing for a text, source.Unavailable for the model."""
     found = []
-    for given, name, option in ((calibration, "calibration.txt", "--calibration"), (text, "wikitext2-test.txt", "--text")):
+    for given, name, option in (
+        (calibration, "calibration.txt", "--calibration"),
+        (text, "wikitext2-test.txt", "--text"),
+    ):
         path = (BESIDE / name if given is None else given).absolute()
         if not path.is_file():
             raise Missing(f"no {name} at {path}; name a text file with {option}")
         found.append(path)
     cache = (source.cache_folder() if cache is None else cache).absolute()
-    return Inputs(source.model(cache), *found, cache)
+    return Inputs(source.model(cache), found[0], found[1], cache)
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
@@ -158,7 +161,8 @@ def measure(row: Row, given: Inputs, *, checkpoint: bool, say: Say) -> dict[str,
         place.keep(figures)
         if not (checkpoint or row.tasks):
             shutil.rmtree(place.out)
-    say(f"{row.name}: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f}, {figures['cpu_seconds']:.0f} CPU s")
+    cpu_seconds = f"{figures['cpu_seconds']:.0f} CPU s"
+    say(f"{row.name}: KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f}, {cpu_seconds}")
     return figures
 
 

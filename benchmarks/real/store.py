@@ -64,9 +64,7 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [
-                each
-                for each in node.body
-                if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+                each for each in node.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
             ]
     return tree
 
@@ -108,10 +106,12 @@ class Place:
         """{"reason", "date"} of the last run, if it failed."""
         return _read(self.folder / "failed.json")
 
-    def older(self) -> dict[str, Any] | None:
-        """The newest result of another state of the code, if there is one."""
-        found = [one for file in self.folder.parent.glob("*/result.json") if (one := _read(file)) is not None]
-        return max(found, key=lambda one: str(one["date"]), default=None)
+    def older(self) -> Place | None:
+        """The newest that was measured by another state of the code, if there is one."""
+        found = {
+            Place(file.parent): str((_read(file) or {})["date"]) for file in self.folder.parent.glob("*/result.json")
+        }
+        return max(found, key=lambda one: found[one], default=None)
 
     def keep(self, result: Mapping[str, Any]) -> None:
         """File what was measured."""
@@ -126,7 +126,8 @@ class Place:
         """What its runs used so far; one that was killed has no "cpu_seconds"."""
         path = self.folder / "attempts.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
-        started, ended = {}, {}
+        started: dict[int, dict[str, Any]] = {}
+        ended: dict[int, dict[str, Any]] = {}
         for line in _records(lines):
             (ended if "cpu_seconds" in line else started)[line["attempt"]] = line
         return [{**started[number], **ended.get(number, {})} for number in sorted(started)]

@@ -74,6 +74,7 @@ class Options:
     tasks: tuple[str, ...] = ()
     tasks_dir: tuple[Path, ...] = ()
     limit: int | None = None
+    sample: int | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     speed: tuple[int, ...] = ()

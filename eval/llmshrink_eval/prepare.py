@@ -109,6 +109,7 @@ def refuse(options: Options, *, baseline: bool) -> list[Condition]:
             raise EvalError(f"--{flag} {value}: {' or '.join(known)}")
     for flag, number, least in (
         ("limit", options.limit, 1),
+        ("sample", options.sample, 1),
         ("num-fewshot", options.num_fewshot, 0),
         ("batch-size", running.batch_size, 1),
         ("seed", options.seed, 0),
@@ -122,10 +123,14 @@ def refuse(options: Options, *, baseline: bool) -> list[Condition]:
     about_text = (scoring.window, scoring.stride, scoring.max_tokens)
     if scoring.text is None and any(value is not None for value in about_text):
         raise EvalError("--window, --stride and --max-tokens are about a text: give --text too")
-    about_tasks = (options.tasks_dir or None, options.limit, options.num_fewshot, options.apply_chat_template or None)
-    if not options.tasks and any(value is not None for value in about_tasks):
+    about_tasks = (options.tasks_dir or None, options.limit, options.sample, options.num_fewshot)
+    if not options.tasks and (options.apply_chat_template or any(value is not None for value in about_tasks)):
         raise EvalError(
-            "--tasks-dir, --limit, --num-fewshot and --apply-chat-template are about tasks: give --tasks too"
+            "--tasks-dir, --limit, --sample, --num-fewshot and --apply-chat-template are about tasks: give --tasks too"
+        )
+    if options.limit is not None and options.sample is not None:
+        raise EvalError(
+            f"--limit {options.limit} and --sample {options.sample}: the first items or drawn ones; leave one out"
         )
     for prompt in options.prompts or ():
         if not prompt.strip() or LONE_SURROGATE.search(prompt):
@@ -267,6 +272,7 @@ def _tasks(options: Options) -> tuple[TaskOptions | None, TaskData | None]:
         names=options.tasks,
         tasks_dir=options.tasks_dir,
         limit=options.limit,
+        sample=options.sample,
         num_fewshot=options.num_fewshot,
         batch_size=options.running.batch_size,
         apply_chat_template=options.apply_chat_template,

@@ -22,7 +22,16 @@ from llmshrink_eval.errors import EvalError
 from llmshrink_eval.paired import compare_items
 from llmshrink_eval.results import Paired, Task
 from llmshrink_eval.taskrun import Item, TaskRun, collect
-from llmshrink_eval.taskset import TaskData, TaskOptions, TaskSet, check_tasks, load_tasks, quiet, survey_tasks
+from llmshrink_eval.taskset import (
+    TaskData,
+    TaskOptions,
+    TaskSet,
+    check_tasks,
+    drawn_items,
+    load_tasks,
+    quiet,
+    survey_tasks,
+)
 from llmshrink_eval.templates import Refused, TemplateFault, chat_text
 
 if TYPE_CHECKING:
@@ -99,6 +108,7 @@ def run_lm_tasks(
                 asked,
                 {"tasks": loaded.tasks, "groups": loaded.groups},
                 limit=options.limit,
+                samples=drawn_items(loaded, options),
                 bootstrap_iters=0,
                 apply_chat_template=options.apply_chat_template,
                 fewshot_as_multiturn=options.apply_chat_template,
@@ -254,7 +264,9 @@ def _versus(name: str, original: Mapping[str, TaskRun], run: TaskRun, seed: int)
     first, second = _by_document(before), _by_document(run)
     if first.keys() != second.keys():
         other = len(first.keys() ^ second.keys())
-        raise EvalError(f"task {name}: not the original's items ({other} documents differ): same data, same limit?")
+        raise EvalError(
+            f"task {name}: not the original's items ({other} documents differ): same data, same limit or sample?"
+        )
     pairs = [(item, second[key]) for key, item in first.items()]
     values = [item.value for pair in pairs for item in pair]
     return compare_items(

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,8 +38,9 @@ class TaskOptions:
     names: tasks, groups, tags, or patterns such as `arc_*`. tasks_dir: a folder of task files, or several, that stand
     before lm-eval's own. limit: only so many items of each task, the first ones. num_fewshot: None for what each task
     says; a task that fixes it at 0 keeps 0. batch_size: None for what fits the model's vocabulary. seed: of the
-    few-shot examples, and of sampled generation. bos: whether what the model reads begins with BOS. answers: a file in
-    which answers are kept while the tasks run, of one model and these tasks alone.
+    few-shot examples, of sampled generation, and of `sample`. bos: whether what the model reads begins with BOS.
+    answers: a file in which answers are kept while the tasks run, of one model and these tasks alone. sample: instead
+    of limit, so many items of each task, drawn from all.
     """
 
     names: tuple[str, ...]
@@ -50,6 +52,7 @@ class TaskOptions:
     seed: int = 0
     bos: Bos = "auto"
     answers: str | None = None
+    sample: int | None = None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -77,11 +80,14 @@ def check_tasks(options: TaskOptions) -> None:
         raise EvalError("no tasks named")
     for name, value, least in (
         ("limit", options.limit, 1),
+        ("sample", options.sample, 1),
         ("num_fewshot", options.num_fewshot, 0),
         ("batch_size", options.batch_size, 1),
     ):
         if value is not None and value < least:
             raise EvalError(f"{name} {value}: at least {least}")
+    if options.limit is not None and options.sample is not None:
+        raise EvalError(f"limit {options.limit} and sample {options.sample}: the first items or drawn ones, not both")
     for folder in options.folders:
         if not folder.is_dir():
             raise EvalError(f"{folder}: no such folder of tasks")
@@ -114,6 +120,23 @@ def load_tasks(options: TaskOptions) -> TaskSet:
     return TaskSet(dict(loaded["tasks"]), dict(loaded.get("groups", {})))
 
 
+def drawn_items(loaded: TaskSet, options: TaskOptions) -> dict[str, list[int]] | None:
+    """Which items of each task `options.sample` draws, as places among all of its items, in their order.
+
+    Each task draws for itself, by its name and the seed: the same items whatever is asked beside it, and of N and more
+    items, those of N are among them. None where nothing is drawn; a task with no more items than are asked for gives
+    all.
+    """
+    if options.sample is None:
+        return None
+    drawn = {}
+    for name, task in loaded.tasks.items():
+        order = list(range(len(task.eval_docs)))
+        random.Random(f"{options.seed} {name}").shuffle(order)
+        drawn[name] = sorted(order[: options.sample])
+    return drawn
+
+
 @dataclass(frozen=True)
 class TaskData:
     """What tasks are made of.
@@ -138,14 +161,15 @@ def survey_tasks(options: TaskOptions) -> TaskData:
         digest.update(json.dumps(parts, sort_keys=True, default=str).encode() + b"\n")
 
     enter(version("lm_eval"), options.names, options.limit, options.num_fewshot, options.batch_size)
-    enter(options.apply_chat_template, options.seed)
+    enter(options.apply_chat_template, options.seed, options.sample)
+    drawn = drawn_items(loaded, options)
     for folder in options.folders:
         for file in sorted(folder.rglob("*.py")):
             enter(file.relative_to(folder).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest())
     with quiet():
         for name, task in sorted(loaded.tasks.items()):
             enter(name, _definition(task))
-            for _, document in task.doc_iterator(limit=options.limit):
+            for _, document in task.doc_iterator(limit=options.limit, samples=drawn and drawn[name]):
                 enter(document)
             if task.get_config("num_fewshot"):
                 enter(*getattr(getattr(task, "sampler", None), "df", ()))

@@ -26,6 +26,7 @@ class EvalSettings(TypedDict, total=False):
     tasks: str | Sequence[str] | None
     tasks_dir: PathLike | None
     limit: int | None
+    sample: int | None
     num_fewshot: int | None
     apply_chat_template: bool
     engine: Literal["transformers", "vllm"]

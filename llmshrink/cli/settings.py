@@ -34,6 +34,7 @@ Tasks = Annotated[
 ]
 TasksDir = Annotated[str | None, typer.Option(help="A folder with tasks of your own, in lm-eval's YAML.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task (its first ones); left out: all.")]
+Sample = Annotated[int | None, typer.Option(min=1, help="Items of each task, drawn from all by --seed.")]
 NumFewshot = Annotated[
     int | None, typer.Option(min=0, help="Examples in the prompt, instead of the task's own number.")
 ]
@@ -56,7 +57,7 @@ Prompts = Annotated[
 Require = Annotated[
     str | None, typer.Option(help="Conditions, as 'recovery>=0.98,kl<=0.02': exit code 1 when one isn't met.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap and of few-shot examples.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap, of few-shot examples and of --sample.")]
 CacheFolder = Annotated[
     str | None,
     typer.Option(
@@ -79,6 +80,7 @@ def settings(
     tasks: Tasks = None,
     tasks_dir: TasksDir = None,
     limit: Limit = None,
+    sample: Sample = None,
     num_fewshot: NumFewshot = None,
     apply_chat_template: ChatTemplate = False,
     engine: Engine = "transformers",

@@ -21,6 +21,7 @@ class Settings:
     tasks: str | Sequence[str] | None = None
     tasks_dir: str | os.PathLike[str] | None = None
     limit: int | None = None
+    sample: int | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     engine: Literal["transformers", "vllm"] = "transformers"

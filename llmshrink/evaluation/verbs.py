@@ -168,6 +168,7 @@ def options_of(settings: Settings, scratch: Path, *, command: str | None) -> Opt
         tasks=tasks,
         tasks_dir=tuple(folders),
         limit=settings.limit,
+        sample=settings.sample,
         num_fewshot=settings.num_fewshot,
         apply_chat_template=settings.apply_chat_template,
         speed=_speed(settings),

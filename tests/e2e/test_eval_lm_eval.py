@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -106,8 +107,47 @@ def test_counts_are_those_of_lm_evals_command_line(
         assert run.num_fewshot == (num_fewshot or 0)
 
 
+def test_a_sample_is_drawn_by_the_seed_and_scored_as_lm_eval_scores_those_items(
+    tasks_dir: Path, tmp_path: Path
+) -> None:
+    import torch
+    from llmshrink_eval.tasks import TaskOptions, run_tasks
+    from llmshrink_eval.taskset import drawn_items, load_tasks
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    names = ("demo_facts", "local_answers")
+    options = TaskOptions(names, tasks_dir, batch_size=BATCH_SIZE, seed=SEED, sample=25)
+    drawn = drawn_items(load_tasks(options), options)
+    assert drawn is not None
+    for name, items in drawn.items():
+        assert len(items) == len(set(items)) == 25 and items == sorted(items) and items != list(range(25)), name
+
+    def items_of(**other: Any) -> dict[str, list[int]]:
+        changed = dataclasses.replace(options, **other)
+        return drawn_items(load_tasks(changed), changed) or {}
+
+    assert items_of(names=names[:1]) == {names[0]: drawn[names[0]]}, "a task draws for itself"
+    assert items_of(seed=SEED + 1)[names[0]] != drawn[names[0]]
+    assert set(items_of(sample=26)[names[0]]) > set(drawn[names[0]])
+    assert items_of(sample=60)[names[1]] == items_of(sample=999)[names[1]] == list(range(60))
+
+    scores, samples = _by_command_line(tasks_dir, tmp_path, names, None, None, drawn)
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    runs = run_tasks(model, AutoTokenizer.from_pretrained(model_folder()), options)
+    for name, run in runs.items():
+        assert run.score == scores[name][f"{run.metric},none"]
+        assert {item.doc_id for item in run.items} == set(drawn[name])
+        theirs = {row["doc_hash"]: float(row[run.metric]) for row in samples[name]}
+        assert {item.doc_hash: item.value for item in run.items} == theirs
+
+
 def _by_command_line(
-    tasks_dir: Path, tmp_path: Path, names: tuple[str, ...], limit: int | None, num_fewshot: int | None
+    tasks_dir: Path,
+    tmp_path: Path,
+    names: tuple[str, ...],
+    limit: int | None,
+    num_fewshot: int | None,
+    drawn: dict[str, list[int]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Its scores by task, its samples by task."""
     out = tmp_path / "out"
@@ -115,6 +155,7 @@ def _by_command_line(
     command += ["--model_args", f"pretrained={model_folder()},dtype=float32", "--include_path", str(tasks_dir)]
     command += ["--tasks", ",".join(names), "--batch_size", str(BATCH_SIZE), "--seed", str(SEED)]
     command += ["--log_samples", "--output_path", str(out)]
+    command += [] if drawn is None else ["--samples", json.dumps(drawn)]
     command += [] if limit is None else ["--limit", str(limit)]
     command += [] if num_fewshot is None else ["--num_fewshot", str(num_fewshot)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}

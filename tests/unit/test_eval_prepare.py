@@ -31,6 +31,9 @@ TEXT = Scoring(a_text(["some words"]))
     [
         (Options(), r"nothing to measure: give --text or --tasks"),
         (Options(scoring=Scoring(window=9), tasks=("a",)), r"--window, .* are about a text: give --text too"),
+        (Options(scoring=TEXT, sample=3), r"--sample, .* are about tasks: give --tasks too"),
+        (Options(tasks=("a",), sample=0), r"--sample 0: at least 1"),
+        (Options(tasks=("a",), limit=2, sample=3), r"--limit 2 and --sample 3: the first items or drawn ones"),
         (Options(scoring=TEXT, limit=3), r"--limit, .* are about tasks: give --tasks too"),
         (Options(scoring=TEXT, num_fewshot=0), r"--num-fewshot .* are about tasks"),
         (Options(scoring=TEXT, apply_chat_template=True), r"--apply-chat-template are about tasks"),
@@ -244,6 +247,7 @@ def test_a_task_folder_named_from_here_is_written_down_whole(here: Small, monkey
     ("change", "other"),
     [
         ({"limit": 5}, True),
+        ({"sample": 5}, True),
         ({"num_fewshot": 1}, True),
         ({"tasks_dir": "copied"}, False),
         ({"tasks_dir": "edited"}, True),
