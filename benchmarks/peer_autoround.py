@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 
 def main() -> None:
@@ -46,6 +47,13 @@ def main() -> None:
         device_map="cpu",
     )
     rounding.quantize_and_save(arguments.output, format="fake")
+    output = Path(arguments.output)
+    if not (output / "config.json").is_file():
+        # Newer releases write into a folder of their own inside.
+        (made,) = output.iterdir()
+        for file in made.iterdir():
+            file.rename(output / file.name)
+        made.rmdir()
     found = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({**found, "peak_rss": peak, "version": auto_round.__version__}), flush=True)

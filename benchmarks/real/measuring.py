@@ -68,6 +68,8 @@ class Inputs:
         }
         if row.tool == OURS:
             key["versions"] = versions(row.packages)
+            if row.student is not None:
+                key["student"] = row.student.command
             return store.place(self.cache, row.name, key, store.code_state())
         key["versions"] = store.file_digest(constraints(row.tool))
         return store.place(self.cache, row.name, key, store.code_state(SCRIPTS[row.tool]))
@@ -138,21 +140,32 @@ def peer_python(tool: str, say: Say) -> Path:
     return python
 
 
-def measure(row: Row, given: Inputs, *, checkpoint: bool, say: Say) -> dict[str, Any] | None:
+def measure(row: Row, given: Inputs, *, checkpoint: bool, say: Say, wait: bool = False) -> dict[str, Any] | None:
     """A row's figures, filed or measured now; None where it failed, which is filed too.
 
-    checkpoint: the model itself is wanted, which is made again where it was let go.
+    checkpoint: the model itself is wanted, which is made again where it was let go. wait: for another process or
+    thread that is measuring the same row; else that is said, and it is left to it.
     """
     place = given.place(row)
     found = place.result()
     if found is not None and (place.out.is_dir() or not checkpoint):
         return found
-    with _alone(place) as free:
+    student = None
+    if row.student is not None:
+        # Another may be making it just now.
+        if measure(row.student, given, checkpoint=True, say=say, wait=True) is None:
+            place.fail(f"there is no {row.student.name}", today())
+            return None
+        student = given.place(row.student).out
+    with _alone(place, wait=wait) as free:
         if not free:
             say(f"{row.name}: another process is measuring it")
             return None
+        found = place.result()
+        if found is not None and (place.out.is_dir() or not checkpoint):
+            return found
         try:
-            _make(row, given, place, say)
+            _make(row, given, place, student, say)
             figures = found or {**_figures(row, place), **_judged(row, given, place, say)}
         except Missing as error:
             place.fail(str(error), today())
@@ -180,19 +193,19 @@ def measure_all(
 
 
 @contextmanager
-def _alone(place: store.Place) -> Iterator[bool]:
+def _alone(place: store.Place, *, wait: bool) -> Iterator[bool]:
     """Whether nobody else is at this row; nobody will be meanwhile."""
     place.folder.mkdir(parents=True, exist_ok=True)
     with (place.folder / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             yield False
             return
         yield True
 
 
-def _make(row: Row, given: Inputs, place: store.Place, say: Say) -> None:
+def _make(row: Row, given: Inputs, place: store.Place, student: Path | None, say: Say) -> None:
     """The row's checkpoint at `place.out`. Raises Missing where it doesn't come to be."""
     if (place.out / "config.json").is_file():
         return
@@ -206,7 +219,13 @@ def _make(row: Row, given: Inputs, place: store.Place, say: Say) -> None:
     if row.tool != OURS:
         shutil.rmtree(out, ignore_errors=True)
         _tokens(given)
-    paths = {"model": given.model, "calibration": given.calibration, "tokens": given.tokens, "out": out}
+    paths = {
+        "model": given.model,
+        "calibration": given.calibration,
+        "tokens": given.tokens,
+        "out": out,
+        "student": student,
+    }
     attempt = len(place.attempts())
     say(f"{row.name}: {'goes on' if attempt else 'starts'}, about {row.minutes:.0f} CPU minutes; {place.log}")
     place.note({"attempt": attempt, "started": today()})

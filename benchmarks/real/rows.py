@@ -16,7 +16,8 @@ WEIGHTS_4, WEIGHTS_3, WEIGHTS_2 = "weights of 4 bits", "weights of 3 bits", "wei
 SPARSE, SMALLER, PRODUCTS, OTHERS = "2:4 and other zeros", "smaller shapes", "products of 8 bits", "others"
 GROUPS = ("original", WEIGHTS_4, WEIGHTS_3, WEIGHTS_2, SPARSE, SMALLER, PRODUCTS, OTHERS)
 TAUGHT_STEPS = 60
-"""Of the one distillation: what fits. 60 batches of 8 windows of 256 tokens."""
+"""Of a distillation: what fits. Each is a batch of 8 windows of 256 tokens of the calibration text, which has more of
+them than the 128 that are calibrated on."""
 ORIGINAL = "original"
 
 
@@ -37,6 +38,8 @@ class Row:
     tasks: bool = False
     packages: tuple[str, ...] = field(default=())
     """Beside torch and transformers, whose versions its numbers depend on."""
+    student: Row | None = None
+    """The row whose checkpoint is {student} in the command."""
 
 
 def _ours(verb: str, recipe: str, *more: str) -> tuple[str, ...]:
@@ -51,13 +54,21 @@ def _quantized(recipe: str, *more: str, group_size: int | None = 64) -> tuple[st
 
 
 ONE_STREAM = ("--set", "steps.0.quantize.corrected=0")
-TAUGHT = ("--set", f"steps.1.distill.steps={TAUGHT_STEPS}")
+TAUGHT = ("--data", "{calibration}", "--steps", str(TAUGHT_STEPS), "--batch-size", "8", "--seq-len", str(SEQ_LEN))
+PRUNED = Row("sparsegpt-2of4", SPARSE, "2:4", _ours("prune", "sparsegpt-2of4"), 22, tasks=True)
 G64 = "groups of 64"
 
 OUR_ROWS = (
     Row("gptq-w4a16", WEIGHTS_4, G64, _quantized("gptq-w4a16"), 14, tasks=True),
     Row("gptq-w4a16, one stream", WEIGHTS_4, G64, _quantized("gptq-w4a16", *ONE_STREAM), 8),
-    Row("gptq-w4a16, groups of 128", WEIGHTS_4, "groups of 128", _quantized("gptq-w4a16", group_size=128), 14),
+    Row(
+        "gptq-w4a16, groups of 128",
+        WEIGHTS_4,
+        "groups of 128",
+        _quantized("gptq-w4a16", group_size=128),
+        14,
+        usual=False,
+    ),
     Row("tuned-w4a16", WEIGHTS_4, G64, _quantized("tuned-w4a16"), 30, usual=False),
     Row("bnb-nf4", WEIGHTS_4, "blocks of 64", _quantized("bnb-nf4", group_size=None), 4, packages=("bitsandbytes",)),
     Row(
@@ -72,10 +83,17 @@ OUR_ROWS = (
     Row("gptq-w3a16", WEIGHTS_3, G64, _quantized("gptq-w3a16"), 14, tasks=True),
     Row("tuned-w3a16", WEIGHTS_3, G64, _quantized("tuned-w3a16"), 30, usual=False),
     Row("gptq-w2a16", WEIGHTS_2, G64, _quantized("gptq-w2a16"), 14, tasks=True),
-    Row("tuned-w2a16", WEIGHTS_2, G64, _quantized("tuned-w2a16"), 30),
+    Row(
+        f"tuned-w2a16, taught {TAUGHT_STEPS} steps",
+        WEIGHTS_2,
+        G64,
+        _ours("compress", "tuned-w2a16", "--set", f"steps.2.distill.steps={TAUGHT_STEPS}"),
+        75,
+        usual=False,
+    ),
     Row("magnitude-2of4", SPARSE, "2:4", _ours("prune", "magnitude-2of4"), 6),
     Row("wanda-2of4", SPARSE, "2:4", _ours("prune", "wanda-2of4"), 10),
-    Row("sparsegpt-2of4", SPARSE, "2:4", _ours("prune", "sparsegpt-2of4"), 22, tasks=True),
+    PRUNED,
     Row("alps-2of4", SPARSE, "2:4", _ours("prune", "alps-2of4"), 44, usual=False),
     Row(
         "alps-2of4-gptq-w4a16",
@@ -87,12 +105,13 @@ OUR_ROWS = (
     ),
     Row("sparsegpt-50", SPARSE, "half of each row", _ours("prune", "sparsegpt-50"), 22, usual=False),
     Row(
-        f"sparsegpt-2of4-distill, {TAUGHT_STEPS} steps",
+        f"sparsegpt-2of4, taught {TAUGHT_STEPS} steps",
         SPARSE,
-        "2:4, taught by the original",
-        _ours("compress", "sparsegpt-2of4-distill", *TAUGHT),
-        40,
+        f"2:4, taught by the original: {TAUGHT_STEPS} batches of 8 x {SEQ_LEN} tokens",
+        ("distill", "{model}", "{student}", "--output", "{out}", "--dtype", "float32", *TAUGHT),
+        35,
         tasks=True,
+        student=PRUNED,
     ),
     Row("width-prune", SMALLER, "3/4 of the FFN channels", _ours("prune", "width-prune"), 12),
     Row("depth-prune", SMALLER, "3/4 of the blocks", _ours("prune", "depth-prune"), 5),
