@@ -15,6 +15,9 @@ DEMO := build/demo-w4
 PEER_PYTHON ?=
 BENCH ?=
 TORTURE ?=
+# `make real REAL="--only 'gptq-w4*'"`: further options of benchmarks.real, for the three targets. FULL=1: all items.
+REAL ?=
+FULL ?=
 # `make gpu GPU_PYTHON=/path/to/python`: an environment of your own with CUDA builds of torch and Triton, pytest,
 # hypothesis, and what pyproject.toml asks for.
 GPU_PYTHON ?= $(BIN)/python
@@ -23,7 +26,7 @@ GPU_PYTHON ?= $(BIN)/python
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-full demo test test-fast lint format docs bench gpu gpu-quantize torture clean
+.PHONY: help venv venv-full demo test test-fast lint format docs bench real real-peers real-tasks gpu gpu-quantize torture clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +79,15 @@ torture: venv  ## A hundred killed runs, a hundred identical results
 
 bench: venv  ## Time, memory and damage against the peers
 	$(BIN)/python -u -m benchmarks $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(BENCH)
+
+real: venv  ## A real language model: the damage of our recipes, in 90 minutes on two cores
+	$(BIN)/python -u -m benchmarks.real $(REAL)
+
+real-peers: venv  ## The same of llm-compressor, GPTQModel and AutoRound, each in an environment of its own
+	$(BIN)/python -u -m benchmarks.real peers $(REAL)
+
+real-tasks: venv  ## Downstream tasks on it, 300 items of each (FULL=1: all of them)
+	$(BIN)/python -u -m benchmarks.real tasks $(if $(FULL),--full) $(REAL)
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),venv)  ## On a CUDA device: every kernel's tests, then the kernels' benchmarks
 	PYTHONPATH=.:eval:kernels $(GPU_PYTHON) -m pytest -q tests/kernels
