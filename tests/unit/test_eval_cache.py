@@ -83,7 +83,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"max_tokens": 120}, {"read", "generations"}),
     ({"batch_size": 2}, ALL),
     ({"limit": 3}, {"tasks"}),
-    ({"sample": 3}, {"tasks"}),
+    ({"limit": None, "sample": 3}, {"tasks"}),
     ({"num_fewshot": 1}, {"tasks"}),
     ({"seed": 1}, {"tasks"}),
     ({"tasks": ("demo_habits",)}, {"tasks"}),

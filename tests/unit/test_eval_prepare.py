@@ -247,7 +247,7 @@ def test_a_task_folder_named_from_here_is_written_down_whole(here: Small, monkey
     ("change", "other"),
     [
         ({"limit": 5}, True),
-        ({"sample": 5}, True),
+        ({"limit": None, "sample": 5}, True),
         ({"num_fewshot": 1}, True),
         ({"tasks_dir": "copied"}, False),
         ({"tasks_dir": "edited"}, True),

@@ -30,7 +30,8 @@ from llmshrink.evaluation.verbs import check_report_folder, options_of
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 FLAGS = (
     "--text notes.txt --protocol sliding --window 64 --stride 16 --max-tokens 1000 --tasks a,b --tasks-dir mine "
-    "--limit 5 --sample 4 --num-fewshot 2 --apply-chat-template --engine vllm --device cuda:1 --dtype float16 --batch-size 3 "
+    "--limit 5 --sample 4 --num-fewshot 2 --apply-chat-template --engine vllm --device cuda:1 --dtype float16 "
+    "--batch-size 3 "
     "--offload --speed 1,4 --prompt one --prompt two --require kl<=1 --seed 7 --cache kept --fresh --trust-remote-code"
 )
 GIVEN: dict[str, Any] = {
