@@ -26,7 +26,7 @@ from llmshrink.runtime.eight_bit import EightBitLinear
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.sparse import SparseLinear
 from llmshrink.weights import FP8, Activations, EightBit, GroupedInt, Sparse24, coded
-from llmshrink.weights.product import tolerance
+from llmshrink.weights.eight_bit_product import tolerance
 
 SHAPES = ("256x256", "768x256", "256x768", "4096x4096")
 ROUNDS = 7

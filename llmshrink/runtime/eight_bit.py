@@ -1,4 +1,4 @@
-"""A linear whose products are of 8 bits, weights and inputs: a module around `weights.product`, which says how."""
+"""A linear whose products are of 8 bits, weights and inputs: a module around `weights.eight_bit_product`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmshrink.runtime.linear import DTYPES
 from llmshrink.weights import Activations, EightBit
-from llmshrink.weights.product import takes
+from llmshrink.weights.eight_bit_product import takes
 
 
 class EightBitLinear(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from llmshrink_kernels.device import runs_triton
 from llmshrink_kernels.wna16 import prepack
+from llmshrink_kernels.wna16.cpu import group_for
 from torch import Tensor, nn
 
 from llmshrink.checkpoint.index import CheckpointIndex
@@ -32,7 +33,6 @@ from llmshrink.methods.bnb import require
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.run.asked import DTYPES, pick_arithmetic, pick_device
 from llmshrink.run.memory import give_back
-from llmshrink.runtime.cpu import group_for
 from llmshrink.runtime.eight_bit import EightBitLinear
 from llmshrink.runtime.linear import QuantLinear
 from llmshrink.runtime.scheme import of_groups, schemes

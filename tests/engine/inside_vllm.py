@@ -223,7 +223,7 @@ def int8_products() -> float:
     """The largest error of what vLLM picks for int8 products, of the largest codes, in units of the allowed."""
     from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 
-    from llmshrink.weights.product import tolerance
+    from llmshrink.weights.eight_bit_product import tolerance
 
     kernel = init_int8_linear_kernel(True, False, True, "a.down_proj")
     layer = torch.nn.Module()

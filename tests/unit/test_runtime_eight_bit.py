@@ -16,8 +16,8 @@ from llmshrink_kernels import device as where
 from torch import Tensor, nn
 
 from llmshrink.runtime.eight_bit import EightBitLinear
-from llmshrink.weights import FP8, Activations, EightBit, coded, product
-from llmshrink.weights.product import multiplies, tolerance
+from llmshrink.weights import FP8, Activations, EightBit, coded, eight_bit_product
+from llmshrink.weights.eight_bit_product import multiplies, tolerance
 
 KINDS: list[Activations] = ["int8", "fp8"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -52,8 +52,8 @@ def check(y: Tensor, x: Tensor, weight: EightBit) -> None:
 @pytest.fixture
 def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor whose int8 products saturate; blocks of few rows."""
-    monkeypatch.setattr(product, "multiplies", lambda *_: False)
-    monkeypatch.setattr(product, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(eight_bit_product, "multiplies", lambda *_: False)
+    monkeypatch.setattr(eight_bit_product, "BLOCK_BYTES", 1 << 12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,14 +84,14 @@ def test_blocks_in_float32_are_within_the_tolerance(kind: Activations, dtype: to
 def test_an_fp8_number_is_moved_to_float32_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
     finite = codes[~codes.float().isnan()].view(2, -1)
-    values, unit = product._values(finite)
+    values, unit = eight_bit_product._values(finite)
     assert torch.equal(values * unit, finite.float()) and finite.numel() == 254
 
 
 def test_sums_that_do_not_fit_into_32_bits_are_taken_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 127 * 128 * product.MOST_INPUTS < 2**31
+    assert 127 * 128 * eight_bit_product.MOST_INPUTS < 2**31
     weight = make("int8", (16, 96))
-    monkeypatch.setattr(product, "MOST_INPUTS", 95)
+    monkeypatch.setattr(eight_bit_product, "MOST_INPUTS", 95)
     layer = EightBitLinear(weight, dtype=torch.float32)
     x = inputs(5, 96, torch.float32)
     assert not layer.whole

@@ -6,8 +6,9 @@ adds pairs of products in 16 bits: they overflow, and nothing is said (of codes 
 is left). Both checks are asked as they are; what they accept is refused where the kernel isn't there, or a trial isn't
 exact.
 
-For products of int8 ours is `weights.product`: exact on every CPU. It takes what llm-compressor and we write, weights
-with a scale a row and inputs rounded token by token. Other int8 checkpoints stay with vLLM's, and one line says so.
+For products of int8 ours is `weights.eight_bit_product`: exact on every CPU. It takes what llm-compressor and we
+write, weights with a scale a row and inputs rounded token by token. Other int8 checkpoints stay with vLLM's, and one
+line says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llmshrink.serving.vllm import compat
-from llmshrink.weights.product import takes
+from llmshrink.weights.eight_bit_product import takes
 
 NO_INT4 = "vLLM's CPU build has an int4 kernel for AVX-512 alone, and this CPU has none"
 OVERFLOWS = "vLLM's products of int8 overflow on this CPU, which has no VNNI"
