@@ -79,7 +79,7 @@ def chat_marks(
     template = template_of(tokenizer, tools)
     dated = date_arguments(template)
     try:
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             tools=list(tools) if tools else None,
             chat_template=template,
@@ -88,6 +88,7 @@ def chat_marks(
         )
     except Exception as error:  # as in chat_text
         raise whose_fault(tokenizer, error, tools=tools, **dated) from error
+    texts, spans = rendered[0], rendered[1]
     return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]]
 
 

@@ -92,13 +92,12 @@ def _record(job: Job, training: TokenWindows, before: Quality, quality: Quality,
     carried = {**old["identity"], **identity, "dtype": "torch.float32", "batch_size": options.batch_size}
     return {
         **old,
-        "notes": [*old["notes"], *student.index.notes()],
         "recipe": options.recipe or f"{old['recipe']}, distilled",
         "quality": asdict(quality),
         "identity": carried,
         "held_out": job.held_out.name,
         "sites": [asdict(row) for row in rows],
-        "notes": [*old["notes"], *_new(old["notes"], training.reading.notes(job.real.name))],
+        "notes": [*old["notes"], *_new(old["notes"], [*student.index.notes(), *training.reading.notes(job.real.name)])],
         "distill": {
             "teacher": job.teacher_name,
             "revision": job.teacher_source.revision,

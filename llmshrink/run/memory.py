@@ -4,8 +4,8 @@ Long-lived activations and short-lived temporaries share glibc's heap. What is f
 resident, and after a few blocks that may be as much as everything alive together. `give_back` returns such pages to the
 system. But every page given back is a fault when it is touched again, and a block's forwards touch the same few dozen
 megabytes for each batch: given back after every batch they cost a run as much as a sixth of its time. So a run says
-beforehand how much memory it will need (`holding`), and up to there nothing is given back: neither by `give_back` nor by
-glibc itself, which returns a large tensor's pages when it is freed unless it is told otherwise.
+beforehand how much memory it will need (`holding`), and up to there nothing is given back: neither by `give_back` nor
+by glibc itself, which returns a large tensor's pages when it is freed unless it is told otherwise.
 """
 
 from __future__ import annotations
