@@ -1,9 +1,9 @@
 """Products of float32 matrices on a CPU, by oneDNN's kernels where they are the faster ones.
 
 torch multiplies float32 on x86 by MKL, which takes the AVX2 kernels on any CPU but Intel's. oneDNN, which torch brings
-too and uses for bfloat16, goes by what the CPU can: one core of an AMD EPYC with AVX-512 does 215 GFLOP/s instead of 100,
-and 112 where both are held to AVX2 (`python -m benchmarks.products`). The operator is the one that torch's own compiler
-calls. It knows no gradient, so that whatever trains multiplies as before.
+too and uses for bfloat16, goes by what the CPU can: one core of an AMD EPYC with AVX-512 does 215 GFLOP/s instead of
+100, and 112 where both are held to AVX2 (`python -m benchmarks.products`). The operator is the one that torch's own
+compiler calls. It knows no gradient, so that whatever trains multiplies as before.
 
 The two sum in another order, so what is computed by one differs from the other in the last bits; which of them a run
 had is part of its identity (`product`).
