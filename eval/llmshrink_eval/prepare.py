@@ -236,6 +236,8 @@ def _refuse_chat_templates(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]
     from llmshrink_eval.templates import PLAINEST, Refused, TemplateFault, chat_text
 
     for spec, tokenizer in zip(specs, tokenizers, strict=True):
+        if not getattr(tokenizer, "chat_template", None):
+            raise EvalError(f"--apply-chat-template: the tokenizer of {spec.name} has no chat template; leave it out")
         try:
             chat_text(tokenizer, PLAINEST, add_generation_prompt=True)
         except (TemplateFault, Refused) as error:

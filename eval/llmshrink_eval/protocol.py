@@ -156,7 +156,8 @@ def build_windows(
         there = sum(len(part.ids) + opening for part in parts)
     if max_tokens is not None and max_tokens > there:
         raise EvalError(
-            f"--max-tokens {max_tokens:,}: {text.name} has {there:,} tokens; ask for fewer, or leave --max-tokens out"
+            f"--max-tokens {max_tokens:,}: {text.name} has {there:,} tokens{_left_out(text)}; ask for fewer, or leave"
+            " --max-tokens out"
         )
     if protocol == "gptq":
         if max_tokens is not None and max_tokens < window:
@@ -164,10 +165,10 @@ def build_windows(
                 f"--max-tokens {max_tokens:,}: less than one window of {window:,} tokens; ask for {window:,} or more,"
                 " or take a smaller --window"
             )
-        spans = [_gptq_spans(min(there, max_tokens or there), window, opening, text.name)]
+        spans = [_gptq_spans(min(there, max_tokens or there), window, opening, text)]
     else:
         spans = list(_sliding_spans([len(part.ids) for part in parts], max_tokens, room, stride, opening))
-    return _assemble(text.name, protocol, window, stride, parts, spans, beginning.bos)
+    return _assemble(text, protocol, window, stride, parts, spans, beginning.bos)
 
 
 def _checked_stride(protocol: Protocol, window: int, stride: int | None, limit: int) -> int:
@@ -243,12 +244,12 @@ def _word_ends(text: str) -> Tensor:
     return ends.cumsum(0)
 
 
-def _gptq_spans(tokens: int, window: int, opening: int, name: str) -> list[_Span]:
+def _gptq_spans(tokens: int, window: int, opening: int, text: Text) -> list[_Span]:
     """tokens: with BOS before each window, where that is put; the spans are of the text alone."""
     if tokens < window:
         raise EvalError(
-            f"--window {window}: {name} gives {tokens:,} tokens, less than one window; take a smaller --window or a"
-            " longer text"
+            f"--window {window}: {text.name} gives {tokens:,} tokens, less than one window{_left_out(text)}; take a"
+            " smaller --window or a longer text"
         )
     room = window - opening
     return [
@@ -276,8 +277,12 @@ def _sliding_spans(
         yield [_Span(max(0, end - room), first, end) for first, end in zip(firsts, ends, strict=False)]
 
 
+def _left_out(text: Text) -> str:
+    return f" ({text.left_out.words()})" if text.left_out.count else ""
+
+
 def _assemble(
-    name: str,
+    text: Text,
     protocol: Protocol,
     window: int,
     stride: int,
@@ -287,7 +292,10 @@ def _assemble(
 ) -> Windows:
     flat = [(number, span) for number, group in enumerate(spans) for span in group]
     if not flat:
-        raise EvalError(f"{name}: no document has two tokens, so there is nothing to predict")
+        raise EvalError(
+            f"{text.name}: no document has two tokens, so there is nothing to predict{_left_out(text)}; give a longer"
+            " text"
+        )
     opening = [] if bos is None else [bos]
     lengths = torch.tensor([len(opening) + span.end - span.begin for _, span in flat])
     input_ids = torch.full((len(flat), int(lengths.max())), PAD_ID, dtype=torch.int64)
@@ -305,7 +313,7 @@ def _assemble(
     for tensor in (input_ids, lengths, scored):
         digest.update(tensor.numpy().tobytes())
     return Windows(
-        name=name,
+        name=text.name,
         protocol=protocol,
         window=window,
         stride=stride,

@@ -65,7 +65,8 @@ def generate_windows(
     whole = hashlib.sha256(key)
     whole.update(ids.numpy().tobytes())
     name = f"{real.name}, and {ids.numel():,} tokens by the teacher"
-    return TokenWindows(ids, torch.ones_like(ids, dtype=torch.bool), name, whole.hexdigest())
+    every = torch.ones_like(ids, dtype=torch.bool)
+    return TokenWindows(ids, every, name, whole.hexdigest(), reading=real.reading)
 
 
 def _read(path: Path) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llmshrink_eval.beginning import Beginning, beginning_of
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.protocol import build_windows as eval_windows
-from llmshrink_eval.tasks import bos_of_tasks
+from llmshrink_eval.tasks import _tokenizer_of_tasks, bos_of_tasks
 from llmshrink_eval.text import Text
 
 from llmshrink.calibration.packing import begun
@@ -168,6 +168,19 @@ def test_tasks_are_told_where_the_tokenizer_does_otherwise() -> None:
     assert bos_of_tasks(HAS, "llama", "auto") is None
     assert bos_of_tasks(HAS, "gemma", "auto") is True
     assert bos_of_tasks(PUTS, "gemma", "never") is False
+
+
+def test_the_tokenizer_of_tasks_puts_bos_and_pads_with_what_the_model_has() -> None:
+    from transformers import LlamaConfig
+
+    made = _tokenizer_of_tasks(HAS, LlamaConfig(vocab_size=len(HAS)), True)
+    assert made("Once")["input_ids"] == [BOS, *HAS("Once")["input_ids"]]
+    assert HAS("Once")["input_ids"][0] != BOS
+    padding = with_bos()
+    padding.add_special_tokens({"pad_token": "[PAD]"})
+    vocabulary = padding.pad_token_id
+    made = _tokenizer_of_tasks(padding, LlamaConfig(vocab_size=vocabulary), None)
+    assert made.pad_token_id == padding.eos_token_id < vocabulary == padding.pad_token_id
 
 
 def test_the_ids_of_a_text_keep_their_own_when_nothing_is_put() -> None:

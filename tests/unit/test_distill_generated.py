@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmshrink.calibration.reading import Reading
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.distillation.generated import BATCH, generate_windows
 from llmshrink.run.progress import Silent
@@ -73,3 +74,21 @@ def test_a_damaged_file_is_written_again(damage: str, model: Any, real: TokenWin
     assert torch.equal(again.input_ids, whole.input_ids) and path.read_bytes() == held
     assert [line for line in said if "isn't what was written there" in line] == said[: damage != "unfinished"]
     assert write(model, real, tmp_path, 2)[1] == []
+
+
+def test_what_the_teacher_writes_begins_with_bos_where_the_text_does(model: Any, tmp_path: Path) -> None:
+    ids = torch.randint(2, 500, (10, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 501
+    text = TokenWindows(ids, torch.ones_like(ids, dtype=torch.bool), "text", "fingerprint", reading=Reading(bos=True))
+    found, _ = write(model, text, tmp_path, 12)
+    assert found.input_ids.shape == (12, LENGTH) and (found.input_ids[:, 0] == 501).all()
+    assert torch.equal(found.input_ids[:10, 1:5], ids[:, 1:5])
+    assert found.reading.bos
+
+
+def test_prompts_are_never_padding(model: Any, tmp_path: Path) -> None:
+    ids = torch.randint(2, 500, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 2:] = False  # a conversation of two tokens, shorter than a prompt
+    found, _ = write(model, TokenWindows(ids, mask, "text", "fingerprint"), tmp_path, 4)
+    assert torch.equal(found.input_ids[:2, :4], ids[[0, 2], :4])

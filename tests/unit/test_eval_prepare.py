@@ -208,7 +208,7 @@ def test_settings_are_what_was_used_and_nothing_is_left_open(here: Small, tmp_pa
     assert found["scoring"] == {"protocol": "sliding", "window": 24, "stride": 12, "max_tokens": None}
     assert found["running"] == {
         "engine": "transformers", "device": "cpu", "dtype": {"model": "float32"}, "offload": True,
-        "batch_size": {"text": 4096 // 24, "tasks": 32}, "trust_remote_code": False,
+        "batch_size": {"text": 4096 // 24, "tasks": 32}, "trust_remote_code": False, "bos": False,
     }  # fmt: skip
     assert found["num_fewshot"] == {"demo_facts": 0, "demo_cloze": 0}
     assert found["tasks_dir"] == [str(here.tasks_dir)] and here.tasks_dir.is_absolute()

@@ -31,7 +31,7 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 FLAGS = (
     "--text notes.txt --protocol sliding --window 64 --stride 16 --max-tokens 1000 --tasks a,b --tasks-dir mine "
     "--limit 5 --sample 4 --num-fewshot 2 --apply-chat-template --engine vllm --device cuda:1 --dtype float16 "
-    "--batch-size 3 "
+    "--batch-size 3 --bos never "
     "--offload --speed 1,4 --prompt one --prompt two --require kl<=1 --seed 7 --cache kept --fresh --trust-remote-code"
 )
 GIVEN: dict[str, Any] = {
@@ -39,6 +39,7 @@ GIVEN: dict[str, Any] = {
     "tasks_dir": "mine", "limit": 5, "sample": 4, "num_fewshot": 2, "apply_chat_template": True, "engine": "vllm",
     "device": "cuda:1", "dtype": "float16", "batch_size": 3, "offload": True, "speed": "1,4",
     "require": "kl<=1", "seed": 7, "cache": "kept", "fresh": True, "trust_remote_code": True,
+    "bos": "never",
 }  # fmt: skip
 
 
@@ -245,8 +246,8 @@ def test_bad_input_is_refused_before_anything_is_written(
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     for text, says in (
-        (records, "line 2: text is a int, not a string"),
-        (half, "line 2: text has half of a surrogate pair"),
+        (records, "(1 of 2 records was left out: line 2 has text that is a int, not a string)"),
+        (half, "(1 of 2 records was left out: line 2 text has half of a surrogate pair"),
         (empty, "holds no text"),
         (tmp_path / "none.parquet", "no such file"),
     ):
