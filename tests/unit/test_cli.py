@@ -168,7 +168,7 @@ def test_wrong_usage_is_one_line_and_exit_2(
 def test_quantize_hands_every_flag_to_its_twin(twin: Twin, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (
         "quantize owner/name@v1 -o out --recipe mine.yaml --calibration notes.txt --samples 8 --seq-len 64 --bits 3 "
-        "--group-size -1 --asymmetric --method rtn --set a.b=1 --set c=2 --device cpu --dtype float32 --batch-size 2 "
+        "--bos never --group-size -1 --asymmetric --method rtn --set a.b=1 --set c=2 --device cpu --dtype float32 --batch-size 2 "
         "--seed 7 --work-dir work --overwrite --max-shard-size 1GB --trust-remote-code --serve-tp 2 "
         "--strict --no-verify --push user/name --private --yes --kv-cache fp8"
     )
@@ -181,7 +181,7 @@ def test_quantize_hands_every_flag_to_its_twin(twin: Twin, capsys: pytest.Captur
         "group_size": -1, "asymmetric": True, "method": "rtn", "set": ("a.b=1", "c=2"), "device": "cpu",
         "dtype": "float32", "batch_size": 2, "seed": 7, "work_dir": "work", "overwrite": True, "max_shard_size": "1GB",
         "trust_remote_code": True, "serve_tp": 2, "strict": True, "verify": False,
-        "push": "user/name", "private": True, "yes": True, "kv_cache": "fp8",
+        "push": "user/name", "private": True, "yes": True, "kv_cache": "fp8", "bos": "never",
     }  # fmt: skip
 
 
