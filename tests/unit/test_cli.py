@@ -168,8 +168,8 @@ def test_wrong_usage_is_one_line_and_exit_2(
 def test_quantize_hands_every_flag_to_its_twin(twin: Twin, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (
         "quantize owner/name@v1 -o out --recipe mine.yaml --calibration notes.txt --samples 8 --seq-len 64 --bits 3 "
-        "--bos never --group-size -1 --asymmetric --method rtn --set a.b=1 --set c=2 --device cpu --dtype float32 --batch-size 2 "
-        "--seed 7 --work-dir work --overwrite --max-shard-size 1GB --trust-remote-code --serve-tp 2 "
+        "--group-size -1 --asymmetric --method rtn --set a.b=1 --set c=2 --device cpu --dtype float32 --batch-size 2 "
+        "--bos never --seed 7 --work-dir work --overwrite --max-shard-size 1GB --trust-remote-code --serve-tp 2 "
         "--strict --no-verify --push user/name --private --yes --kv-cache fp8"
     )
     assert run(arguments.split()) == 0

@@ -33,7 +33,6 @@ FLAGS = (
     "--limit 5 --sample 4 --num-fewshot 2 --apply-chat-template --engine vllm --device cuda:1 --dtype float16 "
     "--batch-size 3 --bos never "
     "--offload --speed 1,4 --prompt one --prompt two --require kl<=1 --seed 7 --cache kept --fresh --trust-remote-code"
-    " --bos never"
 )
 GIVEN: dict[str, Any] = {
     "text": "notes.txt", "protocol": "sliding", "window": 64, "stride": 16, "max_tokens": 1000, "tasks": "a,b",
