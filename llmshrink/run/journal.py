@@ -57,8 +57,9 @@ def is_ours(folder: Path) -> bool:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where a run into `output` works until it is done."""
-    return output.with_name(output.name + ".partial")
+    """Where a run into `output` works until it is done; beside it, whatever it is called (`.` has no name)."""
+    output = Path(os.path.abspath(output))
+    return output.with_name(output.name + ".partial") if output.name else output
 
 
 class Workspace:

@@ -18,6 +18,7 @@ import llmshrink
 from llmshrink.calibration.activations import Stream, batches_of
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.cli import run
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, RecipeError, SourceError
 from llmshrink.run import asked, verify
 from llmshrink.run import job as jobs
@@ -620,3 +621,18 @@ def test_tensors_that_the_index_does_not_name_are_left_out_and_said(story: Path,
     llmshrink.quantize(plain, output=tmp_path / "plain-out", calibration=story, **SMALL)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index == json.loads((tmp_path / "plain-out" / "model.safetensors.index.json").read_text())
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "./"])
+def test_a_folder_without_a_name_of_its_own_is_refused_in_a_line(
+    output: str, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here" / ("below" if output == ".." else ""))
+    for verb in ("quantize", "plan", "distill"):
+        source, text = ["demo"], ["--data" if verb == "distill" else "--calibration", str(story)]
+        capsys.readouterr()
+        assert run([verb, *source, *(source if verb == "distill" else []), "-o", output, "--overwrite", *text]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert (tmp_path / "here" / "notes.txt").read_text() == "mine"
