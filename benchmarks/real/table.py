@@ -80,7 +80,7 @@ def text(found: Sequence[Line]) -> str:
         for line in members:
             figures = line.figures
             if figures is None:
-                told.append(f"  {line.row.name:32} not measured: {line.reason}")
+                told.append(f"  {line.row.name:32} {_why(line)}")
                 continue
             load = max(figures["load"], default=0.0)
             told.append(
@@ -106,6 +106,10 @@ def markdown(found: Sequence[Line]) -> str:
                 f" | {figures['cpu_seconds']:.0f} | {figures['peak_bytes'] / 1e9:.2f} |"
             )
     return "\n".join([*told, "", " ".join(_said(found)), *_absent(found)])
+
+
+def _why(line: Line) -> str:
+    return NEVER if line.reason == NEVER else f"not measured: {line.reason}"
 
 
 def _grouped(found: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
