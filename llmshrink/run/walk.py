@@ -19,6 +19,7 @@ from llmshrink.model.caches import CacheSite
 from llmshrink.model.chain import Chain
 from llmshrink.model.paused import PausedForward
 from llmshrink.model.sites import Site, Stage
+from llmshrink.run.memory import give_back
 from llmshrink.run.smooth import Smoothing
 from llmshrink.weights import CacheScales, Solvable
 
@@ -200,4 +201,5 @@ class Forwards:
         for original in (True, False):
             for i, batch in enumerate(self._walk.batches):
                 if self._walk.carries(batch, original=original):
+                    give_back()
                     self.finish(i, original)
