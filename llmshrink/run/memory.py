@@ -27,8 +27,6 @@ import torch
 CGROUPS = Path("/sys/fs/cgroup")
 SLACK = 12_000_000
 """Bytes that the process may grow by before it is worth giving any back."""
-BETWEEN = 0.1
-"""The share of what a run was planned at that it may add between two calls of `give_back`."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE = 32 << 20
 """Bytes of a tensor from which it isn't in the heap: its pages go when it does. glibc's own limit for learning this."""
@@ -62,13 +60,12 @@ def give_back() -> None:
 
 @contextmanager
 def holding(more: int) -> Iterator[None]:
-    """While open, the process keeps its heap's pages until it has nearly `more` bytes than now; then they are given
-    back."""
+    """While open, the process keeps its heap's pages until it has `more` bytes than now; then they are given back."""
     mallopt, trim = _libc("mallopt"), _libc("malloc_trim")
     if mallopt is None or trim is None:
         yield
         return
-    _State.held = resident() + int(more * (1 - BETWEEN))
+    _State.held = resident() + more
     mallopt(M_MMAP_THRESHOLD, LARGE)
     mallopt(M_TRIM_THRESHOLD, NEVER)
     try:
