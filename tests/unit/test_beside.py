@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,3 +128,21 @@ def test_push_takes_what_belongs_to_a_model_of_an_older_output(
     assert "data.arrow" not in {item.path for item in found.items}
     assert "data.arrow stays here: it isn't part of what was made" in found.notes
     assert "tokenizer.json" in {item.path for item in found.items}
+
+
+def test_convert_and_distill_leave_strangers_behind_too(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(model_of("llama"), tmp_path / "model"))
+    sparse = tmp_path / "sparse"
+    llmshrink.prune(source, output=sparse, recipe="sparsegpt-2of4", calibration=story, samples=8, seq_len=32)
+    (sparse / "data.arrow").write_bytes(b"rows")
+    (sparse / "train.py").write_text("import os")
+    converted = llmshrink.convert(sparse, output=tmp_path / "packed", format="llmshrink")
+    assert converted.left_behind.names == ("data.arrow", "train.py")
+    taught = llmshrink.distill(source, sparse, output=tmp_path / "taught", data=story, steps=1, seq_len=32)
+    assert taught is not None and taught.left_behind.names == ("data.arrow", "train.py")
+    for report, out in ((converted, tmp_path / "packed"), (taught, tmp_path / "taught")):
+        assert not {"data.arrow", "train.py"} & {path.name for path in out.iterdir()}
+        assert {"tokenizer.json", "recipe.yaml", "verify"} <= {path.name for path in out.iterdir()}
+        assert "note        left behind data.arrow, train.py: not part of the model" in report.lines()

@@ -130,6 +130,13 @@ def test_a_repository_of_pickles_is_refused_before_a_download(hub: Hub) -> None:
     assert [call[0] for call in hub.calls] == ["info", "info"]
 
 
+def test_a_repository_with_an_adapter_alone_is_named_before_a_download(hub: Hub) -> None:
+    hub.files = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+    said = refused("owner/name")
+    assert "an adapter (LoRA or alike, adapter_config.json)" in said and "from_pretrained('owner/name').merge_" in said
+    assert [call[0] for call in hub.calls] == ["info"]
+
+
 @pytest.mark.parametrize(
     ("error", "says"),
     [
