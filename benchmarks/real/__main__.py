@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ VERBS = ("rows", "peers", "tasks", "table", "model")
 def main() -> int:
     """Carry out one verb; 1 where something that was asked for wasn't measured, 2 for what is missing."""
     arguments = _arguments(sys.argv[1:])
+    # As Ctrl-C does: what runs is ended, and goes on the next time.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.verb == "model":
             print(source.model(arguments.cache))
@@ -42,6 +45,9 @@ def main() -> int:
     except (measuring.Missing, source.Unavailable) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on")
+        return 130
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real import judge, source, store
-from benchmarks.real.process import last_line, run
+from benchmarks.real.process import end_all, last_line, run
 from benchmarks.real.rows import OURS, SAMPLES, SEQ_LEN, Row
 
 BESIDE = source.ROOT.parent / "shared" / "data"
@@ -188,7 +188,8 @@ def measure_all(
         try:
             return {name: future.result() for name, future in running.items()}
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
             raise
 
 

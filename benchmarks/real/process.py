@@ -6,7 +6,9 @@ to what it forks. So nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
 }
 NOTHING = "no message"
+_RUNNING: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,17 @@ class Usage:
 
 
 def run(command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None) -> Usage:
-    """Run a child on one thread, its output appended to `log`; interrupted, it is ended first."""
+    """Run a child on one thread, its output appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     before, started = os.getloadavg()[0], time.monotonic()
     environment = {**os.environ, **THREADS, **OFFLINE, **(environment or {})}
     with log.open("ab") as output:
         child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    _RUNNING.add(child.pid)
     try:
         _, status, usage = os.wait4(child.pid, 0)
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
+    finally:
+        _RUNNING.discard(child.pid)
     child.returncode = os.waitstatus_to_exitcode(status)
     unit = 1 if sys.platform == "darwin" else 1024
     return Usage(
@@ -61,6 +63,13 @@ def run(command: Sequence[str], log: Path, *, environment: Mapping[str, str] | N
         peak_bytes=usage.ru_maxrss * unit,
         load=(before, os.getloadavg()[0]),
     )
+
+
+def end_all() -> None:
+    """Ask the children that are running to end; whoever waits for them sees it."""
+    for pid in tuple(_RUNNING):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def last_line(log: Path) -> str:

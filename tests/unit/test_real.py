@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,29 @@ def test_a_childs_cpu_seconds_and_peak_are_its_own(tmp_path: Path) -> None:
     assert used.code == 0 and 0.3 <= used.cpu_seconds < 3 and 80e6 < used.peak_bytes < 1.5e9
     assert process.last_line(tmp_path / "log.txt") == "done"
     assert process.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log.txt").code == 3
+
+
+def test_an_interrupted_run_ends_its_children(given: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeping, codes = tmp_path / "sleeping", []
+
+    def make(*_: Any) -> None:
+        code = f"open({str(sleeping)!r}, 'w').close(); import time; time.sleep(60)"
+        codes.append(process.run([sys.executable, "-c", code], tmp_path / "log.txt").code)
+        raise Missing("ended")
+
+    def waiting(row: Row, *_: Any, **__: Any) -> None:
+        if row is ROW:
+            return make()
+        while not sleeping.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "measure", waiting)
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure_all([dataclasses.replace(ROW, name="second"), ROW], given, jobs=2, say=lambda _: None)
+    while not codes:
+        time.sleep(0.01)
+    assert codes == [-15]
 
 
 def test_the_list_of_rows_is_whole() -> None:
