@@ -10,6 +10,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,9 +45,7 @@ def main() -> None:
             left, right = torch.randn(arguments.rows, inputs), torch.randn(outputs, inputs)
             torch.testing.assert_close(times_transposed(left, right), functional.linear(left, right), rtol=0, atol=1e-3)
             work = 2e-9 * arguments.rows * outputs * inputs
-            rates = [
-                work / best(lambda way=way, x=left, w=right: way(x, w)) for way in (functional.linear, times_transposed)
-            ]
+            rates = [work / best(partial(way, left, right)) for way in (functional.linear, times_transposed)]
             print(f"{arguments.rows} x {inputs} x {outputs:5}  torch {rates[0]:7.1f}  used {rates[1]:7.1f} GFLOP/s")
 
 
