@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.leftout import LeftOut
 from llmshrink_eval.protocol import PAD_ID, build_windows
 from llmshrink_eval.text import Text
 
@@ -167,6 +168,15 @@ def test_what_does_not_fit_is_refused_with_the_numbers(arguments: dict[str, Any]
     with pytest.raises(EvalError, match=says) as caught:
         build_windows(text, TOKENIZER, **{"protocol": "gptq", "limit": LIMIT, **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_too_little_text_says_what_was_left_out() -> None:
+    text = Text("a text", ("ab cd",), LeftOut(1, 2, ("line 2 has text that is null",)))
+    left = r"\(1 of 2 records was left out: line 2 has text that is null\)"
+    for asked in ({"window": 9}, {"window": 4, "max_tokens": 40}):
+        arguments: dict[str, Any] = {"protocol": "gptq", "limit": LIMIT, **asked}
+        with pytest.raises(EvalError, match=f"a text .* tokens.* {left}"):
+            build_windows(text, TOKENIZER, **arguments)
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:

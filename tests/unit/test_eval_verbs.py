@@ -240,14 +240,14 @@ def test_bad_input_is_refused_before_anything_is_written(
     model = model_of("llama")
     capsys.readouterr()  # of who made it
     records = tmp_path / "records.jsonl"
-    records.write_text('{"text": "some words"}\n{"text": 3}\n')
+    records.write_text('{"text": 3}\n')
     half = tmp_path / "half.jsonl"
-    half.write_text('{"text": "some words"}\n{"text": "half \\ud83d"}\n')
+    half.write_text('{"text": ""}\n{"text": "half \\ud83d"}\n')
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     for text, says in (
-        (records, "(1 of 2 records was left out: line 2 has text that is a int, not a string)"),
-        (half, "(1 of 2 records was left out: line 2 text has half of a surrogate pair"),
+        (records, "holds no text (none of 1 records can be used: line 1 has text that is a int, not a string)"),
+        (half, "holds no text (1 of 2 records was left out: line 2 text has half of a surrogate pair"),
         (empty, "holds no text"),
         (tmp_path / "none.parquet", "no such file"),
     ):
