@@ -93,6 +93,16 @@ def _group(
     return damage, left, torch.tensor(codes, dtype=torch.int8)
 
 
+def least_squares(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
+    """The best weights on each row's mask: its system solved by itself, in float64."""
+    weight, hessian = weight.double(), hessian.double()
+    found = torch.zeros_like(weight)
+    for row, kept, result in zip(weight, mask, found, strict=True):
+        system, right = hessian[kept][:, kept], (hessian @ row)[kept]
+        result[kept] = torch.cholesky_solve(right.unsqueeze(1), torch.linalg.cholesky(system))[:, 0]
+    return found
+
+
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """||(W - Q) X~||^2 / ||W X~||^2 in float64."""
     weight, hessian = weight.double(), hessian.double()

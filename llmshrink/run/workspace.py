@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from llmshrink.methods import NarrowSpec, QuantizeSpec, SiteSpec, solver
 from llmshrink.methods.pruning import PruneSpec
-from llmshrink.methods.pruning.repair import BATCH_BYTES
+from llmshrink.methods.pruning.alps import PIECE as ALPS_PIECE
+from llmshrink.methods.pruning.repair import PIECE as REPAIR_PIECE
 from llmshrink.methods.trial import BUFFER, MULTIPLES, OPPOSITE
 
 FLOAT = 4
@@ -50,16 +51,15 @@ def _pruning(spec: PruneSpec, rows: int, inputs: int, cross: bool) -> int:
     # The damped Hessian and the factor stay, and the target where it's another than the weight.
     kept = 2 * square + (weight if cross else 0)
     chosen = {
-        "alps": 9 * weight + 6 * square,
+        "alps": 3 * weight + rows * inputs * 2 + 3 * square + 3 * FLOAT * min(rows * inputs, ALPS_PIECE),
         "sparsegpt": 4 * weight + rows * inputs * 2,
     }.get(spec.method, 3 * weight)
-    repairing = 0
-    if spec.repair:
-        left = max(1, round(inputs * (1 - spec.pattern.ratio)))
-        system = FLOAT * left * left
-        at_once = min(rows, max(1, BATCH_BYTES // system))
-        repairing = 4 * at_once * system + 3 * weight
-    return max(factorising, moved, kept + chosen, kept + weight + repairing)
+    if not spec.pattern.block:
+        # Its scores, sorted, with their places.
+        chosen += weight + 3 * weight
+    # Where rows start and what they become, the mask, and the pieces of those that are solved together.
+    repairing = 2 * weight + rows * inputs + 8 * FLOAT * min(rows * inputs, REPAIR_PIECE) if spec.repair else 0
+    return max(factorising, moved, kept + chosen, kept + repairing)
 
 
 def narrowing(spec: NarrowSpec, rows: int, inputs: int) -> int:

@@ -4,7 +4,7 @@ pattern     what may be kept: n of every m, or a share of the weight
 scores      magnitude and Wanda: a score for each weight
 sparsegpt   the mask is chosen in a sweep that makes good what it takes
 alps        the mask by ADMM, all weights moving
-repair      exact least squares on what was kept
+repair      least squares on what was kept, all rows together
 allocate    how much of each weight goes, where some can spare more than others
 prune       the whole: target, mask, repair, measure; and its registry
 """

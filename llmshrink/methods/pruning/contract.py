@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -68,21 +69,25 @@ class Problem:
     hessian: Tensor
     factor: Factor
 
+    @cached_property
+    def typical(self) -> float:
+        """The geometric mean of the Hessian's eigenvalues, once its diagonal is one: 1 where inputs don't depend on
+        each other, and less the more they do. The factor has its determinant."""
+        variances = self.factor.importance.double().log().mean() - self.hessian.diagonal().double().log().mean()
+        return float(variances.exp())
+
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned weight and what it cost.
+    """A pruned weight.
 
     weight: float32 [out, in], exactly zero outside `mask`. mask: bool [out, in], what was kept. target: float32
-    [out, in], what it was to come near. error, row_error, row_energy, damping, events: as in `methods.Solved`.
+    [out, in], what it was to come near. damping, events: as in `methods.Solved`.
     """
 
     weight: Tensor
     mask: Tensor
     target: Tensor
-    error: float
-    row_error: Tensor
-    row_energy: Tensor
     damping: float
     events: tuple[str, ...]
 

@@ -1,18 +1,17 @@
-"""Prune a weight: the target that makes good earlier layers, the mask, the repair, and what it cost."""
+"""Prune a weight: the target that makes good earlier layers, the mask, and the repair."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from llmshrink.methods.contract import SiteStatistics, SolveError, check_finite, measure, relative
+from llmshrink.methods.contract import SiteStatistics, SolveError, check_finite
 from llmshrink.methods.correct import correction
 from llmshrink.methods.factor import damped, factorise
 from llmshrink.methods.pruning.contract import Problem, Pruned, PruneSpec
 from llmshrink.methods.pruning.pattern import check_width
 from llmshrink.methods.pruning.registry import pruner
 from llmshrink.methods.pruning.repair import least_squares
-from llmshrink.weights import Dense
 
 
 def prune(weight: Tensor, statistics: SiteStatistics | None, spec: PruneSpec) -> Pruned:
@@ -34,8 +33,9 @@ def prune(weight: Tensor, statistics: SiteStatistics | None, spec: PruneSpec) ->
     if spec.corrected > 0 and statistics.cross is not None:
         check_finite("the cross term", statistics.cross)
         target = original + spec.corrected * correction(original, statistics.cross.to(torch.float32), factor)
-    pruned, mask = pruner(spec.method)(target, Problem(hessian, factor), spec)
+    problem, events = Problem(hessian, factor), factor.events
+    pruned, mask = pruner(spec.method)(target, problem, spec)
     if spec.repair:
-        pruned = least_squares(target, mask, hessian)
-    error, energy = measure(original, Dense(pruned), statistics.hessian)
-    return Pruned(pruned, mask, target, relative(error, energy), error, energy, factor.damping, factor.events)
+        pruned, said = least_squares(target, mask, problem, pruned)
+        events += said
+    return Pruned(pruned, mask, target, factor.damping, events)
