@@ -10,9 +10,7 @@ Each layer and method has a process of its own, forked when the statistics are t
 to hold beside them (Linux alone), next to what a plan counts for it (`run.workspace`). On a machine with other work
 CPU seconds are the better measure, and its load is printed.
 
-    python -m benchmarks.growth --most 1024                  # half a minute
-    python -m benchmarks.growth --layer 4096x14336 --rows 512 1024   # one layer's inputs, by rows that don't depend on
-                                                             # each other: what its 4096 rows cost follows
+    python -m benchmarks.growth --most 1024 --json growth.json     # half a minute
 """
 
 from __future__ import annotations
@@ -135,15 +133,13 @@ def synthetic(inputs: int, *, tokens: int | None = None, seed: int = 0) -> Stati
     return known
 
 
-def measured(
-    name: str, method: Method, known: Statistics, outputs: int, inputs: int, repeats: int
-) -> tuple[Took, list[float]]:
-    """The median of `repeats` processes, and the seconds of each."""
+def measured(method: Method, known: Statistics, outputs: int, inputs: int, repeats: int) -> Took:
+    """The median of `repeats` processes."""
     runs = [_in_a_process(method, known, outputs, inputs) for _ in range(repeats)]
     seconds = [run[0] for run in runs]
     held = [run[1] for run in runs if run[1] is not None]
     planned = None if method.bytes is None else method.bytes(outputs, inputs)
-    return Took(inputs, outputs, statistics.median(seconds), max(held, default=None), planned), seconds
+    return Took(inputs, outputs, statistics.median(seconds), max(held, default=None), planned)
 
 
 def _in_a_process(method: Method, known: Statistics, outputs: int, inputs: int) -> tuple[float, int | None]:
@@ -285,7 +281,7 @@ def main() -> int:
         seen = synthetic(inputs)
         for outputs in (inputs, inputs // 4):
             for name in arguments.methods:
-                took, _ = measured(name, known[name], seen, outputs, inputs, arguments.repeats)
+                took = measured(known[name], seen, outputs, inputs, arguments.repeats)
                 all_took[name].append(took)
                 print(f"{outputs} x {inputs} {name}: {took.seconds:.2f} s", file=sys.stderr, flush=True)
     fits = {name: fit(found) for name, found in all_took.items()}

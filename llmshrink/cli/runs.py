@@ -94,7 +94,7 @@ KvCacheAs = Annotated[
 ]
 Repair = Annotated[
     bool | None,
-    typer.Option("--repair/--no-repair", help="Exact least squares on what is kept, instead of the recipe's choice."),
+    typer.Option("--repair/--no-repair", help="Least squares on what is kept, instead of the recipe's choice."),
 ]
 
 StoredAs = Annotated[

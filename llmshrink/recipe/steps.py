@@ -208,7 +208,7 @@ class Prune(Frozen):
     ratios: with a ratio, whether every matrix has it (`uniform`), or each its own, by what pruning it does to its
         block's output (`by-error`, which takes a pass over the original first); of all together that share goes. An
         override's ratio is uniform unless it says otherwise.
-    repair: exact least squares on what is kept.
+    repair: least squares on what is kept, to within half a percent of the least error.
     corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
     damp: share of the mean of the Hessian's diagonal that is added to it.
     """

@@ -6,7 +6,7 @@ sparsegpt   the mask is chosen in a sweep that makes good what it takes
 alps        the mask by ADMM, all weights moving
 repair      least squares on what was kept, all rows together
 allocate    how much of each weight goes, where some can spare more than others
-prune       the whole: target, mask, repair, measure; and its registry
+prune       the whole: target, mask, repair; and its registry
 """
 
 from llmshrink.methods.pruning import alps as alps

@@ -33,9 +33,9 @@ from llmshrink.methods.pruning.contract import Problem, PruneSpec
 from llmshrink.methods.pruning.pattern import choose
 from llmshrink.methods.pruning.registry import mask_chooser
 
-FIRST, LAST = 0.6, 1.9
+FIRST, LAST = 0.5, 1.3
 WORK = 9.0
-FEWEST, MOST = 12, 48
+FEWEST, MOST = 12, 60
 EACH = 3
 """Steps for one penalty."""
 RELAXED = 1.2
@@ -74,8 +74,9 @@ def schedule(typical: float, ratio: float) -> list[tuple[float, int]]:
     """
     count = min(max(round(WORK / typical), FEWEST), MOST) // EACH
     middle = typical * ratio / (1 - ratio)
-    growth = (LAST / FIRST) ** (1 / (count - 1))
-    return [(FIRST * middle * growth**number, EACH) for number in range(count)]
+    first, last = FIRST * middle, LAST * middle**0.5
+    growth = (last / first) ** (1 / (count - 1))
+    return [(first * growth**number, EACH) for number in range(count)]
 
 
 def _chosen(leaning: Tensor, loudness: Tensor, spec: PruneSpec) -> Tensor:
