@@ -144,7 +144,20 @@ def test_batches_of_any_size_give_the_same(plain: dict[str, Asked], tmp_path: Pa
 
 def test_generations_are_the_same(plain: dict[str, Asked], packed: dict[str, Asked]) -> None:
     for engines in (plain, packed):
-        assert engines["vllm"].engine.generations(PROMPTS) == engines["transformers"].engine.generations(PROMPTS)
+        ours, theirs = (engines[name].engine for name in ("vllm", "transformers"))
+        for prompt, one, other in zip(PROMPTS, ours.generations(PROMPTS), theirs.generations(PROMPTS), strict=True):
+            assert one["text"] == other["text"] or _tied(theirs, prompt, one["text"], other["text"])
+
+
+def _tied(engine: Any, prompt: str, *texts: str) -> bool:
+    """Whether two continuations part at tokens that are likelier than all others and that float16 can't tell apart."""
+    tokenizer = _tokenizer()
+    one, other = (tokenizer(prompt + text)["input_ids"] for text in texts)
+    place = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    with torch.inference_mode():
+        logits = engine.loaded(input_ids=torch.tensor([one[:place]])).logits[0, -1].float()
+    best = logits.topk(2)
+    return {one[place], other[place]} == set(best.indices.tolist()) and float(best.values[0] - best.values[1]) < 0.02
 
 
 def test_tasks_are_answered_alike_item_by_item(packed: dict[str, Asked], tmp_path: Path) -> None:
