@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from llmshrink.methods import NarrowSpec, QuantizeSpec, SiteSpec, solver
 from llmshrink.methods.pruning import PruneSpec
-from llmshrink.methods.pruning.alps import PIECE as ALPS_PIECE
 from llmshrink.methods.pruning.repair import PIECE as REPAIR_PIECE
 from llmshrink.methods.trial import BUFFER, MULTIPLES, OPPOSITE
 
@@ -51,7 +50,7 @@ def _pruning(spec: PruneSpec, rows: int, inputs: int, cross: bool) -> int:
     # The damped Hessian and the factor stay, and the target where it's another than the weight.
     kept = 2 * square + (weight if cross else 0)
     chosen = {
-        "alps": 3 * weight + rows * inputs * 2 + 3 * square + 3 * FLOAT * min(rows * inputs, ALPS_PIECE),
+        "alps": 9 * weight + 6 * square,
         "sparsegpt": 4 * weight + rows * inputs * 2,
     }.get(spec.method, 3 * weight)
     if not spec.pattern.block:
