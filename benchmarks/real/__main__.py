@@ -31,8 +31,6 @@ VERBS = ("rows", "peers", "tasks", "table", "model")
 def main() -> int:
     """Carry out one verb; 1 where something that was asked for wasn't measured, 2 for what is missing."""
     arguments = _arguments(sys.argv[1:])
-    # As Ctrl-C does: what runs is ended, and goes on the next time.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.verb == "model":
             print(source.model(arguments.cache))
@@ -157,4 +155,6 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: what runs is ended, and goes on the next time.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
