@@ -139,8 +139,12 @@ def _said(found: Sequence[Line]) -> list[str]:
 
 
 def _absent(found: Sequence[Line]) -> list[str]:
-    """The rows without figures, where that has a reason."""
-    told = [f"{line.row.name}: {line.reason}" for line in found if line.figures is None and line.reason != NEVER]
+    """The rows without figures, where that has a reason: without what a log said last, which may name places here."""
+    told = [
+        f"{line.row.name}: {line.reason.partition(': ')[0]}"
+        for line in found
+        if line.figures is None and line.reason != NEVER
+    ]
     return ["", f"Not measured: {'; '.join(told)}."] if told else []
 
 
