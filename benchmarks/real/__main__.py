@@ -3,7 +3,7 @@
     python -m benchmarks.real [--only PATTERN] [--list] [--all] [--keep]    our rows, measured and printed
     python -m benchmarks.real peers [--only PATTERN]                        the peers', each in its own environment
     python -m benchmarks.real tasks [--full] [--check]                      downstream tasks, item by item
-    python -m benchmarks.real table [--readme README.md]                    what is filed, without measuring
+    python -m benchmarks.real table [--readme README.md] [--record]         what is filed, without measuring
     python -m benchmarks.real model                                         the folder of the model
 
 The model (SmolLM2-135M-Instruct) comes from the package index, once. Each row is filed in the user's cache folder under
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.real import measuring, source, table, tasks
+from benchmarks.real import kept, measuring, source, table, tasks
 from benchmarks.real.measuring import Inputs
 from benchmarks.real.rows import OUR_ROWS, PEER_ROWS, Row
 
@@ -55,7 +55,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("verb", nargs="?", choices=VERBS, default="rows")
     parser.add_argument("--only", metavar="PATTERN", help="rows of these names, as 'gptq-w4*' or 'AutoRound*'")
     parser.add_argument("--list", action="store_true", help="name the rows, with CPU minutes, and measure nothing")
-    parser.add_argument("--all", action="store_true", help="also the rows that take make real over its 90 minutes")
+    parser.add_argument("--all", action="store_true", help="also the rows that take too long for every time")
     parser.add_argument(
         "--keep", action="store_true", help="take rows that other code measured, marked with its commit"
     )
@@ -67,6 +67,9 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="tasks: all items instead of 300 of each")
     parser.add_argument("--check", action="store_true", help="tasks: hold the original to lm-eval's command line")
     parser.add_argument("--readme", type=Path, metavar="PAGE", help="fill in the table between its markers")
+    parser.add_argument(
+        "--record", action="store_true", help="keep what is measured in the repository (benchmarks/real/results)"
+    )
     parser.add_argument("--cache", type=Path, help="where everything is kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where results are written (build/real/...)")
     asked = parser.parse_args(words)
@@ -77,12 +80,11 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def _asked(arguments: argparse.Namespace) -> list[Row]:
     """The rows that a verb is about. Raises Missing where a pattern fits none."""
-    if arguments.verb == "peers":
-        rows = list(PEER_ROWS)
-    elif arguments.verb == "tasks":
+    if arguments.verb == "tasks":
         rows = [row for row in OUR_ROWS if row.tasks]
     else:
-        rows = [row for row in OUR_ROWS if row.usual or arguments.all or arguments.only]
+        rows = list(PEER_ROWS if arguments.verb == "peers" else OUR_ROWS)
+        rows = [row for row in rows if row.usual or arguments.all or arguments.only]
     if arguments.only is None:
         return rows
     found = [row for row in rows if fnmatch.fnmatchcase(row.name, arguments.only)]
@@ -121,6 +123,11 @@ def _table_of(arguments: argparse.Namespace, given: Inputs) -> list[table.Line]:
     found = table.lines([*OUR_ROWS, *PEER_ROWS], given, keep=arguments.keep)
     print(table.text(found))
     _write(arguments.json or RESULTS / "results.json", table.document(found))
+    if arguments.record:
+        for line in found:
+            if line.figures is not None:
+                kept.write(line.row, line.figures)
+        _say(f"{kept.FOLDER} written")
     if arguments.readme is not None:
         table.fill(arguments.readme, table.markdown(found))
     return found
@@ -137,7 +144,10 @@ def _tasks(arguments: argparse.Namespace, given: Inputs) -> int:
     report = tasks.compared(rows, given, asked, keep=arguments.keep, say=_say)
     found = tasks.read(report, rows)
     print(tasks.text(found))
-    _write(arguments.json or RESULTS / f"tasks{'-full' if arguments.full else ''}.json", found)
+    name = f"tasks{'-full' if arguments.full else ''}.json"
+    _write(arguments.json or RESULTS / name, found)
+    if arguments.record:
+        _write(kept.FOLDER / name, found)
     if arguments.readme is not None:
         table.fill(arguments.readme, tasks.markdown(found), tasks.BEGIN, tasks.END)
     wrong = tasks.check(report, given, asked, _say) if arguments.check else []

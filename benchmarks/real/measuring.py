@@ -70,9 +70,14 @@ class Inputs:
             key["versions"] = versions(row.packages)
             if row.student is not None:
                 key["student"] = row.student.command
-            return store.place(self.cache, row.name, key, store.code_state())
-        key["versions"] = store.file_digest(constraints(row.tool))
-        return store.place(self.cache, row.name, key, store.code_state(SCRIPTS[row.tool]))
+        else:
+            key["versions"] = store.file_digest(constraints(row.tool))
+        return store.place(self.cache, row.name, key, self.code(row))
+
+    @staticmethod
+    def code(row: Row) -> str:
+        """The state of the code that decides a row's figures."""
+        return store.code_state() if row.tool == OURS else store.code_state(SCRIPTS[row.tool])
 
 
 def inputs(*, calibration: Path | None, text: Path | None, cache: Path | None) -> Inputs:
@@ -166,7 +171,7 @@ def measure(row: Row, given: Inputs, *, checkpoint: bool, say: Say, wait: bool =
             return found
         try:
             _make(row, given, place, student, say)
-            figures = found or {**_figures(row, place), **_judged(row, given, place, say)}
+            figures = found or {**_figures(row, given, place), **_judged(row, given, place, say)}
         except Missing as error:
             place.fail(str(error), today())
             say(f"{row.name}: not measured: {error}")
@@ -246,7 +251,7 @@ def _make(row: Row, given: Inputs, place: store.Place, student: Path | None, say
     out.rename(place.out)
 
 
-def _figures(row: Row, place: store.Place) -> dict[str, Any]:
+def _figures(row: Row, given: Inputs, place: store.Place) -> dict[str, Any]:
     """What is known without judging. Time is that of all attempts since the last failure that made nothing."""
     attempts = place.attempts()
     whole = [one for one in attempts if "cpu_seconds" in one]
@@ -263,6 +268,7 @@ def _figures(row: Row, place: store.Place) -> dict[str, Any]:
         "load": [figure for one in whole for figure in one["load"]],
         "bytes": sum(file.stat().st_size for file in place.out.glob("*.safetensors")),
         "commit": store.commit(),
+        "code": given.code(row),
         "machine": cpu(),
         "date": today(),
     }

@@ -128,7 +128,7 @@ OUR_ROWS = (
 )
 
 
-def _peer(tool: str, name: str, group: str, what: str, minutes: float, *options: str) -> Row:
+def _peer(tool: str, name: str, group: str, what: str, minutes: float, *options: str, usual: bool = True) -> Row:
     return Row(
         name,
         group,
@@ -136,6 +136,7 @@ def _peer(tool: str, name: str, group: str, what: str, minutes: float, *options:
         ("{model}", "{tokens}", "{out}", "--dtype", "float32", *options),
         minutes,
         tool=tool,
+        usual=usual,
     )
 
 
@@ -150,7 +151,7 @@ PEER_ROWS = (
         for bits, group in ((4, WEIGHTS_4), (3, WEIGHTS_3), (2, WEIGHTS_2))
     ),
     *(
-        _peer(AUTO_ROUND, f"AutoRound, W{bits}", group, G64, 150, "--bits", str(bits), "--group-size=64")
+        _peer(AUTO_ROUND, f"AutoRound, W{bits}", group, G64, 150, "--bits", str(bits), "--group-size=64", usual=False)
         for bits, group in ((4, WEIGHTS_4), (2, WEIGHTS_2), (3, WEIGHTS_3))
     ),
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real import source
+from benchmarks.real import kept, source
 from benchmarks.real.judge import TOKENS, WINDOW
 from benchmarks.real.measuring import Inputs, cpu
 from benchmarks.real.rows import GROUPS, OURS, SAMPLES, SEQ_LEN, Row
@@ -50,18 +50,20 @@ def place_of(row: Row, given: Inputs, *, keep: bool) -> Place:
 
 
 def lines(rows: Sequence[Row], given: Inputs, *, keep: bool) -> list[Line]:
-    """The rows, in the order of the groups."""
+    """The rows, in the order of the groups: as filed here, else as the repository keeps them."""
     found = []
     for row in sorted(rows, key=lambda row: GROUPS.index(row.group)):
         place, here = place_of(row, given, keep=keep), given.place(row)
-        figures = place.result()
+        figures, other = place.result(), place != here
         reason = None
+        if figures is None and (figures := kept.find(row)) is not None:
+            other = figures["code"] != given.code(row)
         if figures is None:
             failure, older = here.failure(), here.older()
             known = None if older is None else older.result()
             reason = NEVER if known is None else f"measured with other code ({known['commit']}); --keep shows it"
             reason = reason if failure is None else str(failure["reason"])
-        found.append(Line(row, figures, place != here, reason))
+        found.append(Line(row, figures, other, reason))
     return found
 
 
@@ -140,10 +142,11 @@ def _said(found: Sequence[Line]) -> list[str]:
 
 def _absent(found: Sequence[Line]) -> list[str]:
     """The rows without figures, where that has a reason: without what a log said last, which may name places here."""
+    reasons = {line.row.name: line.reason for line in found if line.figures is None}
     told = [
-        f"{line.row.name}: {line.reason.partition(': ')[0]}"
-        for line in found
-        if line.figures is None and line.reason != NEVER
+        f"{name}: {reason.partition(': ')[0]}"
+        for name, reason in reasons.items()
+        if reason is not None and reason != NEVER
     ]
     return ["", f"Not measured: {'; '.join(told)}."] if told else []
 
