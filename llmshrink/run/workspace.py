@@ -50,7 +50,7 @@ def _pruning(spec: PruneSpec, rows: int, inputs: int, cross: bool) -> int:
     # The damped Hessian and the factor stay, and the target where it's another than the weight.
     kept = 2 * square + (weight if cross else 0)
     chosen = {
-        "alps": 9 * weight + 6 * square,
+        "alps": 6 * weight + rows * inputs * 2 + 3 * square,
         "sparsegpt": 4 * weight + rows * inputs * 2,
     }.get(spec.method, 3 * weight)
     if not spec.pattern.block:

@@ -190,31 +190,46 @@ def test_what_typical_is() -> None:
     assert problem.typical == pytest.approx(float(values.log().mean().exp()), rel=1e-3)
 
 
-def test_alps_is_admm_in_float64() -> None:
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_alps_is_admm_in_float64(pattern: Pattern) -> None:
     weight, statistics = site(12, 48)
-    found = prune(weight, statistics, replace(SPEC, repair=False))
+    spec = replace(SPEC, pattern=pattern)
+    found = prune(weight, statistics, replace(spec, repair=False))
     hessian = oracle.damped(statistics.hessian, SPEC.damp)
     loud = hessian.diagonal().sqrt()
     unit = hessian / loud / loud.unsqueeze(1)
+    typical = float(torch.linalg.eigvalsh(unit).log().mean().exp())
     goal = weight.double() * loud
-    dense, multiplier, penalty, quiet = goal.clone(), torch.zeros_like(goal), alps.FIRST_PENALTY, 0
-    mask = torch.stack([kept_by(row, SPEC.pattern) for row in dense.abs()])
-    for _ in range(alps.MOST):
+
+    def chosen(scores: Tensor) -> Tensor:
+        return torch.stack([kept_by(row, pattern) for row in scores]) if pattern.block else kept_by(scores, pattern)
+
+    mask = chosen(goal.abs())
+    dense, multiplier = goal * mask, torch.zeros_like(goal)
+    for penalty in alps.penalties(48, typical):
         inverse = torch.linalg.inv(unit + penalty * torch.eye(48, dtype=torch.float64))
-        free = (goal @ unit - multiplier + penalty * dense) @ inverse
-        before, mask = mask, torch.stack([kept_by(row, SPEC.pattern) for row in (free + multiplier / penalty).abs()])
-        dense = (free + multiplier / penalty) * mask
-        multiplier += penalty * (free - dense)
-        quiet = quiet + 1 if torch.equal(before, mask) else 0
-        if quiet == alps.SETTLED:
-            break
-        penalty *= alps.GROWTH
+        for _ in range(alps.EACH):
+            free = (goal @ unit - multiplier + penalty * dense) @ inverse
+            mask = chosen((free + multiplier / penalty).abs())
+            dense = (free + multiplier / penalty) * mask
+            multiplier += penalty * (free - dense)
     assert (mask == found.mask).double().mean() > 0.97
     naive = oracle.least_squares(weight, mask, hessian)
-    repaired = prune(weight, statistics, SPEC)
+    repaired = prune(weight, statistics, spec)
     assert lost(repaired, weight, statistics) == pytest.approx(
         oracle.output_error(weight, naive, statistics.hessian), rel=0.02
     )
+
+
+def test_alps_goes_from_where_the_pattern_pulls_at_a_rate_that_layers_can_afford() -> None:
+    for typical in (1.0, 0.7, 0.3, 0.05):
+        narrow, wide = (alps.penalties(inputs, typical) for inputs in (alps.NARROW, alps.WIDE))
+        assert narrow[0] == wide[0] == pytest.approx(alps.PULLS * typical**2)
+        assert narrow[-1] == wide[-1] == pytest.approx(alps.LAST)
+        assert len(wide) < len(narrow) <= alps.MOST // alps.EACH or typical == 0.05
+        if typical > 0.1:
+            assert wide[1] / wide[0] <= alps.FAST**alps.EACH * 1.06
+    assert len(alps.penalties(100, 1e-6)) == alps.MOST // alps.EACH
 
 
 def test_what_each_step_is_worth() -> None:

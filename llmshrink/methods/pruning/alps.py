@@ -9,14 +9,20 @@ and multipliers V,
     D = the largest of B + V / r            what the pattern allows
     V = V + r (B - D)
 
-r grows by a twentieth a step, from where the pattern hardly pulls to where it decides; the slower, the better the mask
-(KL on wiki7m with 2:4 and repair: .373 against .395 with the paper's three faster rates). H is brought to a unit
-diagonal first, which makes one r right for loud and quiet inputs; and taken apart once, H = Q L Q^T, so that every step
-is two matrix products whatever r has become. What comes out is D on its mask; `repair` then gives the mask its best
-weights.
+H is brought to a unit diagonal first, which makes one r right for loud and quiet inputs. The mask is decided while r
+goes from where the pattern begins to pull to `LAST`. Where that is depends on how much the inputs depend on each other,
+which the geometric mean t of the eigenvalues tells: `PULLS` t^2 (t is .06 to .9 in two real models; from .1 for all,
+the worst site's error was 17 % higher). The slower r grows, the better the mask: by `SLOW` a step in narrow layers,
+where steps cost little, up to `FAST` in wide ones.
+
+r changes every `EACH` steps only. Then (H + r I)^-1 costs one factorisation for each r, and a step one product with it.
+V is zero on the mask and D off it, so that one matrix, L = D + V / r, holds both. What comes out is D on its mask;
+`repair` then gives the mask its best weights.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -24,12 +30,15 @@ from torch import Tensor
 from llmshrink.methods.pruning.contract import Problem, PruneSpec
 from llmshrink.methods.pruning.pattern import choose
 from llmshrink.methods.pruning.registry import mask_chooser
+from llmshrink.weights.products import times_transposed
 
-FIRST_PENALTY = 0.003
-GROWTH = 1.05
-MOST = 300
-SETTLED = 15
-"""Steps in a row in which nothing of the mask changes."""
+PULLS, LAST = 0.3, 1.1
+EACH = 4
+SLOW, FAST = 1.03, 1.06
+NARROW, WIDE = 1536, 3072
+"""Inputs up to which r grows slowly, and from which fast."""
+MOST = 120
+"""Steps; r grows faster where they wouldn't do."""
 
 
 @mask_chooser("alps")
@@ -37,22 +46,39 @@ def alps(target: Tensor, problem: Problem, spec: PruneSpec) -> tuple[Tensor, Ten
     """Choose the mask by ADMM. Returns D and its mask; an unstructured share is taken of the whole matrix."""
     loudness = problem.hessian.diagonal().sqrt()
     hessian = problem.hessian / loudness / loudness.unsqueeze(1)
-    values, vectors = torch.linalg.eigh(hessian)
-    values.clamp_min_(0.0)
-    goal = target * loudness
-    pull = goal @ hessian
-    dense, multiplier = goal.clone(), torch.zeros_like(goal)
-    mask = choose(dense.abs(), spec.pattern, by_row=False)
-    penalty, quiet = FIRST_PENALTY, 0
-    for _ in range(MOST):
-        right = pull - multiplier + penalty * dense
-        free = ((right @ vectors) / (values + penalty)) @ vectors.T
-        leaning = free + multiplier / penalty
-        before, mask = mask, choose(leaning.abs(), spec.pattern, by_row=False)
-        dense = leaning * mask
-        multiplier.add_(free - dense, alpha=penalty)
-        quiet = quiet + 1 if torch.equal(before, mask) else 0
-        if quiet == SETTLED:
-            break
-        penalty *= GROWTH
-    return dense / loudness, mask
+    leaning = target * loudness
+    pull = times_transposed(leaning, hessian)
+    mask = choose(leaning.abs(), spec.pattern, by_row=False)
+    leaning.mul_(mask)
+    earlier = None
+    for penalty in penalties(target.shape[1], problem.typical):
+        if earlier is not None:
+            # The multipliers stay what they are.
+            leaning.mul_(torch.where(mask, 1.0, earlier / penalty))
+        inverse = _inverse(hessian, penalty)
+        for _ in range(EACH):
+            signed = torch.where(mask, leaning, -leaning)
+            free = times_transposed(signed.mul_(penalty).add_(pull), inverse)
+            leaning = free.add_(leaning.mul_(~mask))
+            mask = choose(leaning.abs(), spec.pattern, by_row=False)
+        earlier = penalty
+    return leaning.mul_(mask).div_(loudness), mask
+
+
+def penalties(inputs: int, typical: float) -> list[float]:
+    """Each penalty of the schedule; `EACH` steps are made with it.
+
+    typical: the geometric mean of the Hessian's eigenvalues, its diagonal being 1.
+    """
+    first = PULLS * typical**2
+    wide = min(max((inputs - NARROW) / (WIDE - NARROW), 0.0), 1.0)
+    growth = SLOW ** (1 - wide) * FAST**wide
+    count = min(math.ceil(math.log(LAST / first) / math.log(growth) / EACH), MOST // EACH)
+    return [first * (LAST / first) ** (number / (count - 1)) for number in range(count)]
+
+
+def _inverse(hessian: Tensor, penalty: float) -> Tensor:
+    """(H + penalty I)^-1, float32 [in, in]; H is positive definite but for rounding, which the penalty is far above."""
+    work = hessian.clone()
+    work.diagonal().add_(penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky(work))

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.methods.pruning.contract import Problem
+from llmshrink.weights.products import times_transposed
 
 TOLERANCE = 5e-3
 """Of a row's output error, as it is estimated. On sites of two real models, with masks of sparsegpt and wanda, what was
@@ -113,7 +114,7 @@ def _solve(
 ) -> int:
     """Rows that are solved together, into `result`; returns how many aren't done. value: where they start."""
     missing = target - value
-    residual = missing @ hessian
+    residual = times_transposed(missing, hessian)
     error = torch.linalg.vecdot(missing, residual)
     floor = ROUNDING * error
     residual.mul_(mask)
@@ -129,7 +130,7 @@ def _solve(
             error, floor, slope = error[active], floor[active], slope[active]
         if not len(place) or number == MOST:
             break
-        through = (step @ hessian).mul_(mask)
+        through = times_transposed(step, hessian).mul_(mask)
         curvature = torch.linalg.vecdot(step, through)
         # What rounding has left no curvature of is as near as float32 comes.
         length = torch.where(curvature > 0, slope / curvature, 0.0)
