@@ -50,14 +50,14 @@ def _pruning(spec: PruneSpec, rows: int, inputs: int, cross: bool) -> int:
     # The damped Hessian and the factor stay, and the target where it's another than the weight.
     kept = 2 * square + (weight if cross else 0)
     chosen = {
-        "alps": 6 * weight + rows * inputs * 2 + 3 * square,
+        "alps": 7 * weight + rows * inputs * 2 + 3 * square,
         "sparsegpt": 4 * weight + rows * inputs * 2,
     }.get(spec.method, 3 * weight)
     if not spec.pattern.block:
         # Its scores, sorted, with their places.
         chosen += weight + 3 * weight
     # Where rows start and what they become, the mask, and the pieces of those that are solved together.
-    repairing = 2 * weight + rows * inputs + 8 * FLOAT * min(rows * inputs, REPAIR_PIECE) if spec.repair else 0
+    repairing = 2 * weight + rows * inputs + 9 * FLOAT * min(rows * inputs, REPAIR_PIECE) if spec.repair else 0
     return max(factorising, moved, kept + chosen, kept + repairing)
 
 

@@ -47,8 +47,11 @@ def test_a_method_that_is_over_its_goal_is_marked() -> None:
         "gptq": [took(512, 512, 1.0), took(1024, 1024, 4.0)],
         "sparsegpt": [took(512, 512, 1.0), took(1024, 1024, 9.0)],
     }
-    lines = report(square, dict.fromkeys(square, (0.0, 0.0, 1e-09)))
+    lines = report(square, dict.fromkeys(square, (0.0, 0.0, 1e-09)), 0.0)
     assert [line.endswith("over the goal") for line in lines[1:3]] == [False, True]
+    # What every recipe spends before the solution counts too: (3 + 9) / (3 + 4).
+    shared = report(square, dict.fromkeys(square, (0.0, 0.0, 1e-09)), 3.0)
+    assert not shared[2].endswith("over the goal") and "1.71" in shared[2]
     assert "2.25" in lines[2] and "forwards" in "\n".join(lines)
 
 
