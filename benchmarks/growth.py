@@ -276,8 +276,8 @@ def report(took: dict[str, list[Took]], fits: dict[str, tuple[float, float, floa
         lines.append(f"{name:18}{held}{grows[0]:10.2f}  {ratio}")
     lines += [
         "",
-        f"In a run: with the layer's products and statistics of {TOKENS:,} tokens in both streams, {before:.1f} s at the",
-        "widest, which every calibrated recipe spends too.",
+        f"In a run: with the layer's products and statistics of {TOKENS:,} tokens in both streams, {before:.1f} s at",
+        "the widest, which every calibrated recipe spends too.",
         "In hours of one core for the solutions alone. Left out: the model's forwards, the Hessians of its inputs,",
         "reading and writing; and inputs that depend on each other more or less than these, which decide how many",
         "steps alps and the repair take.",

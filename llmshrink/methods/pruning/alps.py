@@ -10,12 +10,12 @@ and multipliers V,
     V = V + r (B - D)
 
 H is brought to a unit diagonal first, which makes one r right for loud and quiet inputs. The mask is decided while r
-goes from where the pattern begins to pull to `LAST`. Where that is, depends on how much the inputs depend on each other,
-which the geometric mean t of the eigenvalues tells: some share of t^2 (t is .06 to .9 in two real models; from .1 for
-all, the worst site's error was 17 % higher). The slower r grows, the better the mask. Narrow layers, where steps cost
-little, have `SLOW`: on 24 sites of two real models, repaired, the errors are .1 % below those of 140 steps of 1.05 from
-.003 until the mask was still, the worst .5 % above. Wide ones have `FAST`, with half of the steps or less: up to .6 % above
-where t is .55 or more, up to 2 % at .3 to .4, on such sites; SparseGPT's masks are 8 to 20 % above.
+goes from where the pattern begins to pull to `LAST`. Where that is depends on how much the inputs depend on each
+other, which the geometric mean t of the eigenvalues tells: some share of t^2 (t is .06 to .9 in two real models; from
+.1 for all, the worst site's error was 17 % higher). The slower r grows, the better the mask. Narrow layers, where steps
+cost little, have `SLOW`: on 24 sites of two real models, repaired, the errors are .1 % below those of 140 steps of 1.05
+from .003 until the mask was still, the worst .5 % above. Wide ones have `FAST`, with half of the steps or less: up to
+.6 % above where t is .55 or more, up to 2 % at .3 to .4, on such sites; SparseGPT's masks are 8 to 20 % above.
 
 r changes every `EACH` steps only. Then (H + r I)^-1 costs one factorisation for each r, and a step one product with it.
 V is zero on the mask and D off it, so that one matrix, L = D + V / r, holds both. What comes out is D on its mask;
