@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.real import __main__ as command
-from benchmarks.real import measuring, process, source, store, table, tasks
+from benchmarks.real import kept, measuring, process, source, store, table, tasks
 from benchmarks.real.measuring import Inputs, Missing
 from benchmarks.real.rows import GROUPS, OUR_ROWS, PEER_ROWS, PEERS, Row
 
@@ -26,6 +26,11 @@ def given(tmp_path: Path) -> Inputs:
     text = tmp_path / "text.txt"
     text.write_text("some text")
     return Inputs(tmp_path / "model", text, text, tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "kept")
 
 
 @pytest.fixture
@@ -119,6 +124,38 @@ def test_comments_and_docstrings_are_no_other_state_of_the_code(
         states.append(store.code_state("a.py"))
     store.code_state.cache_clear()
     assert states[0] == states[1] != states[2]
+
+
+def test_figures_that_the_repository_keeps_are_shown_until_the_row_is_measured_here(
+    given: Inputs, judged: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_make", made)
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results")
+    figures = measuring.measure(ROW, given, checkpoint=False, say=lambda _: None)
+    assert figures is not None
+    file = kept.write(ROW, {**figures, "kl": 0.2, "date": "2020-01-02T03:04Z"})
+    assert file == tmp_path / "results" / "a-row-of-one.json"
+    shown = table.lines([ROW], given, keep=False)
+    assert shown[0].figures == figures, "what is measured here comes first"
+
+    elsewhere = dataclasses.replace(given, cache=tmp_path / "another machine")
+    (line,) = table.lines([ROW], elsewhere, keep=False)
+    assert line.figures is not None and (line.figures["kl"], line.older) == (0.2, False)
+    assert "2020-01-02" in table.markdown([line])
+    monkeypatch.setattr(store, "code_state", lambda *_: "another")
+    (line,) = table.lines([ROW], elsewhere, keep=False)
+    assert line.older and line.marks == f"at {figures['commit']}"
+    (line,) = table.lines([dataclasses.replace(ROW, command=("quantize",))], elsewhere, keep=False)
+    assert line.figures is None, "another command's figures say nothing of it"
+
+
+def test_what_the_repository_keeps_belongs_to_rows_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row.name: row for row in (*OUR_ROWS, *PEER_ROWS)}
+    monkeypatch.undo()
+    files = [file for file in kept.FOLDER.glob("*.json") if not file.name.startswith("tasks")]
+    for file in files:
+        figures = json.loads(file.read_text())
+        assert kept.find(rows[figures["name"]]) == figures, f"{file.name}: its row has another command now"
 
 
 def test_a_childs_cpu_seconds_and_peak_are_its_own(tmp_path: Path) -> None:
