@@ -77,7 +77,10 @@ class Inputs:
     @staticmethod
     def code(row: Row) -> str:
         """The state of the code that decides a row's figures."""
-        return store.code_state() if row.tool == OURS else store.code_state(SCRIPTS[row.tool])
+        if row.tool != OURS:
+            return store.code_state(SCRIPTS[row.tool])
+        commands = (*row.command, *(row.student.command if row.student is not None else ()))
+        return store.code_state(*store.NUMERIC_ROOMS, *store.recipes_in(commands))
 
 
 def inputs(*, calibration: Path | None, text: Path | None, cache: Path | None) -> Inputs:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,9 +28,10 @@ from benchmarks.real.source import ROOT
 
 NUMERIC_ROOMS = (
     *(f"llmshrink/{room}" for room in ("calibration", "checkpoint", "distillation", "formats", "methods", "model")),
-    *("llmshrink/recipe", "llmshrink/run", "llmshrink/weights", "recipes", "kernels/llmshrink_kernels/sparse24"),
+    *("llmshrink/recipe", "llmshrink/run", "llmshrink/weights", "kernels/llmshrink_kernels/sparse24"),
 )
-"""What decides the numbers that a run writes."""
+"""What decides the numbers that a run writes, beside its recipe."""
+RECIPES = "recipes"
 DIGITS = 12
 
 
@@ -48,9 +49,9 @@ def file_digest(path: Path) -> str:
 @cache
 def code_state(*places: str) -> str:
     """Of the code in these folders or files, as 12 digits: as it is parsed, without docstrings and comments, which
-    change no number. places: from the root of the repository; none: the numeric rooms."""
+    change no number. places: from the root of the repository."""
     found = hashlib.sha256()
-    for place in places or NUMERIC_ROOMS:
+    for place in places:
         root = ROOT / place
         files = [root] if root.is_file() else sorted({*root.rglob("*.py"), *root.rglob("*.yaml")})
         for file in files:
@@ -58,6 +59,12 @@ def code_state(*places: str) -> str:
             said = ast.dump(_without_docstrings(ast.parse(text))) if file.suffix == ".py" else text
             found.update(f"{file.relative_to(ROOT).as_posix()}\n{said}\n".encode())
     return found.hexdigest()[:DIGITS]
+
+
+def recipes_in(words: Iterable[str]) -> list[str]:
+    """The files of the shipped recipes that a command line names, from the root of the repository."""
+    named = (f"{RECIPES}/{word}.yaml" for word in words)
+    return sorted({file for file in named if (ROOT / file).is_file()})
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

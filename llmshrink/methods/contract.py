@@ -50,7 +50,7 @@ class QuantizeSpec:
     signed: bool = True
     act_order: bool = True
     corrected: float = 1.0
-    damp: float = 0.01
+    damp: float = 0.1
     block_size: int = 128
     descent: int = 0
     activations: Literal["none", "int8", "fp8"] = "none"

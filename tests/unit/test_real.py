@@ -113,6 +113,18 @@ def test_the_place_depends_on_all_that_figures_depend_on(
     assert given.place(ROW).folder != here
 
 
+def test_a_rows_code_has_its_own_recipe_in_it_and_no_other(given: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(store, "code_state", lambda *places: asked.append(places) or str(len(asked)))
+    rows = {row.name: row for row in (*OUR_ROWS, *PEER_ROWS)}
+    taught = next(row for row in OUR_ROWS if row.student is not None)
+    for name in ("gptq-w4a16, one stream", taught.name, "GPTQModel, W4"):
+        given.code(rows[name])
+    ours, student, peers = asked
+    assert ours == (*store.NUMERIC_ROOMS, "recipes/gptq-w4a16.yaml")
+    assert student[-1] == "recipes/sparsegpt-2of4.yaml" and peers == ("benchmarks/peer_gptqmodel.py",)
+
+
 def test_comments_and_docstrings_are_no_other_state_of_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
