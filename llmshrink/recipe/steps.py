@@ -219,7 +219,7 @@ class Prune(Frozen):
     ratios: Ratios | None = None
     repair: bool = True
     corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
+    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
 
     _method = field_validator("method")(known_pruner)
     _pattern = field_validator("pattern")(known_pattern)

@@ -55,7 +55,7 @@ class PruneSpec:
     pattern: Pattern = Pattern(2, 4, 0.5)
     repair: bool = True
     corrected: float = 1.0
-    damp: float = 0.001
+    damp: float = 0.01
     by_error: bool = False
 
 
