@@ -59,8 +59,8 @@ PRUNED = Row("sparsegpt-2of4", SPARSE, "2:4", _ours("prune", "sparsegpt-2of4"), 
 G64 = "groups of 64"
 
 OUR_ROWS = (
-    Row("gptq-w4a16", WEIGHTS_4, G64, _quantized("gptq-w4a16"), 14, tasks=True),
-    Row("gptq-w4a16, one stream", WEIGHTS_4, G64, _quantized("gptq-w4a16", *ONE_STREAM), 8),
+    Row("gptq-w4a16", WEIGHTS_4, G64, _quantized("gptq-w4a16"), 7, tasks=True),
+    Row("gptq-w4a16, one stream", WEIGHTS_4, G64, _quantized("gptq-w4a16", *ONE_STREAM), 5),
     Row(
         "gptq-w4a16, groups of 128",
         WEIGHTS_4,
@@ -80,9 +80,9 @@ OUR_ROWS = (
         source_grid=True,
         usual=False,
     ),
-    Row("gptq-w3a16", WEIGHTS_3, G64, _quantized("gptq-w3a16"), 14, tasks=True),
+    Row("gptq-w3a16", WEIGHTS_3, G64, _quantized("gptq-w3a16"), 8, tasks=True),
     Row("tuned-w3a16", WEIGHTS_3, G64, _quantized("tuned-w3a16"), 30, usual=False),
-    Row("gptq-w2a16", WEIGHTS_2, G64, _quantized("gptq-w2a16"), 14, tasks=True),
+    Row("gptq-w2a16", WEIGHTS_2, G64, _quantized("gptq-w2a16"), 8, tasks=True),
     Row(
         f"tuned-w2a16, taught {TAUGHT_STEPS} steps",
         WEIGHTS_2,
@@ -142,7 +142,7 @@ def _peer(tool: str, name: str, group: str, what: str, minutes: float, *options:
 
 PEER_ROWS = (
     *(
-        _peer(LLM_COMPRESSOR, f"llm-compressor GPTQ, W{bits}", group, G64, 17, "--bits", str(bits), "--group-size=64")
+        _peer(LLM_COMPRESSOR, f"llm-compressor GPTQ, W{bits}", group, G64, 8, "--bits", str(bits), "--group-size=64")
         for bits, group in ((4, WEIGHTS_4), (3, WEIGHTS_3), (2, WEIGHTS_2))
     ),
     _peer(LLM_COMPRESSOR, "llm-compressor SparseGPT", SPARSE, "2:4", 17, "--sparse"),

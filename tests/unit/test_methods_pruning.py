@@ -231,7 +231,15 @@ def test_alps_goes_from_where_the_pattern_pulls_at_a_rate_that_layers_can_afford
         assert len(wide) <= len(between) <= len(narrow) and alps.penalties(8 * alps.WIDE, typical) == wide
         grows = (narrow[1] / narrow[0]) ** (1 / alps.EACH)
         assert grows == pytest.approx(alps.SLOW[1], rel=0.01) or len(narrow) == alps.MOST // alps.EACH
-    assert len(alps.penalties(100, 1e-6)) == alps.MOST // alps.EACH
+    assert alps.penalties(100, 1e-9)[0] == alps.LEAST and len(alps.penalties(100, 1e-9)) == alps.MOST // alps.EACH
+
+
+def test_alps_of_inputs_that_are_nearly_all_dependent() -> None:
+    """40 tokens of 128 inputs, hardly any damping: its own factorisations hold, and half of the weights say it all."""
+    weight, statistics = site(16, 128, tokens=40)
+    found = prune(weight, statistics, replace(SPEC, damp=1e-6))
+    assert bool(found.weight.isfinite().all()) and bool((found.mask.view(16, 32, 4).sum(2) == 2).all())
+    assert abs(lost(found, weight, statistics)) < 1e-6
 
 
 def test_what_each_step_is_worth() -> None:

@@ -36,7 +36,8 @@ from llmshrink.weights.products import times_transposed
 
 SLOW, FAST = (0.3, 1.03), (0.8, 1.06)
 """Where r begins, in t^2, and by how much it grows a step."""
-LAST = 1.1
+LEAST, LAST = 1e-3, 1.1
+"""r, at first at least and at last. What is below LEAST can't be told from rounding in wide layers."""
 EACH = 4
 NARROW, WIDE = 1536, 3072
 """Inputs up to which r grows slowly, and from which fast."""
@@ -75,7 +76,7 @@ def penalties(inputs: int, typical: float) -> list[float]:
     """
     wide = min(max((inputs - NARROW) / (WIDE - NARROW), 0.0), 1.0)
     pulls, growth = (slow ** (1 - wide) * fast**wide for slow, fast in zip(SLOW, FAST, strict=True))
-    first = pulls * typical**2
+    first = max(pulls * typical**2, LEAST)
     count = min(math.ceil(math.log(LAST / first) / math.log(growth) / EACH), MOST // EACH)
     return [first * (LAST / first) ** (number / (count - 1)) for number in range(count)]
 
