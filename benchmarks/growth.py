@@ -140,9 +140,10 @@ def synthetic(inputs: int, *, tokens: int | None = None, seed: int = 0) -> Stati
 def before_the_solution(inputs: int, outputs: int) -> float:
     """CPU seconds of the layer's own products in both streams and of its statistics, for `TOKENS` tokens."""
 
+    original = torch.randn(TIMED, inputs, generator=torch.Generator().manual_seed(2))
+    compressed = original + 0.1
+
     def collect(weight: Tensor, _: Statistics) -> None:
-        original = torch.randn(TIMED, inputs, generator=torch.Generator().manual_seed(2))
-        compressed = original + 0.1
         for each in (original, compressed):
             times_transposed(each, weight)
         Statistics(inputs, cross=True).add(compressed, original)

@@ -17,22 +17,22 @@ from benchmarks.real.rows import Row
 FOLDER = Path(__file__).parent / "results"
 
 
-def find(row: Row, folder: Path | None = None) -> dict[str, Any] | None:
+def find(row: Row) -> dict[str, Any] | None:
     """The row's figures, if some are kept that its present command gave."""
-    file = _file(row, folder)
+    file = _file(row)
     if not file.is_file():
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found if tuple(found["command"]) == row.command else None
 
 
-def write(row: Row, figures: Mapping[str, Any], folder: Path | None = None) -> Path:
+def write(row: Row, figures: Mapping[str, Any]) -> Path:
     """Keep the row's figures; those of an earlier day go. Returns the file."""
-    file = _file(row, folder)
+    file = _file(row)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return file
 
 
-def _file(row: Row, folder: Path | None) -> Path:
-    return (FOLDER if folder is None else folder) / f"{re.sub(r'[^a-z0-9.]+', '-', row.name.lower())}.json"
+def _file(row: Row) -> Path:
+    return FOLDER / f"{re.sub(r'[^a-z0-9.]+', '-', row.name.lower())}.json"

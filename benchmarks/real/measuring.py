@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,8 +38,17 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 Say = Callable[[str], None]
 
 
+ENDED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+"""Exit codes of a child that was asked to end: nothing is wrong with its row, which goes on the next time. A kill isn't
+among them: it may be the kernel's, for want of memory."""
+
+
 class Missing(Exception):
     """What a measurement needs isn't there, in one line."""
+
+
+class Ended(Exception):
+    """A measurement was broken off from outside."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +182,14 @@ def measure(row: Row, given: Inputs, *, checkpoint: bool, say: Say, wait: bool =
         found = place.result()
         if found is not None and (place.out.is_dir() or not checkpoint):
             return found
+        # Asked for before the run: a checkout may move on beside it.
+        state = {"commit": store.commit(), "code": given.code(row)}
         try:
             _make(row, given, place, student, say)
-            figures = found or {**_figures(row, given, place), **_judged(row, given, place, say)}
+            figures = found or {**_figures(row, place), **state, **_judged(row, given, place, say)}
+        except Ended:
+            say(f"{row.name}: broken off; it goes on the next time")
+            return None
         except Missing as error:
             place.fail(str(error), today())
             say(f"{row.name}: not measured: {error}")
@@ -249,12 +264,14 @@ def _make(row: Row, given: Inputs, place: store.Place, student: Path | None, say
             "code": used.code,
         }
     )
+    if used.code in ENDED:
+        raise Ended
     if used.code or not (out / "config.json").is_file():
         raise Missing(f"its run ended with {used.code}: {last_line(place.log)}")
     out.rename(place.out)
 
 
-def _figures(row: Row, given: Inputs, place: store.Place) -> dict[str, Any]:
+def _figures(row: Row, place: store.Place) -> dict[str, Any]:
     """What is known without judging. Time is that of all attempts since the last failure that made nothing."""
     attempts = place.attempts()
     whole = [one for one in attempts if "cpu_seconds" in one]
@@ -270,8 +287,6 @@ def _figures(row: Row, given: Inputs, place: store.Place) -> dict[str, Any]:
         "peak_bytes": max((one["peak_bytes"] for one in whole), default=0),
         "load": [figure for one in whole for figure in one["load"]],
         "bytes": sum(file.stat().st_size for file in place.out.glob("*.safetensors")),
-        "commit": store.commit(),
-        "code": given.code(row),
         "machine": cpu(),
         "date": today(),
     }
@@ -288,6 +303,8 @@ def _judged(row: Row, given: Inputs, place: store.Place, say: Say) -> Mapping[st
         if not kept.exists():
             fcntl.flock(lock, fcntl.LOCK_EX)
         used = run([*command, "--cache", str(given.cache / "eval")], log)
+        if used.code in ENDED:
+            raise Ended
         if used.code:
             raise Missing(f"judging ended with {used.code}: {last_line(log)}")
         kept.touch()

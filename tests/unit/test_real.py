@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,37 @@ def test_what_fails_is_filed_with_its_reason_and_tried_again(
     assert measuring.measure(ROW, given, checkpoint=False, say=lambda _: None) is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_row_that_was_broken_off_is_no_failure(
+    given: Inputs, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    code = f"import os, signal; signal.signal({int(number)}, signal.SIG_DFL); os.kill(os.getpid(), {int(number)})"
+    ended = process.run([sys.executable, "-c", code], given.cache / "log.txt")
+    monkeypatch.setattr(measuring, "run", lambda *_, **__: ended)
+    told: list[str] = []
+    assert measuring.measure(ROW, given, checkpoint=False, say=told.append) is None
+    assert told[-1] == "a row, of one: broken off; it goes on the next time"
+    assert given.place(ROW).failure() is None and "Not measured" not in table.markdown(
+        table.lines([ROW], given, keep=False)
+    )
+
+
+def test_a_row_that_was_killed_is_a_failure_with_its_code(given: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = process.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], given.cache / "log.txt")
+    monkeypatch.setattr(measuring, "run", lambda *_, **__: killed)
+    assert measuring.measure(ROW, given, checkpoint=False, say=lambda _: None) is None
+    failure = given.place(ROW).failure()
+    assert failure is not None and "its run ended with -9" in failure["reason"]
+
+
+def test_a_rows_commit_is_that_of_its_start(given: Inputs, judged: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = ["start"]
+    monkeypatch.setattr(store, "commit", lambda: at[0])
+    monkeypatch.setattr(measuring, "_make", lambda *all: (made(*all), at.__setitem__(0, "end")))
+    figures = measuring.measure(ROW, given, checkpoint=False, say=lambda _: None)
+    assert figures is not None and figures["commit"] == "start"
+
+
 def test_the_place_depends_on_all_that_figures_depend_on(
     given: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +197,7 @@ def test_what_the_repository_keeps_belongs_to_rows_that_there_are(monkeypatch: p
     rows = {row.name: row for row in (*OUR_ROWS, *PEER_ROWS)}
     monkeypatch.undo()
     files = [file for file in kept.FOLDER.glob("*.json") if not file.name.startswith("tasks")]
+    assert files
     for file in files:
         figures = json.loads(file.read_text())
         assert kept.find(rows[figures["name"]]) == figures, f"{file.name}: its row has another command now"
