@@ -86,7 +86,9 @@ def methods() -> dict[str, Method]:
         assert asked is not None and asked.pattern is not None, name
         pattern = Pattern.n_of_m(*map(int, asked.pattern.split(":")))
         found[name] = _of_site(
-            SiteSpec(prune=PruneSpec(asked.method, pattern, asked.repair, asked.corrected, asked.damp))
+            SiteSpec(
+                prune=PruneSpec(asked.method, pattern, asked.repair, asked.corrected, asked.corrected_damp, asked.damp)
+            )
         )
     alpha = eight.smooth
     assert not isinstance(alpha, str), "it smooths"

@@ -78,7 +78,7 @@ class Clock:
             ("forwards", Chain, "logits"),
             ("Hessians", Statistics, "add"),
             ("factorisation", gptq, "factorise"),
-            ("factorisation", gptq, "correction"),
+            ("factorisation", gptq, "corrected"),
             ("sweep", gptq, "trial_sweep_"),
             ("sweep", gptq, "sweep_"),
             ("I/O", CheckpointIndex, "read"),

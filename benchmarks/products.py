@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmshrink.weights.products import product, times_transposed
+from llmshrink.weights.products import one_dnn, product
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (1536, 2048))
 """Outputs and inputs."""
@@ -39,14 +39,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    operator = one_dnn()
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread; used: {product()}")
     with torch.no_grad():
         for outputs, inputs in SHAPES:
             left, right = torch.randn(arguments.rows, inputs), torch.randn(outputs, inputs)
-            torch.testing.assert_close(times_transposed(left, right), functional.linear(left, right), rtol=0, atol=1e-3)
+            ways = {"torch": partial(functional.linear, left, right)}
+            if operator is not None:
+                ways["oneDNN"] = partial(operator, left, right, None, "none", [], "")
+                torch.testing.assert_close(ways["oneDNN"](), ways["torch"](), rtol=0, atol=1e-3)
             work = 2e-9 * arguments.rows * outputs * inputs
-            rates = [work / best(partial(way, left, right)) for way in (functional.linear, times_transposed)]
-            print(f"{arguments.rows} x {inputs} x {outputs:5}  torch {rates[0]:7.1f}  used {rates[1]:7.1f} GFLOP/s")
+            rates = "  ".join(f"{name} {work / best(way):7.1f}" for name, way in ways.items())
+            print(f"{arguments.rows} x {inputs} x {outputs:5}  {rates} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def target(weight: Tensor, statistics: SiteStatistics, spec: QuantizeSpec) -> Te
     weight = weight.double()
     if statistics.cross is None or spec.corrected == 0:
         return weight
-    inverse = torch.linalg.inv(damped(statistics.hessian, spec.damp))
+    inverse = torch.linalg.inv(damped(statistics.hessian, spec.corrected_damp))
     return weight + spec.corrected * weight @ statistics.cross.double() @ inverse
 
 

@@ -43,12 +43,13 @@ class Usage:
 
 
 def run(command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None) -> Usage:
-    """Run a child on one thread, its output appended to `log`."""
+    """Run a child on one thread, its output appended to `log`, in the log's folder: some write into where they are."""
     log.parent.mkdir(parents=True, exist_ok=True)
     before, started = os.getloadavg()[0], time.monotonic()
-    environment = {**os.environ, **THREADS, **OFFLINE, **(environment or {})}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **THREADS, **OFFLINE, "PYTHONPATH": path, **(environment or {})}
     with log.open("ab") as output:
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT)
     _RUNNING.add(child.pid)
     try:
         _, status, usage = os.wait4(child.pid, 0)

@@ -34,7 +34,8 @@ class QuantizeSpec:
         takes `mse`).
     signed: let a symmetric scale be negative. act_order: quantize loud inputs first (nothing extra is stored).
     corrected: how much of the error of earlier layers this one makes good, 0 (one stream) to 1.
-    damp: damping as a fraction of the Hessian's mean diagonal. block_size: columns between two lazy updates.
+    damp, corrected_damp: damping as a fraction of the Hessian's mean diagonal, of the sweep and of what `corrected`
+        divides by. block_size: columns between two lazy updates.
     descent: sweeps of coordinate descent over the codes at the end.
     activations: what inputs are rounded to where the weight is computed with, "none", "int8" or "fp8" (then weights are
         FP8 too, with one scale a row, and the grid's other fields say nothing).
@@ -50,6 +51,7 @@ class QuantizeSpec:
     signed: bool = True
     act_order: bool = True
     corrected: float = 1.0
+    corrected_damp: float = 0.1
     damp: float = 0.1
     block_size: int = 128
     descent: int = 0

@@ -4,32 +4,42 @@ With the prefix compressed, a layer sees X~ where the original saw X. The weight
 output on the inputs it will really get minimises `||W X - V X~||^2`, and is `V = W + W (X - X~) X~^T (X~ X~^T)^-1`, in
 the terms of `Statistics`
 
-    W* = W + a * W D H^-1
+    W* = W + a * W D (H + damp * mean(diag H) * I)^-1
 
 (GPTAQ, arXiv 2504.02692, solves for the same target inside the sweep; Qronos, arXiv 2505.11695, is a = 1.) Scales are
-fitted on W*, and GPTQ runs on W*. `a` below 1 moves less far where few tokens would be overfitted.
+fitted on W*, and GPTQ runs on W*. `a` below 1 moves less far where few tokens would be overfitted. So does this
+damping, which is apart from the sweep's: in directions that few tokens have, a weight shouldn't follow D far, while the
+sweep does better the nearer its H is to the data's.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from llmshrink.methods.factor import Factor
+from llmshrink.methods.contract import check_finite
+from llmshrink.methods.factor import lower_factor
 
 
-def correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
-    """W D H^-1 with its columns in the factor's order: float32 [out, in].
+def corrected(
+    weight: Tensor, cross: Tensor, hessian: Tensor, share: float, damp: float
+) -> tuple[Tensor, tuple[str, ...]]:
+    """W + share * W D H^-1, float32 [out, in], and what went otherwise than asked.
 
-    weight: float32 [out, in] in the natural order. cross: D, float32 [in, in]. The damped H of the factor is used.
+    weight: float32 [out, in]. cross: D, [in, in]. hessian: H, [in, in], undamped. share: 0 to 1. damp: what is added to
+    H's diagonal, a fraction of its mean. Raises SolveError on NaN, or where no damping makes H positive definite.
     """
-    if weight.shape[0] > weight.shape[1]:
-        return weight @ _divide(cross, factor)
-    return _divide(weight @ cross, factor)
+    check_finite("the cross term", cross)
+    cross = cross.to(torch.float32)
+    lower, events = lower_factor(hessian, damp)
+    # The division is by far the most of it, and costs as much as it has rows.
+    tall = weight.shape[0] > weight.shape[1]
+    moved = weight @ _divide(cross, lower) if tall else _divide(weight @ cross, lower)
+    return weight.add(moved, alpha=share), events
 
 
-def _divide(rows: Tensor, factor: Factor) -> Tensor:
-    """rows @ H^-1, in the factor's order: H^-1 = U^T U, and U's diagonal is apart."""
-    ordered = rows.index_select(1, factor.order)
-    through = ordered @ factor.unit.T
-    through /= factor.importance
-    return through @ factor.unit
+def _divide(rows: Tensor, lower: Tensor) -> Tensor:
+    """rows @ H^-1, [n, in], with H = L L^T."""
+    halfway = torch.linalg.solve_triangular(lower.T, rows, upper=True, left=False)
+    quotient: Tensor = torch.linalg.solve_triangular(lower, halfway, upper=False, left=False)
+    return quotient

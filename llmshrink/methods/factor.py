@@ -58,7 +58,7 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     ridge = torch.where(dead, mean, 0.0).index_select(0, order.flip(0))
 
     for damping, dtype in attempts(damp):
-        lower = _cholesky(hessian, order, ridge + damping * mean, dtype)
+        lower = _cholesky(_reversed(hessian, order, ridge + damping * mean, dtype))
         if lower is not None:
             if dtype == torch.float64:
                 events.append(f"Cholesky failed in float32: done in float64 with damping {damping:g}")
@@ -67,10 +67,27 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> Factor:
             scale = upper.diagonal().clone()
             upper /= scale.unsqueeze(1)
             return Factor(upper, scale.pow(-2), order, damping, tuple(events))
-    raise SolveError(
-        f"the Hessian can't be factorised, even with its mean diagonal added to its diagonal ({len(dead)} inputs, "
+    raise SolveError(_unfactorable(len(dead), mean))
+
+
+def _unfactorable(inputs: int, mean: float) -> str:
+    return (
+        f"the Hessian can't be factorised, even with its mean diagonal added to its diagonal ({inputs} inputs, "
         f"mean {mean:g}): calibrate with more tokens, or use method rtn"
     )
+
+
+def lower_factor(hessian: Tensor, damp: float) -> tuple[Tensor, tuple[str, ...]]:
+    """L, float32 [in, in], with `L L^T = H_d` in the natural order, and what went otherwise than asked.
+
+    hessian: [in, in], undamped. Raises SolveError where no damping up to the mean diagonal itself helps.
+    """
+    for damping, dtype in attempts(damp):
+        lower = _cholesky(damped(hessian, damping).to(dtype))
+        if lower is not None:
+            said = f"the corrected target's Cholesky failed in float32: done in float64 with damping {damping:g}"
+            return lower.to(torch.float32), (said,) if dtype == torch.float64 else ()
+    raise SolveError(_unfactorable(len(hessian), float(hessian.diagonal().double().clamp_min(0).mean())))
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -92,12 +109,17 @@ def attempts(damp: float) -> list[tuple[float, torch.dtype]]:
     return attempts
 
 
-def _cholesky(hessian: Tensor, order: Tensor, ridge: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The lower factor of the reversed, damped Hessian, or None where it isn't positive definite."""
+def _reversed(hessian: Tensor, order: Tensor, ridge: Tensor, dtype: torch.dtype) -> Tensor:
+    """The damped Hessian, its last column in the order first."""
     backwards = order.flip(0)
     work = hessian.index_select(0, backwards).index_select(1, backwards).to(dtype)
     work.diagonal().add_(ridge)
-    lower, info = torch.linalg.cholesky_ex(work)
+    return work
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower factor, or None where the matrix isn't positive definite."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
     return lower if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()) else None
 
 

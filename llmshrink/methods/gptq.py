@@ -25,7 +25,7 @@ from llmshrink.methods.contract import (
     relative,
     resolve_group_size,
 )
-from llmshrink.methods.correct import correction
+from llmshrink.methods.correct import corrected
 from llmshrink.methods.descent import descend
 from llmshrink.methods.factor import Factor, damped, factorise
 from llmshrink.methods.registry import site_solver
@@ -48,12 +48,11 @@ def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, 
     check_finite("the weight", weight)
     size, factor = _factor(weight, statistics, spec)
     original = weight.to(torch.float32)
-    target = original.index_select(1, factor.order)
+    target, events = original, factor.events
     if spec.corrected > 0 and statistics.cross is not None:
-        check_finite("the cross term", statistics.cross)
-        target.add_(correction(original, statistics.cross.to(torch.float32), factor), alpha=spec.corrected)
-    columns = target.T.contiguous()
-    target = target.index_select(1, factor.order.argsort()) if spec.descent else target[:0]
+        target, said = corrected(original, statistics.cross, statistics.hessian, spec.corrected, spec.corrected_damp)
+        events += said
+    columns = target.index_select(1, factor.order).T.contiguous()
     quantized = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype)
     residual = _natural(columns, factor) if spec.residual else None
     if spec.descent:
@@ -61,7 +60,7 @@ def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, 
         quantized = descend(swept, target, damped(statistics.hessian, factor.damping), None, spec.descent)
         residual = _moved(residual, swept, quantized)
     error, energy = measure(original, quantized, statistics.hessian)
-    return Solved(quantized, relative(error, energy), error, energy, factor.damping, factor.events, residual)
+    return Solved(quantized, relative(error, energy), error, energy, factor.damping, events, residual)
 
 
 def gptq_on(

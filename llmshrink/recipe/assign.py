@@ -347,7 +347,9 @@ def _pruned(site: SiteShape, asked: Prune | None) -> tuple[PruneSpec | None, str
             )
         pattern = Pattern.n_of_m(keep, block)
     by_error = asked.ratios == "by-error"
-    return PruneSpec(asked.method, pattern, asked.repair, asked.corrected, asked.damp, by_error), None
+    return PruneSpec(
+        asked.method, pattern, asked.repair, asked.corrected, asked.corrected_damp, asked.damp, by_error
+    ), None
 
 
 def _quantized(

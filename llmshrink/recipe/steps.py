@@ -46,7 +46,8 @@ class Quantize(Frozen):
     signed: scales may be negative, which gives the extra code to the heavier tail (symmetric only).
     act_order: the sweep goes from the loudest input to the quietest; nothing extra is stored.
     corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
-    damp: share of the mean of the Hessian's diagonal that is added to it.
+    corrected_damp: share of the mean of the Hessian's diagonal that is added to it in that correction.
+    damp: the same in the sweep.
     block_size: columns that the sweep solves before it updates the rest.
     descent: times that every code is chosen again afterwards, with all others in place (coordinate descent).
     activations: what a linear's inputs are rounded to, token by token, where the result is computed: `none`, or `int8`
@@ -63,6 +64,7 @@ class Quantize(Frozen):
     signed: bool = True
     act_order: bool = True
     corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    corrected_damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     block_size: PositiveInt = 128
     descent: NonNegativeInt = 0
@@ -174,6 +176,7 @@ class QuantizePatch(Frozen):
     signed: bool | None = None
     act_order: bool | None = None
     corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
+    corrected_damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
     damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
     block_size: PositiveInt | None = None
     descent: NonNegativeInt | None = None
@@ -210,7 +213,8 @@ class Prune(Frozen):
         override's ratio is uniform unless it says otherwise.
     repair: least squares on what is kept, to within half a percent of the least error.
     corrected: share of the earlier layers' error that is corrected here, 0 (none: one activation stream) to 1.
-    damp: share of the mean of the Hessian's diagonal that is added to it.
+    corrected_damp: share of the mean of the Hessian's diagonal that is added to it in that correction.
+    damp: the same in the method and the repair.
     """
 
     method: Annotated[str, Field(validate_default=True)] = "alps"
@@ -219,6 +223,7 @@ class Prune(Frozen):
     ratios: Ratios | None = None
     repair: bool = True
     corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    corrected_damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
 
     _method = field_validator("method")(known_pruner)
@@ -252,6 +257,7 @@ class PrunePatch(Frozen):
     ratios: Ratios | None = None
     repair: bool | None = None
     corrected: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
+    corrected_damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
     damp: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
 
     _method = field_validator("method")(known_pruner)
@@ -369,7 +375,7 @@ class Step(Frozen):
         return [name for name in type(self).model_fields if getattr(self, name) is not None]
 
 
-METHOD_FIELDS = ("scale_search", "act_order", "corrected", "damp", "block_size", "descent")
+METHOD_FIELDS = ("scale_search", "act_order", "corrected", "corrected_damp", "damp", "block_size", "descent")
 GRID_FIELDS = ("bits", "group_size", "symmetric", "signed")
 
 

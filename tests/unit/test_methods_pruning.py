@@ -92,7 +92,8 @@ def test_sparsegpt_is_the_naive_loop(corrected: float, pattern: Pattern) -> None
     found = prune(weight, statistics, spec)
     hessian = oracle.damped(statistics.hessian, spec.damp)
     factor = oracle.inverse_factor(hessian)
-    left = weight.double() + corrected * weight.double() @ statistics.cross.double() @ torch.linalg.inv(hessian)  # type: ignore[union-attr]
+    loud = torch.linalg.inv(oracle.damped(statistics.hessian, spec.corrected_damp))
+    left = weight.double() + corrected * weight.double() @ statistics.cross.double() @ loud  # type: ignore[union-attr]
     mask = torch.zeros_like(left, dtype=torch.bool)
     for row, kept in zip(left, mask, strict=True):
         for start in range(0, 240, pattern.block):

@@ -18,11 +18,21 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(params=["oneDNN", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(products, "_operator", lambda: None)
-    elif products.product() != "oneDNN":
-        pytest.skip("oneDNN doesn't multiply here")
+    operator = products.one_dnn() if request.param == "oneDNN" else None
+    if request.param == "oneDNN" and operator is None:
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(products, "_operator", lambda: operator)
     return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("AVX2", "torch"), ("AVX512", "oneDNN"), ("DEFAULT", "torch"), ("NO AVX", "torch")]
+)
+def test_the_faster_one_multiplies(capability: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if products.one_dnn() is None:
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products.product() == expected
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (2, 5, 33), (1, 33)])

@@ -48,13 +48,15 @@ class PruneSpec:
 
     by_error: the pattern's ratio is that of all such sites together; each has one of its own, which is found before
     anything is pruned. repair: least squares on what was kept. corrected: how much of the error of earlier layers this
-    one makes good, 0 (one stream) to 1. damp: damping as a fraction of the Hessian's mean diagonal.
+    one makes good, 0 (one stream) to 1. damp, corrected_damp: damping as a fraction of the Hessian's mean diagonal, of
+    the method and of what `corrected` divides by.
     """
 
     method: str = "alps"
     pattern: Pattern = Pattern(2, 4, 0.5)
     repair: bool = True
     corrected: float = 1.0
+    corrected_damp: float = 0.1
     damp: float = 0.01
     by_error: bool = False
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.methods.contract import SiteStatistics, SolveError, check_finite
-from llmshrink.methods.correct import correction
+from llmshrink.methods.correct import corrected
 from llmshrink.methods.factor import damped, factorise
 from llmshrink.methods.pruning.contract import Problem, Pruned, PruneSpec
 from llmshrink.methods.pruning.pattern import check_width
@@ -29,11 +29,11 @@ def prune(weight: Tensor, statistics: SiteStatistics | None, spec: PruneSpec) ->
     natural = torch.arange(weight.shape[1], device=weight.device)
     factor = factorise(statistics.hessian, natural, spec.damp)
     hessian = damped(statistics.hessian, factor.damping)
-    target = original
+    target, events = original, factor.events
     if spec.corrected > 0 and statistics.cross is not None:
-        check_finite("the cross term", statistics.cross)
-        target = original + spec.corrected * correction(original, statistics.cross.to(torch.float32), factor)
-    problem, events = Problem(hessian, factor), factor.events
+        target, said = corrected(original, statistics.cross, statistics.hessian, spec.corrected, spec.corrected_damp)
+        events += said
+    problem = Problem(hessian, factor)
     pruned, mask = pruner(spec.method)(target, problem, spec)
     if spec.repair:
         pruned, said = least_squares(target, mask, problem, pruned)
