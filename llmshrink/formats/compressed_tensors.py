@@ -36,6 +36,8 @@ MIXED = "mixed-precision"
 """Where groups have different formats, each says its own."""
 FORMATS = (FORMAT, *eight_bit.FORMATS, MIXED)
 VERSION = "0.17.0"
+SAME_GROUPS = (None, False, "static", "weight")
+"""Values of actorder with which a group is consecutive inputs, as it is without."""
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 """What may stand in place of a linear's `weight`."""
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -208,6 +210,11 @@ def _scheme(label: str, group: object) -> StandardScheme:
         raise CheckpointError(
             f"quantization_config {label} is {weights.get('type')} of {bits} bits, strategy {strategy}; only"
             f" weight-only integers of {BITS[0]} to {BITS[-1]} bits by group or channel can be read here"
+        )
+    if weights.get("actorder") not in SAME_GROUPS:
+        raise CheckpointError(
+            f"quantization_config {label} has actorder {weights['actorder']!r}, whose groups aren't consecutive inputs:"
+            " quantize the original again, by llmshrink or with actorder static"
         )
     if group_size < 1 and strategy == "group":
         raise CheckpointError(f"quantization_config {label} has groups of {group_size}; the checkpoint is damaged")

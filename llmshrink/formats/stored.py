@@ -18,6 +18,7 @@ from llmshrink.formats import bitsandbytes, compressed_tensors, eight_bit, spars
 from llmshrink.formats.bitsandbytes import BitsAndBytesScheme
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.eight_bit import EightBitScheme
+from llmshrink.formats.groups import spelled_out
 from llmshrink.formats.sparse24 import Sparse24Scheme
 from llmshrink.weights import Activations, Dense, EightBit, GroupedInt, NormalFloat4, RowInt8, Solvable, Sparse24
 
@@ -27,6 +28,8 @@ FORMATS: tuple[Format, ...] = ("compressed-tensors", "llmshrink")
 Scheme = GroupedIntScheme | EightBitScheme | Sparse24Scheme | BitsAndBytesScheme
 Weight = Solvable | Sparse24
 S = TypeVar("S", bound=Scheme)
+SCALE = ".weight_scale"
+"""What each quantized linear of compressed-tensors has."""
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Key -> dtype and shape of a checkpoint's tensors."""
 
@@ -138,9 +141,10 @@ def _of(kind: type[S], sites: Mapping[str, Scheme | None]) -> dict[str, S | None
 
 
 def schemes(config: Mapping[str, object] | None, keys: Iterable[str] | None = None) -> Mapping[str, Scheme]:
-    """Module path -> scheme, from the `quantization_config` of a checkpoint that llmshrink wrote; none, none.
+    """Module path -> scheme, from the `quantization_config` of a checkpoint; none, none.
 
-    keys: of the checkpoint, by which alone bitsandbytes' linears are known; left out where those can't be used.
+    keys: of the checkpoint, by which alone bitsandbytes' linears are known, and those of other tools' checkpoints that
+    name classes or patterns; left out where those can't be used.
     Raises CheckpointError for a format that can't be read here.
     """
     if not config:
@@ -154,4 +158,7 @@ def schemes(config: Mapping[str, object] | None, keys: Iterable[str] | None = No
                 "quantize the original by another recipe"
             )
         return bitsandbytes.schemes(config, keys)
+    if keys is not None:
+        scaled = [key.removesuffix(SCALE) for key in keys if key.endswith(SCALE)]
+        config = spelled_out(config, scaled)
     return compressed_tensors.schemes(config)

@@ -48,10 +48,7 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     mean diagonal. Raises SolveError on NaN, or when no damping up to the mean diagonal itself helps.
     """
     check_finite("the Hessian", hessian)
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    live = int((~dead).sum())
-    mean = float(diagonal.double().clamp_min(0).sum() / live) if live else 1.0
+    dead, live, mean = _activity(hessian)
     events: list[str] = []
     if live < len(dead):
         events.append(f"{len(dead) - live} of {len(dead)} inputs are never active: rounded to nearest")
@@ -87,17 +84,23 @@ def lower_factor(hessian: Tensor, damp: float) -> tuple[Tensor, tuple[str, ...]]
         if lower is not None:
             said = f"the corrected target's Cholesky failed in float32: done in float64 with damping {damping:g}"
             return lower.to(torch.float32), (said,) if dtype == torch.float64 else ()
-    raise SolveError(_unfactorable(len(hessian), float(hessian.diagonal().double().clamp_min(0).mean())))
+    raise SolveError(_unfactorable(len(hessian), _activity(hessian)[2]))
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """What `factorise` factorised, in float32 and in the natural order. damping: the fraction that it came to."""
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    mean = diagonal[~dead].double().mean().float() if bool((~dead).any()) else torch.ones_like(diagonal[0])
+    dead, _, mean = _activity(hessian)
     result = hessian.to(torch.float32).clone()
     result.diagonal().add_(torch.where(dead, mean, 0.0) + damping * mean)
     return result
+
+
+def _activity(hessian: Tensor) -> tuple[Tensor, int, float]:
+    """Which inputs are never active, bool [in]; how many are; the mean of their diagonal, 1 where there is none."""
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    live = int((~dead).sum())
+    return dead, live, float(diagonal.double().clamp_min(0).sum() / live) if live else 1.0
 
 
 def attempts(damp: float) -> list[tuple[float, torch.dtype]]:

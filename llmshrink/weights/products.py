@@ -2,8 +2,8 @@
 
 torch multiplies float32 on x86 by MKL, which takes the AVX2 kernels on any CPU but Intel's. oneDNN, which torch brings
 too and uses for bfloat16, goes by what the CPU can: one core of an AMD EPYC with AVX-512 does 215 GFLOP/s instead of
-100. Without AVX-512 MKL is the faster one: 88 to 79 on an AMD EPYC with AVX2 alone, and by a third on a Hessian, which it
-adds up in place (`python -m benchmarks.products`). The operator is the one that torch's own compiler calls. It knows
+100. Without AVX-512 MKL is the faster one: 88 to 79 on an AMD EPYC with AVX2 alone, and by a third on a Hessian, which
+it adds up in place (`python -m benchmarks.products`). The operator is the one that torch's own compiler calls. It knows
 no gradient, so that whatever trains multiplies as before.
 
 The two sum in another order, so what is computed by one differs from the other in the last bits; which of them a run
