@@ -234,15 +234,14 @@ def _terms(outputs: int, inputs: int) -> tuple[float, float, float]:
 
 
 def predicted(fits: dict[str, tuple[float, float, float]], name: str, model: str) -> float:
-    """CPU seconds for all layers of a model. A recipe's default of GPTQ leaves the correction out at down_proj."""
+    """CPU seconds for all layers of a model."""
     hidden, ffn, keys, blocks = MODELS[model]
     layers = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)]
     if name == "width":
         layers = [(hidden, ffn)]
     total = 0.0
     for outputs, inputs in layers:
-        at = "gptq, one stream" if name == REFERENCE and inputs == ffn and "gptq, one stream" in fits else name
-        total += sum(a * b for a, b in zip(fits[at], _terms(outputs, inputs), strict=True))
+        total += sum(a * b for a, b in zip(fits[name], _terms(outputs, inputs), strict=True))
     return blocks * total
 
 

@@ -10,14 +10,19 @@ H is symmetric: only the tiles on and above the diagonal are computed, and the r
 accumulated in float32 (float64 on request): its small eigenvalues decide where GPTQ sends its errors, and bfloat16
 products would drown them. D only says how far to move the target; where the streams are bfloat16 its products are
 too, at more than twice the speed, accumulated in float32 across batches.
+
+Where a single weight W of few outputs reads D, as down_proj does, W D is gathered in its place, by `(X - X~) W^T`: all
+that is read of D is that, it takes outputs / inputs of the memory, and 2 outputs / inputs of the products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llmshrink.weights.products import accumulate_, columns_of
+from llmshrink.weights.products import accumulate_, columns_of, times_transposed
 
 
 def tile_of(in_features: int) -> int:
@@ -25,21 +30,33 @@ def tile_of(in_features: int) -> int:
     return max(64, (in_features // 12 + 63) // 64 * 64)
 
 
+def through_one(outputs: Sequence[int], in_features: int) -> bool:
+    """Whether W D takes the place of D. outputs: of each weight at the tap that reads it."""
+    return len(outputs) == 1 and 2 * outputs[0] <= in_features
+
+
 class Statistics:
-    """Running means of one tap. in_features: its width; cross: whether D is wanted; dtype: float32 or float64."""
+    """Running means of one tap. in_features: its width; cross: whether D is wanted; dtype: float32 or float64.
+
+    through: float32 [out, in], a weight W; with it W D is what `cross` gathers.
+    """
 
     def __init__(
         self,
         in_features: int,
         *,
         cross: bool = False,
+        through: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         assert dtype in (torch.float32, torch.float64), dtype
+        assert cross or through is None, "W D is a cross term"
         self.tokens = 0
         self._hessian = torch.zeros(in_features, in_features, dtype=dtype, device=device)
-        self._cross = torch.zeros_like(self._hessian) if cross else None
+        rows = in_features if through is None else through.shape[0]
+        self._cross = torch.zeros(rows, in_features, dtype=dtype, device=device) if cross else None
+        self._through = through
         self._mirrored = True
 
     def add(self, compressed: Tensor, original: Tensor | None = None) -> None:
@@ -62,6 +79,8 @@ class Statistics:
                 accumulate_(tile, columns[start : start + size], columns[start:], keep=keep, new=new)
             if self._cross is not None and original is not None:
                 drift = original - compressed
+                if self._through is not None:
+                    drift = times_transposed(drift, self._through.to(drift.dtype))
                 if compressed.dtype == torch.bfloat16 and self._cross.dtype == torch.float32:
                     self._cross.mul_(keep).add_(drift.T @ compressed, alpha=new)
                 else:
@@ -85,22 +104,33 @@ class Statistics:
 
     @property
     def cross(self) -> Tensor | None:
-        """D, [in_features, in_features], or None with one stream. The accumulator, not a copy."""
-        return self._cross
+        """D, [in_features, in_features], or None with one stream or where W D is kept. The accumulator, not a copy."""
+        return self._cross if self._through is None else None
+
+    @property
+    def drift(self) -> Tensor | None:
+        """W D, [out, in_features], of the weight that it was asked for. The accumulator, not a copy."""
+        return None if self._through is None else self._cross
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
     """The statistics of both sets of tokens together, as if one had seen them all; a and b stay as they are."""
-    assert (a.cross is None) == (b.cross is None), "both or neither hold the cross term"
+    assert (a._cross is None) == (b._cross is None), "both or neither hold the cross term"
     assert a.hessian.shape == b.hessian.shape, (a.hessian.shape, b.hessian.shape)
     total = a.tokens + b.tokens
-    merged = Statistics(a.hessian.shape[0], cross=a.cross is not None, dtype=a.hessian.dtype, device=a.hessian.device)
+    merged = Statistics(
+        a.hessian.shape[0],
+        cross=a._cross is not None,
+        through=a._through,
+        dtype=a.hessian.dtype,
+        device=a.hessian.device,
+    )
     if total == 0:
         return merged
     share = b.tokens / total
     torch.lerp(a.hessian, b.hessian.to(a.hessian), share, out=merged._hessian)
-    if a.cross is not None and b.cross is not None and merged._cross is not None:
-        torch.lerp(a.cross, b.cross.to(a.cross), share, out=merged._cross)
+    if a._cross is not None and b._cross is not None and merged._cross is not None:
+        torch.lerp(a._cross, b._cross.to(a._cross), share, out=merged._cross)
     merged.tokens = total
     return merged
 

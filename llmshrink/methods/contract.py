@@ -65,7 +65,8 @@ class SiteStatistics(Protocol):
 
     tokens: how many. hessian: float32 or float64 [in, in], X~^T X~ / tokens, undamped, where X~ are the inputs after
     the compressed prefix. cross: [in, in], (X - X~)^T X~ / tokens, where X are the original model's inputs; None with
-    one stream.
+    one stream. drift: [out, in], what the weight W makes of cross, W (X - X~)^T X~ / tokens, where that is known in its
+    place; else None.
     """
 
     @property
@@ -74,6 +75,8 @@ class SiteStatistics(Protocol):
     def hessian(self) -> Tensor: ...
     @property
     def cross(self) -> Tensor | None: ...
+    @property
+    def drift(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, eq=False)

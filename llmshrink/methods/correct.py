@@ -17,25 +17,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmshrink.methods.contract import check_finite
+from llmshrink.methods.contract import SiteStatistics, check_finite
 from llmshrink.methods.factor import lower_factor
 
 
-def corrected(
-    weight: Tensor, cross: Tensor, hessian: Tensor, share: float, damp: float
-) -> tuple[Tensor, tuple[str, ...]]:
-    """W + share * W D H^-1, float32 [out, in], and what went otherwise than asked.
+def corrected(weight: Tensor, statistics: SiteStatistics, share: float, damp: float) -> tuple[Tensor, tuple[str, ...]]:
+    """W + share * W D H^-1, float32 [out, in], and what went otherwise than asked; W itself where no D is known.
 
-    weight: float32 [out, in]. cross: D, [in, in]. hessian: H, [in, in], undamped. share: 0 to 1. damp: what is added to
-    H's diagonal, a fraction of its mean. Raises SolveError on NaN, or where no damping makes H positive definite.
+    weight: float32 [out, in]. share: 0 to 1. damp: what is added to H's diagonal, a fraction of its mean. Raises
+    SolveError on NaN, or where no damping makes H positive definite.
     """
-    check_finite("the cross term", cross)
-    cross = cross.to(torch.float32)
-    lower, events = lower_factor(hessian, damp)
+    cross, rows = statistics.cross, weight.shape[0]
+    if share == 0 or (cross is None and statistics.drift is None):
+        return weight, ()
     # The division is by far the most of it, and costs as much as it has rows.
-    tall = weight.shape[0] > weight.shape[1]
-    moved = weight @ _divide(cross, lower) if tall else _divide(weight @ cross, lower)
+    if cross is not None and rows > weight.shape[1]:
+        check_finite("the cross term", cross)
+        lower, events = lower_factor(statistics.hessian, damp)
+        moved = weight @ _divide(cross.to(torch.float32), lower)
+    else:
+        moved = drift(weight, statistics)
+        lower, events = lower_factor(statistics.hessian, damp)
+        moved = _divide(moved, lower)
     return weight.add(moved, alpha=share), events
+
+
+def drift(weight: Tensor, statistics: SiteStatistics) -> Tensor:
+    """W D, float32 [out, in], where D or W D is known. weight: float32 [out, in]. Raises SolveError on NaN."""
+    found = statistics.drift if statistics.cross is None else statistics.cross
+    assert found is not None, "one stream has no D"
+    check_finite("the cross term", found)
+    found = found.to(torch.float32)
+    if statistics.cross is not None:
+        return weight @ found
+    assert found.shape == weight.shape, (found.shape, weight.shape)
+    return found
 
 
 def _divide(rows: Tensor, lower: Tensor) -> Tensor:

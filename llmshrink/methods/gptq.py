@@ -39,19 +39,17 @@ from llmshrink.weights import GroupedInt
 def gptq(weight: Tensor, statistics: SiteStatistics | None, spec: QuantizeSpec, scale_dtype: torch.dtype) -> Solved:
     """Quantize a weight so that its output on the calibration inputs changes least.
 
-    weight: [out_features, in_features], any float dtype. statistics: required; `cross` is read when `spec.corrected` is
-    above 0. scale_dtype: how scales will be stored. Raises SolveError on NaN, on a group size that doesn't divide
-    in_features, and on a Hessian that no damping makes positive definite.
+    weight: [out_features, in_features], any float dtype. statistics: required; `cross` or `drift` is read when
+    `spec.corrected` is above 0. scale_dtype: how scales will be stored. Raises SolveError on NaN, on a group size that
+    doesn't divide in_features, and on a Hessian that no damping makes positive definite.
     """
     if statistics is None:
         raise SolveError("method gptq needs calibration data: give some, or use method rtn")
     check_finite("the weight", weight)
     size, factor = _factor(weight, statistics, spec)
     original = weight.to(torch.float32)
-    target, events = original, factor.events
-    if spec.corrected > 0 and statistics.cross is not None:
-        target, said = corrected(original, statistics.cross, statistics.hessian, spec.corrected, spec.corrected_damp)
-        events += said
+    target, said = corrected(original, statistics, spec.corrected, spec.corrected_damp)
+    events = factor.events + said
     columns = target.index_select(1, factor.order).T.contiguous()
     quantized = _quantize_(columns, statistics.hessian.diagonal(), factor, size, spec, scale_dtype)
     residual = _natural(columns, factor) if spec.residual else None

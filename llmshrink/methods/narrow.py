@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.methods.contract import SiteStatistics, SolveError, check_finite, measure, relative
+from llmshrink.methods.correct import drift
 from llmshrink.methods.factor import attempts
 from llmshrink.weights import Dense
 
@@ -85,8 +86,9 @@ def narrow(weight: Tensor, statistics: SiteStatistics, spec: NarrowSpec, dtype: 
     inputs = inputs_of(units, spec.unit)
     damping, events = 0.0, tuple[str, ...]()
     if spec.repair:
-        cross = statistics.cross if spec.corrected > 0 else None
-        found, damping, events = repaired(original, inputs, hessian, cross, spec)
+        known = statistics.cross is not None or statistics.drift is not None
+        moved = drift(original, statistics) if spec.corrected > 0 and known else None
+        found, damping, events = repaired(original, inputs, hessian, moved, spec)
     else:
         found = original.index_select(1, inputs)
     stored = found.to(dtype)
@@ -116,20 +118,19 @@ def inputs_of(units: Tensor, unit: int) -> Tensor:
 
 
 def repaired(
-    weight: Tensor, inputs: Tensor, hessian: Tensor, cross: Tensor | None, spec: NarrowSpec
+    weight: Tensor, inputs: Tensor, hessian: Tensor, moved: Tensor | None, spec: NarrowSpec
 ) -> tuple[Tensor, float, tuple[str, ...]]:
     """The solution V of the normal equations on `inputs`: float32 [out, len(inputs)], the damping used, events.
 
-    weight: float32 [out, in]. inputs: int64, ascending. hessian, cross: [in, in]. The damped H pulls towards W, so that
-    an input which is never active keeps its weights.
+    weight: float32 [out, in]. inputs: int64, ascending. hessian: [in, in]. moved: W D, [out, in], or None. The damped H
+    pulls towards W, so that an input which is never active keeps its weights.
     """
     diagonal = hessian.diagonal().to(torch.float64)
     live = diagonal > 0
     mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
     wanted = weight @ hessian.to(torch.float32).index_select(1, inputs)
-    if cross is not None:
-        check_finite("the cross term", cross)
-        wanted += spec.corrected * (weight @ cross.to(torch.float32).index_select(1, inputs))
+    if moved is not None:
+        wanted += spec.corrected * moved.index_select(1, inputs)
     kept = weight.index_select(1, inputs)
     dead = torch.where(live, 0.0, mean).index_select(0, inputs)
     for damping, dtype in attempts(spec.damp):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from llmshrink.calibration.activations import Batch
+from llmshrink.calibration.statistics import through_one
 from llmshrink.checkpoint.header import TensorEntry
 from llmshrink.methods import SiteSpec
 from llmshrink.model.held import Held, held_by
@@ -199,11 +200,14 @@ def _in_block(job: Job, sizes: _Activations, number: int, active: Sequence[Stage
     for stage, waiting in zip(active, _waiting(active, (rounding, plain), sizes, number, job.reads), strict=True):
         inputs = stage.sites[0].in_features
         reads = frozenset[str]().union(*(job.reads.get(site.name, ()) for site in stage.sites))
-        cross = "cross" in reads
-        statistics = (1 + cross) * FLOAT * inputs * inputs if reads else 0
+        crossing = [site.out_features for site in stage.sites if "cross" in job.reads.get(site.name, ())]
+        cross, through = bool(crossing), through_one(crossing, inputs)
+        crossed = cross * FLOAT * (crossing[0] if through else inputs) * inputs
+        # W itself is kept beside W D.
+        statistics = FLOAT * inputs * inputs + crossed * (1 + through) if reads else 0
         differing = cross * (3 + (stage in smoothing))
         adding = sizes.batch * inputs * (FLOAT + differing * sizes.itemsize) if reads else 0
-        adding += cross * FLOAT * inputs * inputs  # the batch's product, before it's added
+        adding += crossed  # the batch's product, before it's added
         yield here, there + solved + waiting + statistics + max(adding, forward)
         yield here, there + solved + waiting + statistics + _workspace(job, stage, cross)
         weights = sum(site.out_features * site.in_features for site in stage.sites if _touched(job, site.name))

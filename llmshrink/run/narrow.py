@@ -55,7 +55,7 @@ class NarrowWork:
             stack.enter_context(pausing_at(twin, taps))
             forwards = Forwards(walk, number, block, twin)
             for position, stage in enumerate(active):
-                statistics = gather(walk, active, forwards, position)
+                statistics = gather(walk, active, forwards, position, stored)
                 assert statistics is not None, "every narrowing reads the Hessian"
                 for site in stage.sites:
                     if site.local not in todo:

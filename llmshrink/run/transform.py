@@ -16,7 +16,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from llmshrink.calibration.statistics import Statistics
+from llmshrink.calibration.statistics import Statistics, through_one
 from llmshrink.errors import CheckpointError
 from llmshrink.methods import SiteSpec, shrunk, solve
 from llmshrink.model.paused import pausing_at
@@ -54,7 +54,7 @@ def transform_block(walk: Walk, number: int, stages: Sequence[Stage]) -> SolvedB
         for position, stage in enumerate(active):
             if cache is not None and position == cache.site.place(stages, active):
                 calibrate(cache, walk, forwards, position)
-            statistics = gather(walk, active, forwards, position, smooth.factors.get(stage.tap))
+            statistics = gather(walk, active, forwards, position, stored, smooth.factors.get(stage.tap))
             give_back()
             for result in _solve_stage(walk, stage, statistics, stored, smooth.events.get(stage.tap, ())):
                 solved[result.site.key] = result
@@ -132,11 +132,17 @@ def replay_block(
 
 
 def gather(
-    walk: Walk, stages: Sequence[Stage], forwards: Forwards, position: int, factors: Tensor | None = None
+    walk: Walk,
+    stages: Sequence[Stage],
+    forwards: Forwards,
+    position: int,
+    stored: Mapping[str, Tensor],
+    factors: Tensor | None = None,
 ) -> Statistics | None:
     """The statistics at a stage's tap from all calibration batches; None when no method of the stage reads any.
 
-    factors: what the compressed model's inputs are divided by there, where they are smoothed.
+    stored: the block's tensors, by checkpoint key. factors: what the compressed model's inputs are divided by there,
+    where they are smoothed.
 
     Nothing that is solved here changes the original, so it needn't wait for it: from the last tap at which it is read
     it goes on to the block's end at once, and from one that isn't narrower than the next it goes on to that. So it
@@ -148,7 +154,11 @@ def gather(
     last = max((number for number, each in enumerate(stages) if walk.compares(each)), default=-1)
     reads = frozenset[str]().union(*(walk.reads.get(site.name, ()) for site in stage.sites))
     cross = "cross" in reads
-    statistics = Statistics(stage.sites[0].in_features, cross=cross, device=walk.chain.skeleton.device)
+    device, readers = walk.chain.skeleton.device, walk.crossing(stage)
+    through = None
+    if through_one([site.out_features for site in readers], stage.sites[0].in_features):
+        through = stored[readers[0].key].to(device=device, dtype=torch.float32)
+    statistics = Statistics(stage.sites[0].in_features, cross=cross, through=through, device=device)
     for i, batch in enumerate(walk.batches):
         if batch.held_out:
             continue

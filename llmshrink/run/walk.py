@@ -103,7 +103,11 @@ class Walk:
 
     def compares(self, stage: Stage) -> bool:
         """Whether what arrives at a stage's tap in the original is read."""
-        return any("cross" in self.reads.get(site.name, ()) for site in stage.sites)
+        return bool(self.crossing(stage))
+
+    def crossing(self, stage: Stage) -> list[Site]:
+        """The sites of a stage that read the cross term."""
+        return [site for site in stage.sites if "cross" in self.reads.get(site.name, ())]
 
     @property
     def needs_calibration(self) -> bool:

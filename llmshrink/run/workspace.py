@@ -31,7 +31,7 @@ def solving(spec: SiteSpec, rows: int, inputs: int, cross: bool) -> int:
     if not solver(spec.quantize.method).reads:
         return 2 * weight + rows * inputs + max(measuring, 5 * FLOAT * min(rows * inputs, 1 << 22))
     factorising = weight + 3 * square
-    moved = 0 if not cross else 3 * weight + 4 * square if rows > inputs else 6 * weight + square
+    moved = 0 if not cross else 3 * weight + 5 * square if rows > inputs else 5 * weight + 3 * square
     swept = 3 * weight + square + 3 * rows * inputs + _trying(spec.quantize, rows, inputs)
     return max(factorising, moved, swept, 3 * weight + square + rows * inputs + measuring)
 
@@ -46,7 +46,7 @@ def _trying(spec: QuantizeSpec, rows: int, inputs: int) -> int:
 def _pruning(spec: PruneSpec, rows: int, inputs: int, cross: bool) -> int:
     weight, square = FLOAT * rows * inputs, FLOAT * inputs * inputs
     factorising = 3 * square
-    moved = 4 * weight + 3 * square if cross else weight
+    moved = weight if not cross else 3 * weight + 6 * square if rows > inputs else 5 * weight + 4 * square
     # The damped Hessian and the factor stay, and the target where it's another than the weight.
     kept = 2 * square + (weight if cross else 0)
     chosen = {

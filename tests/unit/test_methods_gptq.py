@@ -183,6 +183,7 @@ class Given:
 
     hessian: Tensor
     cross: Tensor | None = None
+    drift: Tensor | None = None
     tokens: int = 1
 
 

@@ -17,9 +17,10 @@ from llmshrink.methods.pruning.repair import least_squares
 def prune(weight: Tensor, statistics: SiteStatistics | None, spec: PruneSpec) -> Pruned:
     """Remove what the pattern says, so that the output on the calibration inputs changes least.
 
-    weight: [out_features, in_features], any float dtype. statistics: required; `cross` is read when `spec.corrected` is
-    above 0. Raises SolveError on NaN, on a pattern that doesn't fit in_features, and on a Hessian that no damping makes
-    positive definite. An input that is never active keeps the weights that the pattern leaves it, as they are.
+    weight: [out_features, in_features], any float dtype. statistics: required; `cross` or `drift` is read when
+    `spec.corrected` is above 0. Raises SolveError on NaN, on a pattern that doesn't fit in_features, and on a Hessian
+    that no damping makes positive definite. An input that is never active keeps the weights that the pattern leaves it,
+    as they are.
     """
     if statistics is None:
         raise SolveError(f"method {spec.method} needs calibration data: give some with --calibration")
@@ -29,10 +30,8 @@ def prune(weight: Tensor, statistics: SiteStatistics | None, spec: PruneSpec) ->
     natural = torch.arange(weight.shape[1], device=weight.device)
     factor = factorise(statistics.hessian, natural, spec.damp)
     hessian = damped(statistics.hessian, factor.damping)
-    target, events = original, factor.events
-    if spec.corrected > 0 and statistics.cross is not None:
-        target, said = corrected(original, statistics.cross, statistics.hessian, spec.corrected, spec.corrected_damp)
-        events += said
+    target, said = corrected(original, statistics, spec.corrected, spec.corrected_damp)
+    events = factor.events + said
     problem = Problem(hessian, factor)
     pruned, mask = pruner(spec.method)(target, problem, spec)
     if spec.repair:
