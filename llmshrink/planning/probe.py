@@ -188,7 +188,7 @@ class _Timer:
         short = often(self._forward(number, few, self._hidden[:1, :PROBE_TOKENS].contiguous()), device)
         whole = often(self._forward(number, batch, self._hidden), device)
         angle = often(lambda: _angle(self._hidden), device)
-        gathered, to_end, statistics = self._gathered(number, active, whole)
+        gathered, to_end, statistics = self._gathered(number, active, weights, whole)
         solved = packed = unpacked = Spent()
         for stage, each in zip(active, statistics, strict=True):
             took = self._solve(stage, each, weights)
@@ -231,7 +231,9 @@ class _Timer:
 
         return run
 
-    def _gathered(self, number: int, active: list[Stage], whole: Spent) -> tuple[Spent, Spent, list[Statistics | None]]:
+    def _gathered(
+        self, number: int, active: list[Stage], weights: Mapping[str, Tensor], whole: Spent
+    ) -> tuple[Spent, Spent, list[Statistics | None]]:
         """A few batches through the run's own loop: (to the taps, from there to the end) of one; what was gathered."""
         job, chain = self._job, self._job.chain
         if not job.calibrates:
@@ -256,7 +258,7 @@ class _Timer:
         with pausing_at(block, taps), pausing_at(twin, taps):
             forwards = Forwards(walk, number, block, twin)
             for position in range(len(active)):
-                took, statistics = once(partial(gather, walk, active, forwards, position), self._device)
+                took, statistics = once(partial(gather, walk, active, forwards, position, weights), self._device)
                 spent = spent + took
                 found.append(statistics)
             to_end, _ = once(forwards.finish_all, self._device)
