@@ -7,8 +7,9 @@ codes and scales, of which there is one copy. The sum is of codes alone and scal
 kernels. It is taken in one of two ways:
 
 - By torch's own product of codes: for int8 `_int_mm`, whose sums are int32 and exact; for FP8 `_scaled_mm`, on CUDA
-  (on a CPU it is slower than the other way). Whether a device has them, and whether they are right there, is tried
-  once: on x86 processors without VNNI `_int_mm` adds pairs of products in 16 bits, which saturate, and says nothing.
+  (on a CPU it is slower than the other way). On an x86 CPU without VNNI `_int_mm` is a loop over numbers, at a
+  twentieth of the other way's speed, or oneDNN's, which adds pairs of products in 16 bits, and they saturate: it isn't
+  taken there. Elsewhere whether a device has it, and whether it is right there, is tried once.
 - By blocks of the codes brought to float32: everywhere else, and one notice says so. Codes and their products are exact
   in float32 (TF32 holds them too), only sums are rounded.
 
@@ -50,15 +51,15 @@ def takes(kind: Activations, shape: tuple[int, int], device: torch.device) -> bo
     if device.type == "meta" or shape[1] > MOST_INPUTS:
         return False
     if not multiplies(kind, device):
-        notice(f"llmshrink: {device.type} here has no exact product of {kind} numbers; computing it in float32")
+        notice(f"llmshrink: {device.type} here has no fast, exact product of {kind} numbers; computing it in float32")
         return False
     return device.type == "cpu" or all(size % CUDA_STEP[kind] == 0 for size in shape)
 
 
 @cache
 def multiplies(kind: Activations, device: torch.device) -> bool:
-    """Whether torch multiplies such codes on `device`, and exactly: tried once, where 16-bit sums would saturate."""
-    if kind == "fp8" and device.type == "cpu":
+    """Whether torch multiplies such codes on `device`, fast and exactly: tried once, where 16 bits would saturate."""
+    if device.type == "cpu" and (kind == "fp8" or not torch.cpu._is_vnni_supported()):
         return False
     largest = 127 if kind == "int8" else 16
     try:

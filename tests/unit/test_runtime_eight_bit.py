@@ -117,13 +117,14 @@ def test_a_product_that_is_wrong_or_missing_is_not_used_and_said(
     weight, x = make("int8", (64, 128)), inputs(3, 128, torch.float32)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(torch, "_int_mm", product)
+        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
         for _ in range(2):
             layer = EightBitLinear(weight, dtype=torch.float32)
             assert not layer.whole
             check(layer(x), x, weight)
     multiplies.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "llmshrink: cpu here has no exact product of int8 numbers; computing it in float32"
+        "llmshrink: cpu here has no fast, exact product of int8 numbers; computing it in float32"
     ]
 
 
