@@ -213,8 +213,8 @@ def _scheme(label: str, group: object) -> StandardScheme:
         )
     if weights.get("actorder") not in SAME_GROUPS:
         raise CheckpointError(
-            f"quantization_config {label} has actorder {weights['actorder']!r}, whose groups aren't consecutive inputs:"
-            " quantize the original again, by llmshrink or with actorder static"
+            f"quantization_config {label} has activation order {weights['actorder']!r}, whose columns are permuted"
+            " (g_idx); only null, weight and static can be read here: quantize the original again"
         )
     if group_size < 1 and strategy == "group":
         raise CheckpointError(f"quantization_config {label} has groups of {group_size}; the checkpoint is damaged")

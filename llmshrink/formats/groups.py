@@ -65,48 +65,57 @@ def literal(config: Mapping[str, object], scheme_of: Callable[[str, object], S])
 def spelled_out(config: Mapping[str, object], quantized: Iterable[str]) -> Mapping[str, object]:
     """The `quantization_config` with literal names where its groups say `re:PATTERN` or the class `Linear`.
 
-    quantized: module paths whose weights the checkpoint stores quantized. A group takes those that no literal name,
-    then no pattern, of any group has taken before, in the order of the groups; as compressed-tensors does, a pattern
-    fits from the beginning of a name, and what `ignore` names is left out. Other targets stay, for `literal` to refuse.
+    quantized: module paths of the linears that the checkpoint stores quantized; those that `ignore` names are left out.
+    Each goes to the group that `group_of` says. A config of literal names, or without groups, stays as it is.
     """
     groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not any(map(_loose, _targets(groups))):
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         return config
-    ignore = [each for each in _listed(config.get("ignore")) if isinstance(each, str)]
-    literals = {target for target in _targets(groups) if not _loose(target)}
-    free = [name for name in quantized if name not in literals and not any(_fits(name, each) for each in ignore)]
-    found: dict[str, list[object]] = {
-        label: [target for target in _targets({label: group}) if not _loose(target)] for label, group in groups.items()
-    }
-    for of_class in (False, True):
-        for label, group in groups.items():
-            wanted = [each for each in _targets({label: group}) if _loose(each) and (each == LINEAR) is of_class]
-            taken = [name for name in free if any(each == LINEAR or _fits(name, str(each)) for each in wanted)]
-            found[label] += taken
-            free = [name for name in free if name not in set(taken)]
-    spelled = {
-        label: {**group, "targets": found[label]} if isinstance(group, dict) else group
+    named = {target for group in groups.values() for target in listed(group.get("targets"))}
+    if not any(target == LINEAR or target.startswith("re:") for target in named):
+        return config
+    found: dict[str, list[str]] = {
+        label: [each for each in listed(group.get("targets")) if each != LINEAR and not each.startswith("re:")]
         for label, group in groups.items()
     }
+    for name in quantized:
+        if name not in named and matches(name, LINEAR, config.get("ignore") or ()) is None:
+            label = group_of(name, LINEAR, groups)
+            if label is not None:
+                found[label].append(name)
+    spelled = {label: {**group, "targets": found[label]} for label, group in groups.items()}
     return {**config, "config_groups": spelled}
 
 
-def _listed(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
+def group_of(name: str, kind: str, groups: Mapping[str, Mapping[str, object]]) -> str | None:
+    """The label of the config group that a linear belongs to: of one that has its name or a pattern of it, before one
+    that has its class, as in compressed-tensors; of two such, the first. kind: the module's class."""
+    found = [
+        (how, label)
+        for label, group in groups.items()
+        if (how := matches(name, kind, group.get("targets") or ())) is not None
+    ]
+    return min(found, key=lambda match: match[0])[1] if found else None
 
 
-def _targets(groups: Mapping[str, object]) -> list[object]:
-    return [target for group in groups.values() if isinstance(group, dict) for target in _listed(group.get("targets"))]
+def matches(name: str, kind: str, targets: object) -> int | None:
+    """0 where a target is the module's name or a pattern of it (from its beginning), 1 where it's its class, None where
+    none is. Raises CheckpointError where they aren't a list, or a pattern is none."""
+    best = None
+    for target in listed(targets):
+        try:
+            found = target == name or (target.startswith("re:") and re.match(target[3:], name))
+        except re.error as error:
+            raise CheckpointError(f"quantization_config: {target!r} is no pattern ({error}); it is damaged") from error
+        if found:
+            return 0
+        if target == kind:
+            best = 1
+    return best
 
 
-def _loose(target: object) -> bool:
-    return target == LINEAR or (isinstance(target, str) and target.startswith("re:"))
-
-
-def _fits(name: str, target: str) -> bool:
-    if not target.startswith("re:"):
-        return name == target
-    try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise CheckpointError(f"quantization_config names modules by {target!r}: {error}") from None
+def listed(targets: object) -> list[str]:
+    """The texts among targets. Raises CheckpointError where they aren't a list."""
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise CheckpointError(f"quantization_config lists its linears as {targets!r}, not as a list; it is damaged")
+    return [target for target in targets if isinstance(target, str)]

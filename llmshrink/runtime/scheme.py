@@ -9,7 +9,6 @@ refused by name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,12 +16,11 @@ from llmshrink.errors import CheckpointError
 from llmshrink.formats import compressed_tensors, eight_bit, kv_cache
 from llmshrink.formats.compressed_tensors import FORMAT, MIXED, StandardScheme
 from llmshrink.formats.eight_bit import EightBitScheme
+from llmshrink.formats.groups import group_of, matches
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 FORMATS = (FORMAT, *eight_bit.FORMATS)
-_ORDERS = (None, False, "weight", "static")
-"""Activation orders that leave the columns where they were. `group` (or true) stores a permutation, `g_idx`."""
 
 
 def schemes(config: Mapping[str, Any], linears: Mapping[str, str]) -> dict[str, StandardScheme]:
@@ -35,16 +33,12 @@ def schemes(config: Mapping[str, Any], linears: Mapping[str, str]) -> dict[str, 
     read = of_groups(config)
     chosen: dict[str, StandardScheme] = {}
     for name, kind in linears.items():
-        if _matches(name, kind, config.get("ignore") or ()) is not None:
+        if matches(name, kind, config.get("ignore") or ()) is not None:
             raise CheckpointError(f"{name} is packed, but quantization_config ignores it; the checkpoint is damaged")
-        found = [
-            (by_class, label)
-            for label, group in groups.items()
-            if (by_class := _matches(name, kind, group.get("targets") or ())) is not None
-        ]
-        if not found:
+        label = group_of(name, kind, groups)
+        if label is None:
             raise CheckpointError(f"{name} is packed, but no config group targets it; the checkpoint is damaged")
-        chosen[name] = read[min(found, key=lambda match: match[0])[1]]
+        chosen[name] = read[label]
     return chosen
 
 
@@ -60,13 +54,6 @@ def _scheme(label: str, group: Mapping[str, Any], form: object) -> StandardSchem
         raise CheckpointError(f"quantization_config {label} has format {own}; only {_listed(FORMATS)} can be run here")
     if group.get("output_activations"):
         raise CheckpointError(f"quantization_config {label} quantizes output activations; only inputs can be here")
-    weights = group.get("weights")
-    order = weights.get("actorder") if isinstance(weights, dict) else None
-    if order not in _ORDERS:
-        raise CheckpointError(
-            f"quantization_config {label} has activation order {order!r}, whose columns are permuted (g_idx); only"
-            " null, weight and static can be run here"
-        )
     # The reader of literal names knows how a scheme is written; any name will do.
     target = f"{label}.weights"
     alone = {"quant_method": "compressed-tensors", "format": FORMAT}
@@ -103,25 +90,6 @@ def _groups(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise CheckpointError("quantization_config has no config_groups; the checkpoint is damaged")
     return groups
-
-
-def _matches(name: str, kind: str, targets: object) -> int | None:
-    """0 where a target is the module's name or a pattern of it, 1 where it's its class, None where none is."""
-    if isinstance(targets, str) or not isinstance(targets, Iterable):
-        raise CheckpointError(f"quantization_config lists its linears as {targets!r}, not as a list; it is damaged")
-    best = None
-    for target in targets:
-        if not isinstance(target, str):
-            continue
-        try:
-            found = target == name or (target.startswith("re:") and re.match(target[3:], name))
-        except re.error as error:
-            raise CheckpointError(f"quantization_config: {target!r} is no pattern ({error}); it is damaged") from error
-        if found:
-            return 0
-        if target == kind:
-            best = 1
-    return best
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -60,9 +60,9 @@ def test_without_the_keys_a_class_is_refused() -> None:
     ("groups", "more", "said"),
     [
         ([(4, ["Embedding"])], {}, "group_0 targets 'Embedding'; only literal module paths"),
-        ([(4, ["re:("])], {}, r"names modules by 're:\(': missing \)"),
-        ([(4, ["Linear"])], {"actorder": "group"}, "has actorder 'group', whose groups aren't consecutive inputs"),
-        ([(4, ["Linear"])], {"actorder": True}, "has actorder True, whose groups aren't consecutive inputs"),
+        ([(4, ["re:("])], {}, r"'re:\(' is no pattern \(missing \)"),
+        ([(4, ["Linear"])], {"actorder": "group"}, "has activation order 'group', whose columns are permuted"),
+        ([(4, ["Linear"])], {"actorder": True}, "has activation order True, whose columns are permuted"),
     ],
 )
 def test_what_can_not_be_read_is_named(groups: list[Any], more: dict[str, object], said: str) -> None:
