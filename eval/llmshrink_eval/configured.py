@@ -10,7 +10,10 @@ never changed by it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 OURS = {
     "return_dict": True,
@@ -43,6 +46,15 @@ def running_config(folder: str | Path, *, trust_remote_code: bool = False) -> An
         return settle(config)
     known: Any = CONFIG_MAPPING[kind]
     return settle(known.from_dict({key: value for key, value in found.items() if not _computed(known, key)}, **given))
+
+
+def multiply_in(config: Any, dtype: torch.dtype) -> Any:
+    """The config, its linears of bitsandbytes' 4 bits multiplying in `dtype`: else they do in what config.json says,
+    whatever the rest computes in, which is slow where that is bfloat16 and the CPU has no instructions for it."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and "bnb_4bit_compute_dtype" in found:
+        config.quantization_config = {**found, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    return config
 
 
 def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:

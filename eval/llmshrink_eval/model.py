@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from llmshrink_eval.configured import running_config
+from llmshrink_eval.configured import multiply_in, running_config
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.weightfiles import weight_files
 
@@ -101,6 +101,7 @@ def _whole(path: Path, **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = running_config(path, trust_remote_code=settings["trust_remote_code"])
+    config = multiply_in(config, settings["dtype"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, config=config, local_files_only=True, output_loading_info=True, **settings
     )

@@ -178,7 +178,7 @@ def _load_bitsandbytes(
     source: Source, quantization: dict[str, Any], device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> Any:
     """The model as transformers loads it, its linears that library's modules. CheckpointError for other options."""
-    from llmshrink_eval.configured import running_config
+    from llmshrink_eval.configured import multiply_in, running_config
     from transformers import AutoModelForCausalLM
 
     bitsandbytes.scheme_of(quantization)
@@ -188,7 +188,7 @@ def _load_bitsandbytes(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=running_config(source.folder, trust_remote_code=trust_remote_code),
+            config=multiply_in(running_config(source.folder, trust_remote_code=trust_remote_code), dtype),
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=trust_remote_code,

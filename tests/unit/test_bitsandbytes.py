@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import contents
 
 import llmshrink
@@ -175,6 +177,33 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     report = llmshrink.quantize(model, **asked)
     assert report.blocks_kept == 1
     assert contents(tmp_path / "out") == contents(made("bnb-nf4"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_its_products_are_in_the_dtype_that_is_asked_for(
+    made: Callable[[str], Path], method: str, dtype: torch.dtype
+) -> None:
+    """config.json says bfloat16, which a CPU with AVX2 alone multiplies at a tenth of float32's speed."""
+    from llmshrink_eval.model import LoadOptions, load_model
+
+    folder = made(method)
+    assert (
+        json.loads((folder / "config.json").read_text())["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    )
+    loaded = llmshrink.load(folder, device="cpu", dtype=str(dtype).removeprefix("torch."))
+    judged = load_model(folder, LoadOptions(dtype=dtype))
+    for model, expected in ((loaded, dtype), (judged, torch.float32)):
+        linears = [each for each in model.modules() if type(each).__name__ == "Linear4bit"]
+        assert len(linears) == 14 and {each.compute_dtype for each in linears} == {expected}
+    linear = next(each for each in judged.modules() if type(each).__name__ == "Linear4bit")
+    x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+    import bitsandbytes.functional as library
+
+    state = copy.copy(linear.weight.quant_state)
+    state.dtype = torch.float32
+    dense = library.dequantize_4bit(linear.weight.data, state)
+    assert torch.allclose(linear(x), x @ dense.T, rtol=0.0, atol=1e-5)
 
 
 def test_generate_reads_it_and_what_it_cannot_be_used_for_says_so(
