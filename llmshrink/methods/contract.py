@@ -52,7 +52,7 @@ class QuantizeSpec:
     act_order: bool = True
     corrected: float = 1.0
     corrected_damp: float = 0.1
-    damp: float = 0.01
+    damp: float = 0.1
     block_size: int = 128
     descent: int = 0
     activations: Literal["none", "int8", "fp8"] = "none"

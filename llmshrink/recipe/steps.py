@@ -65,7 +65,7 @@ class Quantize(Frozen):
     act_order: bool = True
     corrected: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     corrected_damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    damp: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     block_size: PositiveInt = 128
     descent: NonNegativeInt = 0
     activations: Activations = "none"

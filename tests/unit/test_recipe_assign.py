@@ -225,7 +225,7 @@ def test_shards_of_one_layer_may_be_solved_differently() -> None:
         found = assigned(None, f"overrides=[{{match: '*.{one}', quantize: {{damp: 0.02}}}}]")
         for name in ("q_proj", "k_proj", "v_proj"):
             spec = found[f"model.layers.0.self_attn.{name}"].spec
-            assert spec is not None and spec.quantize.damp == (0.02 if name == one else 0.01), (one, name)
+            assert spec is not None and spec.quantize.damp == (0.02 if name == one else 0.1), (one, name)
 
 
 def test_fused_sites_fall_together() -> None:
