@@ -16,6 +16,9 @@ def serve(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint's folder.")],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Let other machines ask, by --host, without an --api-key.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, say what would be started, and start nothing.")
     ] = False,
@@ -35,7 +38,15 @@ def serve(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    status = api.serve(checkpoint, host=host, port=port, options=context.args, dry_run=dry_run, say=say)
+    status = api.serve(
+        checkpoint,
+        host=host,
+        port=port,
+        options=context.args,
+        allow_anonymous=allow_anonymous,
+        dry_run=dry_run,
+        say=say,
+    )
     if status:
         print(f"llmshrink: vLLM ended with exit code {status}", file=sys.stderr)
     return status

@@ -29,8 +29,8 @@ def continue_story(folder: Path, seed: int) -> tuple[str, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     beginning = language.beginning(random.Random(PROMPT_SEED + seed))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     ids = tokenizer(beginning, add_special_tokens=False, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     with torch.inference_mode():

@@ -49,7 +49,11 @@ def token_logprobs(folder: Path, scheme: BitsAndBytesScheme, windows: Sequence[B
     try:
         with redirect_stderr(StringIO()), torch.no_grad():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=running_config(folder), device_map={"": device}, local_files_only=True
+                folder,
+                config=running_config(folder),
+                device_map={"": device},
+                local_files_only=True,
+                trust_remote_code=False,
             )
             rows = [model(window.input_ids.to(device)).logits for window in windows]
     except Exception as error:  # of every type: a missing file, a shape, an unknown class

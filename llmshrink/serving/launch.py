@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from llmshrink_eval.engines.child import isolated, python
+
 from llmshrink.serving.options import mentions
 
 AS_MEASURED = {"VLLM_CPU_INT4_W4A8": "0"}
@@ -67,7 +69,7 @@ def serve_command(checkpoint: Path, *, tp: int = 1) -> str:
     if engine is not None and engine.cpu:
         words += [f"{name}={value}" for name, value in AS_MEASURED.items()]
     if engine is not None and engine.distribution == "vllm-cpu":
-        words += [_python(), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--model"]
+        words += [_python(), "-P", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--model"]
     else:
         words += ["vllm", "serve"]
     words.append(shlex.quote(os.fspath(checkpoint)))
@@ -82,7 +84,7 @@ def server_words(engine: Installed, checkpoint: Path, options: Sequence[str]) ->
         module = ["vllm.entrypoints.openai.api_server", "--model"]
     else:
         module = ["vllm.entrypoints.cli.main", "serve"]
-    return [sys.executable, "-m", *module, os.fspath(checkpoint), *options]
+    return [*python(*module), os.fspath(checkpoint), *options]
 
 
 def server_environment(
@@ -99,7 +101,7 @@ def server_environment(
         defaults |= AS_MEASURED
         if not any(mentions(options, name) for name in _CACHE_OPTIONS):
             defaults[CACHE_GIB] = str(max(1, free // 4 // 2**30))
-    return {**defaults, **own}
+    return isolated({**defaults, **own})
 
 
 def _python() -> str:

@@ -74,6 +74,19 @@ def value(words: Sequence[str], names: Sequence[str]) -> str | None:
     return found
 
 
+def masked(words: Sequence[str]) -> list[str]:
+    """The words with `...` in the place of every key that clients must send, to be printed."""
+    told, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word.startswith("-"):
+            secret = _name(word) in _NAMES["api_key"]
+            told.append(f"{name}=..." if secret and equals else word)
+        else:
+            told.append("..." if secret else word)  # vLLM takes several keys after one --api-key
+    return told
+
+
 def _name(word: str) -> str:
     """An option's name as vLLM spells it, or the word itself."""
     name = word.partition("=")[0]

@@ -9,6 +9,7 @@ chance to pass anything on, Linux sends the child a SIGTERM.
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
-from urllib.request import Request, urlopen
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from llmshrink.errors import LlmshrinkError
 
@@ -40,6 +41,15 @@ class Address:
     host: str
     port: int
     tls: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it. False for a name that nobody knows, too."""
+        try:
+            found = socket.getaddrinfo(self.host or None, None, flags=socket.AI_PASSIVE)
+        except OSError:
+            return False
+        return all(ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in found)
 
     @property
     def url(self) -> str:
@@ -103,9 +113,10 @@ def _until_healthy(process: subprocess.Popen[bytes], address: Address, waiting: 
 def _healthy(address: Address) -> bool:
     import ssl
 
-    unchecked = ssl._create_unverified_context() if address.tls else None  # our own child, by its loopback name
+    # No proxy knows our own child, and its certificate isn't for its loopback name.
+    ways = [ProxyHandler({}), HTTPSHandler(context=ssl._create_unverified_context())]
     try:
-        with urlopen(Request(f"{address.url}/health"), timeout=10, context=unchecked) as response:
+        with build_opener(*ways).open(f"{address.url}/health", timeout=10) as response:
             return bool(response.status == 200)
     except OSError:  # URLError and HTTPError are such
         return False

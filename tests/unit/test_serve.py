@@ -257,17 +257,60 @@ def test_the_curl_is_for_the_server_at_hand() -> None:
     words = shlex.split(serve.curl(Address("0.0.0.0", 8000), "it's mine"))
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/completions"]
     assert json.loads(words[-1])["model"] == "it's mine"
-    safe = shlex.split(serve.curl(Address("::1", 9, tls=True), "m", "key"))
+    safe = shlex.split(serve.curl(Address("::1", 9, tls=True), "m", keyed=True))
     assert safe[1] == "https://[::1]:9/v1/completions"
-    assert "Authorization: Bearer key" in safe
+    assert "Authorization: Bearer ..." in safe
     assert "--insecure" in safe
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--api-key", "hush"],
+        ["--api-key=hush"],
+        ["--api_key", "hush"],
+        ["--api-key", "hush", "hush2", "--max-model-len", "9"],
+    ],
+)
+def test_a_key_is_never_printed(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = int_checkpoint(tmp_path, 4, 64)
+    assert llmshrink.serve(folder, port=free_port(), options=words, dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert "..." in said and "hush" not in said
+    assert ("--max-model-len 9" in said) == ("9" in words)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1"])
+def test_other_machines_need_a_key_unless_that_is_meant(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, said = int_checkpoint(tmp_path, 4, 64), list[str]()
+    monkeypatch.setattr(Address, "check_free", lambda _: None)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+    def started(**more: object) -> int:
+        return llmshrink.serve(folder, host=host, dry_run=True, say=said.append, **more)  # type: ignore[arg-type]
+
+    with pytest.raises(
+        LlmshrinkError, match="nothing would ask who they are; set VLLM_API_KEY or give --api-key, or say"
+    ):
+        started()
+    assert started(allow_anonymous=True) == started(options=["--api-key", "k"]) == 0
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    assert started() == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.9.9.9"])
+def test_this_machine_alone_needs_none(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Address, "check_free", lambda _: None)
+    assert llmshrink.serve(int_checkpoint(tmp_path, 4, 64), host=host, dry_run=True, say=lambda _: None) == 0
 
 
 def test_each_build_is_started_its_own_way() -> None:
     cpu = server_words(CPU, Path("d"), ["--x"])
-    assert cpu == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "d", "--x"]
+    assert cpu == [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", "d", "--x"]
     cuda = server_words(Installed("vllm", "0.33.0"), Path("d"), [])
-    assert cuda == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "d"]
+    assert cuda == [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", "d"]
 
 
 def test_the_servers_environment_is_the_users_with_defaults() -> None:
@@ -400,6 +443,17 @@ def test_a_second_signal_ends_a_server_that_hangs() -> None:
     assert running.process.poll() is None
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 128 + signal.SIGKILL
+
+
+def test_the_health_check_asks_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    running = Running(0, 0)
+    running.until("ready")
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a signal")

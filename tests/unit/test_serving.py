@@ -139,7 +139,7 @@ def test_an_engine_that_dies_is_reported_by_its_last_words(monkeypatch: pytest.M
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho out of memory\nexit 7\n")
     python.chmod(0o755)
-    monkeypatch.setattr(engine.sys, "executable", str(python))
+    monkeypatch.setattr("sys.executable", str(python))
     with pytest.raises(EngineError, match=r"status 7 .*: out of memory"):
         engine_logprobs(tmp_path, PROMPTS)
 
@@ -150,6 +150,6 @@ def test_an_engine_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nsleep 600\n")
     python.chmod(0o755)
-    monkeypatch.setattr(engine.sys, "executable", str(python))
+    monkeypatch.setattr("sys.executable", str(python))
     with pytest.raises(EngineError, match="within 0 s"):
         engine_logprobs(tmp_path, PROMPTS, timeout=0.2)

@@ -18,13 +18,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from llmshrink_eval.engines.vllm_process import import_path
+from llmshrink_eval.engines.child import ours, python
 from llmshrink_eval.errors import EvalError, EvalFailed
 from llmshrink_eval.options import ModelSpec, Running
 
@@ -88,9 +87,8 @@ class CostProcess:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                # -P: a folder here that is called as a package isn't that package.
-                [sys.executable, "-P", "-m", "llmshrink_eval.engines.cost_worker"],
-                env={**os.environ, "PYTHONPATH": import_path()},
+                python("llmshrink_eval.engines.cost_worker"),
+                env=ours({}),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

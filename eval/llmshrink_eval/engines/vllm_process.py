@@ -12,7 +12,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.engines.child import ours, python
 from llmshrink_eval.errors import EvalError, EvalFailed
 
 START_SECONDS = 1800.0
@@ -79,8 +79,8 @@ class VllmProcess:
         question.write_text(json.dumps(start), encoding="utf-8")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "llmshrink_eval.engines.vllm_worker", os.fspath(question)],
-                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": import_path()},
+                python("llmshrink_eval.engines.vllm_worker", os.fspath(question)),
+                env=ours(ENVIRONMENT),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -166,10 +166,3 @@ class VllmProcess:
 
 class _EngineError(Exception):
     """What vLLM itself raised, in one line."""
-
-
-def import_path() -> str:
-    """For another process of ours: where this package was found comes first, installed or not, and what this process
-    can import the other can."""
-    here = os.fspath(Path(__file__).parents[2])
-    return os.pathsep.join(dict.fromkeys([here, *filter(None, sys.path)]))

@@ -13,15 +13,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from llmshrink_eval.engines.child import end_with_input
 from llmshrink_eval.errors import EvalError, EvalFailed
 
 LONGEST_ERROR = 600
@@ -180,7 +179,7 @@ def main(start: Path) -> None:
         out.flush()
 
     questions: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_listen, args=(questions,), daemon=True).start()
+    end_with_input(questions.put)
     try:
         worker = Worker(json.loads(start.read_text(encoding="utf-8")), tell)
     except Exception as error:
@@ -196,13 +195,6 @@ def main(start: Path) -> None:
             tell({"done": True})
         except Exception as error:
             tell(_error(error))
-
-
-def _listen(questions: SimpleQueue[bytes]) -> None:
-    """Pass on each line; the end of the input, however whoever asks came to his end, is the end of all of this."""
-    for line in sys.stdin.buffer:
-        questions.put(line)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _error(error: Exception) -> dict[str, Any]:

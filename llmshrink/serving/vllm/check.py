@@ -108,7 +108,11 @@ def transformers_logits(checkpoint: Path) -> Reference:
             model = _decompressed(checkpoint, cut=cut_cache(config))
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                checkpoint, config=running_config(checkpoint), dtype=torch.float32, local_files_only=True
+                checkpoint,
+                config=running_config(checkpoint),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         model(
             torch.zeros(1, 1, dtype=torch.int64, device=model.device)
@@ -155,7 +159,7 @@ def _decompressed(checkpoint: Path, *, cut: bool = False) -> Any:
     )
     config = running_config(checkpoint)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     reader.round_too(model, {name: name for name, _ in model.named_parameters()}, cut=cut)
     weights = {key: reader.read(key) for key in list(reader.keys())}
     missing, unknown = model.load_state_dict(weights, strict=False)

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
+
+from llmshrink_eval.engines.child import ours, python
 
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
@@ -183,12 +184,12 @@ def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[
     with tempfile.TemporaryDirectory(prefix="llmshrink-vllm-") as folder:
         question, answer, log = (Path(folder) / name for name in ("question.json", "answer.json", "log.txt"))
         question.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "llmshrink.serving.vllm.worker", os.fspath(question), os.fspath(answer)]
+        command = python("llmshrink.serving.vllm.worker", os.fspath(question), os.fspath(answer))
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **ENVIRONMENT},
-                stdin=subprocess.DEVNULL,
+                env=ours(ENVIRONMENT),
+                stdin=subprocess.PIPE,  # whose end is the worker's
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -205,6 +206,8 @@ def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                assert process.stdin is not None
+                process.stdin.close()
         if not answer.is_file():
             raise EngineError(
                 f"vLLM {engine.version} ended with status {status} for {request['model']}: {_last_line(log)}"

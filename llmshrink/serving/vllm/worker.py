@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.engines.child import end_with_input
+
 LONGEST_ERROR = 600
 
 
@@ -58,4 +60,5 @@ def main(question: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_input()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

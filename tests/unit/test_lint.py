@@ -1,0 +1,90 @@
+"""Rules of this code that ruff has no word for: what runs code that isn't ours is asked for in one way alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("llmshrink", "eval/llmshrink_eval", "kernels/llmshrink_kernels")
+NAMING_PYTHON = {
+    "eval/llmshrink_eval/engines/child.py": "starts it, always with -P",
+    "llmshrink/cli/surroundings.py": "becomes it, with -P",
+    "llmshrink/serving/launch.py": "prints it",
+    "llmshrink/doctoring/packages.py": "prints it",
+}
+READS_CONFIGS = "eval/llmshrink_eval/configured.py"
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            yield file.relative_to(ROOT).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str, str]]:
+    """Calls of methods: the call, what it is called on, the method."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            yield node, ast.unparse(node.func.value), node.func.attr
+
+
+def test_whether_a_repositorys_code_runs_is_always_said() -> None:
+    seen, silent = 0, []
+    for file, tree in trees():
+        for call, owner, method in calls(tree):
+            if method not in ("from_pretrained", "from_config") or not owner.rpartition(".")[2].startswith("Auto"):
+                continue
+            seen += 1
+            said = {each.arg: each.value for each in call.keywords}
+            value = said.get("trust_remote_code")
+            none = isinstance(value, ast.Constant) and value.value is None
+            # None among the names: a dictionary of keywords, which comes from another call of ours.
+            if none or not {"trust_remote_code", None} & said.keys():
+                silent.append(f"{file}:{call.lineno}")
+    assert seen > 10 and silent == []
+
+
+def test_a_config_is_read_in_one_place() -> None:
+    """There attention is set to ours: one that config.json names may be a kernel on the Hub."""
+    places = {file for file, tree in trees() for _, owner, _ in calls(tree) if owner.endswith("AutoConfig")}
+    assert places == {READS_CONFIGS}
+    bare = [
+        f"{file}:{call.lineno}"
+        for file, tree in trees()
+        if not file.startswith("llmshrink/demo/")  # its own model alone
+        for call, owner, method in calls(tree)
+        if method == "from_pretrained" and owner.endswith("AutoModelForCausalLM")
+        if "config" not in {each.arg for each in call.keywords}
+    ]
+    assert bare == []
+
+
+def test_python_is_started_in_one_place() -> None:
+    naming = {
+        file
+        for file, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable"
+    }
+    assert naming == NAMING_PYTHON.keys()
+
+
+def test_nothing_unpickles() -> None:
+    banned = {"pickle", "dill", "joblib", "shelve", "marshal"}
+    found = []
+    for file, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {(node.module or "").partition(".")[0]}
+            else:
+                continue
+            found += [f"{file}:{node.lineno}"] * bool(names & banned)
+        for call, owner, method in calls(tree):
+            only_weights = {each.arg: ast.unparse(each.value) for each in call.keywords}.get("weights_only") == "True"
+            if (owner, method) == ("torch", "load") and not only_weights:
+                found.append(f"{file}:{call.lineno}")
+    assert found == []
