@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE
+from llmshrink.errors import CheckpointError
 from llmshrink.paths import as_text
 
 TOKENIZER = (
@@ -98,18 +99,31 @@ def side_files(
     """Each file beside the weights that goes on, and its name in an output; never a pickle, whatever it is called.
 
     README.md becomes SOURCE_README.md, unless there is one already (the source is then an output of ours, and its card
-    is about itself). besides: folders that aren't part of the model though they lie in it.
+    is about itself). besides: folders that aren't part of the model though they lie in it. Raises CheckpointError for a
+    link that leads out of the folder, but into the cache that the folder itself is of: what it leads to isn't the
+    model's, and might be anything that this user can read.
     """
     code = own_code(source) if trust_remote_code else frozenset()
     for path in _candidates(source):
         name = path.relative_to(source).as_posix()
         if not (belongs(name) or name in code) or not path.is_file() or _within(path, besides) or _is_pickle(path):
             continue
+        if path.is_symlink() and not _own_link(path, source):
+            raise CheckpointError(
+                f"{as_text(str(path))} is a link to {as_text(str(path.resolve()))}, out of the model's folder: "
+                "put a copy of the file in its place if it is the model's, else remove the link"
+            )
         if name.lower() == "readme.md":
             if not (source / SOURCE_CARD).is_file():
                 yield path, SOURCE_CARD
             continue
         yield path, name
+
+
+def check_side_files(source: Path, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()) -> None:
+    """Raise what copying them at the end would raise."""
+    for _ in side_files(source, trust_remote_code=trust_remote_code, besides=besides):
+        pass
 
 
 def left_behind(
@@ -178,6 +192,14 @@ def _within(path: Path, folders: Sequence[Path]) -> bool:
     apart = {each for folder in folders for each in (folder.absolute(), folder.resolve())}
     own = {path.absolute(), path.resolve(), *path.absolute().parents, *path.resolve().parents}
     return not apart.isdisjoint(own)
+
+
+def _own_link(path: Path, source: Path) -> bool:
+    """Whether a link leads to a file of its folder, or, in the Hub's cache, to one of the same repository's blobs."""
+    target, folder = path.resolve(), source.resolve()
+    return target.is_relative_to(folder) or (
+        folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    )
 
 
 def _is_pickle(path: Path) -> bool:

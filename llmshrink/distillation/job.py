@@ -15,6 +15,7 @@ from llmshrink_eval.beginning import Bos
 from llmshrink.calibration.activations import Batch, batches_of
 from llmshrink.calibration.text import load_documents
 from llmshrink.calibration.tokens import TokenWindows, build_windows, tokenizer_hash
+from llmshrink.checkpoint.beside import check_side_files
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
@@ -209,6 +210,7 @@ def prepare(options: Options, progress: Progress) -> Job:
     source = teacher_source if options.student is None else resolve(options.student, trust_remote_code=trusted)
     if options.student is not None:
         schemes_of(source)
+    check_side_files(source.folder, trust_remote_code=trusted, besides=(options.output,))
     config, teacher_config = (config_of(each, trusted) for each in (source, teacher_source))
     tokenizer, other = (load_tokenizer(each, trusted) for each in (source, teacher_source))
     sizes = [each.get_text_config().vocab_size for each in (config, teacher_config)]

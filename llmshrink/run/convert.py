@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink.checkpoint.beside import NOTHING, LeftBehind
+from llmshrink.checkpoint.beside import NOTHING, LeftBehind, check_side_files
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.errors import CheckpointError, SourceError
@@ -126,6 +126,7 @@ def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], d
     if format_of(record) == format:
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")
     check_apart(output, (("the model", source),))
+    check_side_files(source, trust_remote_code=True, besides=(output, partial_folder(output)))
     config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return record, config
 

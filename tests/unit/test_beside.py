@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers import make_model
 import llmshrink
 from llmshrink.checkpoint import beside, source
 from llmshrink.checkpoint.beside import belongs, left_behind, own_code, side_files
+from llmshrink.errors import CheckpointError
 
 SMALL = {"samples": 8, "seq_len": 32, "group_size": 32}
 MODEL = {
@@ -49,6 +51,36 @@ def test_only_what_belongs_to_a_model_goes_on(tmp_path: Path) -> None:
     assert set(left.names) == tops | {"merges-pipe.txt", "vocab.txt"}
     assert left.count == len(left.names)
     assert left.lines()[0].endswith(f"and {left.count - 4} more: not part of the model")
+
+
+def test_links_are_followed_inside_the_folder_and_into_its_own_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text("blob")
+    (snapshot / "real.txt").write_text("inside")
+    (snapshot / "merges.txt").symlink_to("../../blobs/1")
+    (snapshot / "vocab.txt").symlink_to("real.txt")
+    assert {name for _, name in side_files(snapshot)} == {"merges.txt", "vocab.txt"}
+
+
+@pytest.mark.parametrize(
+    "name", ["merges.txt", "README.md", "LICENSE", "tokenizer.json", "additional_chat_templates/a.jinja"]
+)
+@pytest.mark.parametrize("far", ["private.txt", "models--other--name/blobs/1", "snapshots/abc/x"])
+def test_a_link_that_leads_out_is_refused_by_name(name: str, far: str, tmp_path: Path) -> None:
+    folder, target = tmp_path / "model", tmp_path / far
+    _write(folder, {"config.json"})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("private")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(target)
+    for ask in (side_files, left_behind):
+        with pytest.raises(
+            CheckpointError, match=rf"{re.escape(name)} is a link to .*{re.escape(far)}, out of the model's"
+        ):
+            tuple(ask(folder) if ask is side_files else [ask(folder)])
 
 
 def test_many_names_are_counted_and_not_all_listed(tmp_path: Path) -> None:
