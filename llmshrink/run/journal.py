@@ -17,10 +17,12 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llmshrink.checkpoint.beside import WANTED, belongs
 from llmshrink.errors import OutputError
+from llmshrink.paths import as_text
 from llmshrink.run import disk
 from llmshrink.run.arithmetic import processor
 from llmshrink.run.lock import LOCK, Lock
@@ -33,6 +35,11 @@ TRAINING = "training"
 OURS = (JOURNAL, JOURNAL + ".tmp", LOCK, CHECKPOINT, OLD, ACTIVATIONS, TRAINING)
 """All that a workspace ever holds; a folder with anything else in it is somebody else's."""
 RECORD = "llmshrink.json"
+WRITTEN_LATER = ("README.md", "timing.json", "verify/verified.json")
+"""Of an output, beside its weights and the files that its record names: card, times, seal."""
+OF_NOBODY = ("__pycache__", ".DS_Store")
+"""What systems leave in folders by themselves."""
+SHOWN = 4
 MACHINE = ("device", "instructions")
 """What of an identity tells kinds of machine apart."""
 
@@ -54,6 +61,37 @@ class Part:
 def is_ours(folder: Path) -> bool:
     """Whether `folder` was written by llmshrink: only such a folder is ever replaced."""
     return (folder / RECORD).is_file()
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies in an output of ours and no run of llmshrink left there, a folder of such things with a slash.
+
+    Ours are the files that its record names, the record, and what is written beside it (`WRITTEN_LATER`). A record of
+    before it named files: what belongs to a model by its name is taken for ours.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        named = record.get("files")
+        known = {RECORD, *WRITTEN_LATER, *record.get("shards", {}), *(named or ())}
+    except (OSError, ValueError, AttributeError, TypeError):  # a damaged record names nothing
+        named, known = [], {RECORD, *WRITTEN_LATER}
+    paths = (*known, *(WANTED if named is None else ()))
+    folders = {parent.as_posix() for name in paths for parent in PurePosixPath(name).parents}
+    found = []
+    waiting = [folder]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                if name in folders:
+                    waiting.append(path)
+                elif path.name not in OF_NOBODY:
+                    found.append(f"{name}/")
+            elif name not in known and path.name not in OF_NOBODY:
+                if named is None and (belongs(name) or path.suffix in (".safetensors", ".yaml", ".json")):
+                    continue
+                found.append(name)
+    return sorted(map(as_text, found))
 
 
 def partial_folder(output: Path) -> Path:
@@ -164,8 +202,9 @@ class Workspace:
         """Give the checkpoint its final name: the last step of a run.
 
         An older output of ours is moved aside first and deleted after, so that `output` is absent for a moment but
-        never mixed.
+        never mixed. Raises OutputError, with all that was done kept, where somebody put files there meanwhile.
         """
+        check_output(self.output, overwrite=self.overwrite)
         if self.output.is_dir() and any(self.output.iterdir()):
             _remove(self._aside)
             disk.replace(self.output, self._aside)
@@ -205,6 +244,13 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"output {output} exists and wasn't written by llmshrink; choose another folder with -o")
     if not overwrite:
         raise OutputError(f"output {output} exists; replace it with --overwrite or choose another folder with -o")
+    others = strangers(output)
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        raise OutputError(
+            f"output {output} holds {', '.join(others[:SHOWN])}{more}, which no run of llmshrink wrote and --overwrite "
+            "would delete; move what you want to keep elsewhere and remove the rest, or choose another folder with -o"
+        )
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

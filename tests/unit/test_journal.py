@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
-from llmshrink.run.journal import RECORD, Part, Workspace
+from llmshrink.run.journal import RECORD, WRITTEN_LATER, Part, Workspace, check_output, strangers
 
 IDENTITY = {"recipe": "a", "seed": 0}
 
@@ -156,6 +157,93 @@ def test_an_output_of_ours_is_replaced_only_when_asked(tmp_path: Path) -> None:
         workspace.publish()
     assert json.loads((old / RECORD).read_text()) == {}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def ours(folder: Path) -> Path:
+    """An output with all that a run leaves."""
+    files = ["config.json", "tokenizer.json", "verify/held_out.safetensors", "additional_chat_templates/a.jinja"]
+    for name in (*files, *WRITTEN_LATER, "model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / RECORD).write_text(json.dumps({"files": files, "shards": {"model.safetensors": "0"}}))
+    return folder
+
+
+def test_what_a_run_leaves_is_no_stranger(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out")
+    for name in ("__pycache__/a.pyc", ".DS_Store", "verify/.DS_Store"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+    assert strangers(out) == []
+    with Workspace(out, overwrite=True) as workspace:
+        workspace.begin(IDENTITY)
+        disk.write_json(workspace.checkpoint / RECORD, {"new": True})
+        workspace.publish()
+    assert json.loads((out / RECORD).read_text()) == {"new": True}
+
+
+@pytest.mark.parametrize(
+    ("put", "told"),
+    [
+        ("notes.txt", "notes.txt"),
+        ("mine/deep/notes.txt", "mine/"),
+        ("verify/notes.txt", "verify/notes.txt"),
+        (".git/HEAD", ".git/"),
+        ("model-lora.safetensors", "model-lora.safetensors"),
+        ("merges.txt", "merges.txt"),
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_files_beside_ours_stop_overwriting_by_name(put: str, told: str, linked: bool, tmp_path: Path) -> None:
+    out, far = ours(tmp_path / "out"), tmp_path / "far"
+    far.mkdir()
+    before = sorted(out.rglob("*"))
+    first = out / put.split("/")[0]
+    if linked and not first.exists():
+        first.symlink_to(far)
+        told = told.rstrip("/")
+    else:
+        (out / put).parent.mkdir(parents=True, exist_ok=True)
+        (out / put).write_text("work")
+    added = sorted({*out.rglob("*")} - {*before})
+    with pytest.raises(OutputError, match=rf"holds {re.escape(told)}, which no run .* would delete"):
+        Workspace(out, overwrite=True).__enter__()
+    assert sorted(out.rglob("*")) == sorted([*before, *added])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["far", "out"]
+
+
+def test_files_put_there_during_a_run_stop_its_end_and_nothing_is_lost(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out")
+    with Workspace(out, overwrite=True) as workspace:
+        workspace.begin(IDENTITY)
+        part = add(workspace, "a")
+        disk.write_json(workspace.checkpoint / RECORD, {"new": True})
+        (out / "notes.txt").write_text("work")
+        with pytest.raises(OutputError, match=r"holds notes\.txt"):
+            workspace.publish()
+    (out / "notes.txt").rename(tmp_path / "notes.txt")
+    with Workspace(out, overwrite=True) as workspace:
+        assert workspace.begin(IDENTITY) == [part]
+        disk.write_json(workspace.checkpoint / RECORD, {"new": True})
+        workspace.publish()
+    assert json.loads((out / RECORD).read_text()) == {"new": True}
+
+
+def test_many_strangers_are_counted(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out")
+    for number in range(7):
+        (out / f"{number}.txt").touch()
+    with pytest.raises(OutputError, match=r"holds 0\.txt, 1\.txt, 2\.txt, 3\.txt and 3 more, which"):
+        check_output(out, overwrite=True)
+
+
+def test_a_record_of_before_it_named_files_knows_them_by_name(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out")
+    (out / RECORD).write_text("{}")
+    assert strangers(out) == []
+    (out / "notes.txt").touch()
+    (out / "additional_chat_templates" / "notes.txt").touch()
+    assert strangers(out) == ["additional_chat_templates/notes.txt", "notes.txt"]
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
