@@ -7,6 +7,7 @@ couldn't be measured is named with the reason.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,12 @@ class Line:
     older: bool = False
     reason: str | None = None
 
-    @property
-    def marks(self) -> str:
-        """What has to be said beside its figures."""
+    def marks(self, usual: str | None = None) -> str:
+        """What has to be said beside its figures. usual: the commit that is said of the whole table."""
         said = [SOURCE_GRID] if self.row.source_grid else []
         if self.figures is not None:
-            said += [f"at {self.figures['commit']}"] if self.older else []
+            known = self.figures["commit"] == usual if self.row.tool == OURS else not self.older
+            said += [] if known or not (self.older or usual) else [f"at {self.figures['commit']}"]
             said += [] if self.figures["cpu_whole"] else ["killed once: more CPU seconds than these"]
         return "; ".join(said)
 
@@ -67,6 +68,14 @@ def lines(rows: Sequence[Row], given: Inputs, *, keep: bool) -> list[Line]:
     return found
 
 
+def usual_commit(found: Sequence[Line]) -> str | None:
+    """The commit of most of our rows, where it isn't this code's: said once, and not beside each."""
+    ours = [line for line in found if line.row.tool == OURS and line.figures is not None]
+    commits = Counter(str(line.figures["commit"]) for line in ours if line.figures is not None and line.older)
+    commit, count = commits.most_common(1)[0] if commits else ("", 0)
+    return commit if 2 * count > len(ours) else None
+
+
 def original_perplexity(found: Sequence[Line]) -> float | None:
     """As the judging of any row had it: it is the same pass."""
     return next((line.figures["original_perplexity"] for line in found if line.figures is not None), None)
@@ -84,10 +93,10 @@ def text(found: Sequence[Line]) -> str:
             if figures is None:
                 told.append(f"  {line.row.name:32} {_why(line)}")
                 continue
-            load = max(figures["load"], default=0.0)
+            load, marks = max(figures["load"], default=0.0), line.marks()
             told.append(
                 f"  {line.row.name:32} {figures['kl']:8.4f} {figures['kl_stderr']:7.4f} {figures['perplexity']:8.2f}"
-                f" {figures['cpu_seconds']:6.0f} {figures['peak_bytes'] / 1e9:5.2f}  {load:4.1f}  {line.marks}".rstrip()
+                f" {figures['cpu_seconds']:6.0f} {figures['peak_bytes'] / 1e9:5.2f}  {load:4.1f}  {marks}".rstrip()
             )
     return "\n".join([*told, "", *_said(found)])
 
@@ -95,14 +104,14 @@ def text(found: Sequence[Line]) -> str:
 def markdown(found: Sequence[Line]) -> str:
     """For the README, without its markers."""
     told = ["| | what | KL | perplexity | CPU s | peak GB |", "|---|---|---|---|---|---|"]
-    perplexity = original_perplexity(found)
+    perplexity, usual = original_perplexity(found), usual_commit(found)
     told += [] if perplexity is None else [f"| original | bfloat16 | 0 | {perplexity:.2f} | | |"]
     for group, members in _grouped([line for line in found if line.figures is not None]):
         told.append(f"| **{group}** | | | | | |")
         for line in members:
             figures = line.figures or {}
             name = f"`{line.row.name}`" if line.row.tool == OURS and "," not in line.row.name else line.row.name
-            marks = f" ({line.marks})" if line.marks else ""
+            marks = f" ({line.marks(usual)})" if line.marks(usual) else ""
             told.append(
                 f"| {name}{marks} | {line.row.what} | {figures['kl']:.4f} | {figures['perplexity']:.2f}"
                 f" | {figures['cpu_seconds']:.0f} | {figures['peak_bytes'] / 1e9:.2f} |"
@@ -137,6 +146,9 @@ def _said(found: Sequence[Line]) -> list[str]:
     if dates:
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         told.append(f"Measured {when} on {', '.join(machines)}: `make real`, `make real-peers`.")
+    usual = usual_commit(found)
+    if usual is not None:
+        told.append(f"Our rows are of commit {usual}, unless one names another.")
     return told
 
 

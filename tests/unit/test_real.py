@@ -66,9 +66,27 @@ def test_a_row_is_measured_once_and_again_by_other_code(
     (line,) = table.lines([ROW], given, keep=False)
     assert line.figures is None and line.reason is not None and "--keep shows it" in line.reason
     (line,) = table.lines([ROW], given, keep=True)
-    assert line.figures is not None and line.older and line.marks == f"at {line.figures['commit']}"
+    assert line.figures is not None and line.older and line.marks() == f"at {line.figures['commit']}"
     measuring.measure(ROW, given, checkpoint=False, say=told.append)
     assert len(calls) == 3
+
+
+def test_the_commit_of_most_of_our_rows_is_said_once() -> None:
+    def line(tool: str, commit: str, older: bool) -> table.Line:
+        figures = {
+            "commit": commit, "cpu_whole": True, "kl": 1.0, "perplexity": 9.0, "original_perplexity": 8.0,
+            "cpu_seconds": 1.0, "peak_bytes": 1, "date": "2020-01-02", "machine": "one",
+        }  # fmt: skip
+        return table.Line(dataclasses.replace(ROW, name=f"row of {commit}", tool=tool), figures, older)
+
+    most = [line("llmshrink", "aaa", True), line("llmshrink", "aaa", True)]
+    others = [line("llmshrink", "bbb", True), line("llmshrink", "ccc", False), line(PEERS[0], "ddd", False)]
+    assert table.usual_commit(most) == table.usual_commit([*most, others[0]]) == "aaa"
+    assert table.usual_commit(others) is None and table.usual_commit([*most, *others, *others]) is None
+    made = table.markdown([*most, others[0]])
+    assert "commit aaa, unless" in made and "at aaa" not in made and "(at bbb)" in made
+    assert [each.marks("aaa") for each in others] == ["at bbb", "at ccc", ""]
+    assert [each.marks() for each in others] == ["at bbb", "", ""]
 
 
 def test_a_killed_rows_seconds_are_marked(given: Inputs, judged: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +95,7 @@ def test_a_killed_rows_seconds_are_marked(given: Inputs, judged: None, monkeypat
     measuring.measure(ROW, given, checkpoint=False, say=lambda _: None)
     (line,) = table.lines([ROW], given, keep=False)
     assert line.figures is not None and line.figures["cpu_seconds"] == 2.0
-    assert line.marks == "killed once: more CPU seconds than these"
+    assert line.marks() == "killed once: more CPU seconds than these"
 
 
 def test_what_fails_is_filed_with_its_reason_and_tried_again(
@@ -188,7 +206,7 @@ def test_figures_that_the_repository_keeps_are_shown_until_the_row_is_measured_h
     assert "2020-01-02" in table.markdown([line])
     monkeypatch.setattr(store, "code_state", lambda *_: "another")
     (line,) = table.lines([ROW], elsewhere, keep=False)
-    assert line.older and line.marks == f"at {figures['commit']}"
+    assert line.older and line.marks() == f"at {figures['commit']}"
     (line,) = table.lines([dataclasses.replace(ROW, command=("quantize",))], elsewhere, keep=False)
     assert line.figures is None, "another command's figures say nothing of it"
 
