@@ -53,7 +53,7 @@ class Stream:
         self._held: dict[int, Tensor] = {}
         self._layout: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what was read, in another form
 
     def put(self, number: int, hidden: Tensor) -> None:
         """Store [batch, tokens, dim] under a batch number, over what was there."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -115,6 +116,8 @@ class Workspace:
         self._made: list[Path] = []
 
     def __enter__(self) -> Workspace:
+        for path in (self.folder, *(self.folder / name for name in OURS)):
+            disk.refuse_foreign(path)
         with suppress(OSError):
             self.folder.rmdir()  # empty: the crash came between the last two steps of a finished run
         if not self.journal.exists():
@@ -167,6 +170,7 @@ class Workspace:
         if differs is not None and not self.overwrite:
             raise OutputError(f"{self.folder} holds an unfinished run {differs}, or start anew with --overwrite")
         self.checkpoint.mkdir(exist_ok=True)
+        self._as_private_as_the_output()
         self.parts = self._verified(lines[1:]) if lines and differs is None else []
         known = {name for part in self.parts for name in part.shards}
         stays = {LOCK, JOURNAL, CHECKPOINT} | ({TRAINING} if lines and differs is None else set())
@@ -177,6 +181,13 @@ class Workspace:
         kept = [json.dumps(head)] + [json.dumps(vars(part)) for part in self.parts]
         disk.write_text(self.journal, "\n".join(kept) + "\n")
         return self.parts
+
+    def _as_private_as_the_output(self) -> None:
+        """Who may look into the output that is replaced may look into this one, and no one else, from the start."""
+        if self.output.is_dir():
+            mode = stat.S_IMODE(self.output.stat().st_mode)
+            for folder in (self.folder, self.checkpoint):
+                folder.chmod(mode | stat.S_IRWXU)
 
     def _verified(self, lines: list[dict[str, Any]]) -> list[Part]:
         """The longest run of parts from the start whose shards are there with the right bytes."""
@@ -228,7 +239,7 @@ class Workspace:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.exists():
+    elif path.exists() or path.is_symlink():
         path.unlink()
 
 

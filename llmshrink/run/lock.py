@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmshrink.errors import OutputError
+from llmshrink.run.disk import create, refuse_foreign
 
 LOCK = "lock"
 
@@ -50,8 +51,9 @@ class Lock:
         """The locked file, or None when another process holds it."""
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_foreign(self.folder / LOCK)
             try:
-                lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+                lock = create(self.folder / LOCK, os.O_RDWR)
             except FileNotFoundError:
                 continue  # another run removed the empty folder in between
             try:

@@ -256,4 +256,6 @@ def spill_folder(job: Job, folder: Path) -> Path:
     if job.options.work_dir is None:
         return folder / ACTIVATIONS
     # A folder of its own: other runs may spill into the same work-dir at the same time.
-    return job.options.work_dir / f"llmshrink-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    spill = job.options.work_dir / f"llmshrink-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    disk.refuse_foreign(spill)
+    return spill

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
 from llmshrink.run.journal import RECORD, WRITTEN_LATER, Part, Workspace, check_output, strangers
+from llmshrink.run.lock import LOCK, locked
 
 IDENTITY = {"recipe": "a", "seed": 0}
 
@@ -227,6 +229,56 @@ def test_files_put_there_during_a_run_stop_its_end_and_nothing_is_lost(tmp_path:
         disk.write_json(workspace.checkpoint / RECORD, {"new": True})
         workspace.publish()
     assert json.loads((out / RECORD).read_text()) == {"new": True}
+
+
+@pytest.mark.parametrize("name", ["", "lock", "checkpoint", "journal.jsonl", "activations", "old", "training"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_in_the_place_of_a_workspace_or_a_part_of_it_is_refused(
+    name: str, dangling: bool, tmp_path: Path
+) -> None:
+    far, partial = tmp_path / "far", tmp_path / "out.partial"
+    if not dangling:
+        far.mkdir()
+        (far / "precious").write_text("work")
+    (partial / name).parent.mkdir(exist_ok=True)
+    (partial / name).symlink_to(far)
+    with pytest.raises(OutputError, match=rf"{name or 'out.partial'} is a link to .*far, where a run would write"):
+        Workspace(tmp_path / "out", overwrite=True).__enter__()
+    assert far.exists() is not dangling
+    assert dangling or [(file.name, file.read_text()) for file in far.iterdir()] == [("precious", "work")]
+
+
+def test_a_lock_that_is_a_link_writes_nowhere_else(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / LOCK).symlink_to(file)
+    with pytest.raises(OutputError, match="lock is a link"), locked(tmp_path / "folder"):
+        raise AssertionError("it was taken")
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a folder to another user, which takes root")
+@pytest.mark.parametrize("name", ["", "lock", "checkpoint"])
+def test_another_users_workspace_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.partial" / name
+    path.mkdir(parents=True)
+    os.chown(path, 12345, 12345)
+    with pytest.raises(OutputError, match="belongs to user 12345, and this one is 0"):
+        Workspace(tmp_path / "out", overwrite=True).__enter__()
+    assert path.is_dir()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
+def test_a_private_output_stays_private(mode: int, tmp_path: Path) -> None:
+    out = ours(tmp_path / "out")
+    out.chmod(mode)
+    with Workspace(out, overwrite=True) as workspace:
+        workspace.begin(IDENTITY)
+        assert stat.S_IMODE(workspace.folder.stat().st_mode) == mode
+        disk.write_json(workspace.checkpoint / RECORD, {"new": True})
+        workspace.publish()
+    assert stat.S_IMODE(out.stat().st_mode) == mode
 
 
 def test_many_strangers_are_counted(tmp_path: Path) -> None:
