@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmshrink.run.journal import partial_folder
+from llmshrink.run.output import partial_folder
 
 RUN_RECORDS = {"timing.json"}
 

@@ -18,8 +18,12 @@ from typing import IO, Any, Self
 PROGRAM = "llmshrink"
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
-BESIDE = (".partial", ".student", ".student.partial")
-"""What a run that has begun has beside its output, its name with these endings; what gives them imports torch."""
+BESIDE = (
+    *(".partial", "/.llmshrink.partial"),
+    *(".student", ".student.partial", "/.llmshrink.student", "/.llmshrink.student.partial"),
+)
+"""What a run that has begun has beside its output or in it, its name with these endings; what gives them imports
+torch."""
 KEPT = {
     "quantize": "every finished block",
     "prune": "every finished block",
@@ -105,7 +109,12 @@ def _goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
     if verb not in ("eval", "compare", "push"):
         output = _written(str(given["output"])) if given.get("output") else None
         # With --overwrite it may be an older output that is there.
-        made = output and os.path.isdir(output) and not os.path.isdir(output + BESIDE[0]) and not given.get("overwrite")
+        made = (
+            output
+            and os.path.isdir(output)
+            and not any(os.path.isdir(output + ending) for ending in BESIDE[:2])
+            and not given.get("overwrite")
+        )
         if made and given.get("push"):
             also = [f"--{name}" for name in ("private", "yes") if given.get(name)]
             return "the output is whole, publish it with", ["push", str(given["output"]), str(given["push"]), *also]

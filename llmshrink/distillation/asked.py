@@ -15,7 +15,7 @@ from llmshrink.errors import LlmshrinkError
 from llmshrink.methods.bnb import require
 from llmshrink.paths import expanded
 from llmshrink.run.asked import check_apart
-from llmshrink.run.journal import partial_folder
+from llmshrink.run.output import partial_folder
 from llmshrink.runtime.load import one_line
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from llmshrink.paths import as_text
 from llmshrink.run.arithmetic import Arithmetic, automatic_training
 from llmshrink.run.asked import DTYPES, check_vocabulary, pick_device
 from llmshrink.run.job import here
-from llmshrink.run.journal import RECORD
+from llmshrink.run.output import RECORD
 from llmshrink.run.progress import Progress
 from llmshrink.runtime.load import config_of, load
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from llmshrink.errors import LlmshrinkError
 from llmshrink.run.asked import Options
 from llmshrink.run.job import prepare
-from llmshrink.run.journal import RECORD, check_output, partial_folder
+from llmshrink.run.output import RECORD, beside, check_output, partial_folder
 from llmshrink.run.progress import Progress
 from llmshrink.run.quantize import quantize
 from llmshrink.run.report import QuantizeReport
@@ -19,8 +19,7 @@ from llmshrink.run.report import QuantizeReport
 
 def student_folder(output: Path) -> Path:
     """Where a student lies until it is taught."""
-    output = Path(os.path.abspath(output))
-    return output.with_name(output.name + ".student")
+    return beside(output, ".student")
 
 
 def check_room_for(output: Path, *, overwrite: bool) -> None:

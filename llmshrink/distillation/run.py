@@ -26,7 +26,8 @@ from llmshrink.distillation.write import write
 from llmshrink.run.card import complete
 from llmshrink.run.finish import left_out_of, serve_line
 from llmshrink.run.heldout import Quality
-from llmshrink.run.journal import JOURNAL, TRAINING, Workspace, partial_folder
+from llmshrink.run.journal import JOURNAL, TRAINING, Workspace
+from llmshrink.run.output import partial_folder
 from llmshrink.run.progress import Progress, Silent, peak_memory
 from llmshrink.run.seal import weight_bytes
 from llmshrink.run.verify import read_record, verify_reload

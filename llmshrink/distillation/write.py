@@ -17,7 +17,8 @@ from llmshrink.run import disk
 from llmshrink.run.card import write_card
 from llmshrink.run.finish import copy_side_files, pieces
 from llmshrink.run.heldout import Quality
-from llmshrink.run.journal import RECORD, Workspace
+from llmshrink.run.journal import Workspace
+from llmshrink.run.output import RECORD
 from llmshrink.run.report import SiteRow, rows_of
 from llmshrink.run.seal import shard_sums
 from llmshrink.run.shards import write_part

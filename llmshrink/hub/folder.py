@@ -22,7 +22,7 @@ from llmshrink.hub.upload import Item
 from llmshrink.run import disk
 from llmshrink.run.card import CARD, beyond, write_card
 from llmshrink.run.finish import published
-from llmshrink.run.journal import RECORD
+from llmshrink.run.output import RECORD
 from llmshrink.run.seal import FREE, SEAL, files_of, known_files, read_seal, seal_of, write_seal
 from llmshrink.run.verify import REFERENCE, verify_reload
 

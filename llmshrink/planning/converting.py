@@ -23,8 +23,8 @@ from llmshrink.planning.spent import Measured, Spent, once
 from llmshrink.run import disk
 from llmshrink.run.convert import Conversion, check
 from llmshrink.run.footprint import LIBRARIES
-from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import resident
+from llmshrink.run.output import check_output, partial_folder
 from llmshrink.run.verify import arithmetic_of, chain_of, device_of, held_out_batches, read_reference
 
 PASSES = 1.5

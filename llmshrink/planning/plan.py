@@ -23,8 +23,8 @@ from llmshrink.run.finish import left_out_of
 from llmshrink.run.fits import memory_faults
 from llmshrink.run.footprint import footprint
 from llmshrink.run.job import Job, outline
-from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import give_back, resident
+from llmshrink.run.output import check_output, partial_folder
 from llmshrink.run.quantize import Placement
 from llmshrink.run.sizes import sizes_of
 

@@ -21,8 +21,8 @@ from llmshrink.run.asked import Options as RunOptions
 from llmshrink.run.asked import pick_device
 from llmshrink.run.inspect import inspect
 from llmshrink.run.job import Job
-from llmshrink.run.journal import check_output, partial_folder
 from llmshrink.run.memory import resident
+from llmshrink.run.output import check_output, partial_folder
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import read_record
 from llmshrink.runtime.load import config_of

@@ -23,7 +23,7 @@ from llmshrink.formats.stored import Format
 from llmshrink.paths import expanded, holds
 from llmshrink.recipe.schema import Recipe
 from llmshrink.run.arithmetic import Arithmetic, automatic
-from llmshrink.run.journal import partial_folder
+from llmshrink.run.output import partial_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -29,7 +29,8 @@ from llmshrink.run import disk
 from llmshrink.run.asked import check_apart
 from llmshrink.run.card import beyond, complete
 from llmshrink.run.finish import TIMING, left_out_of, pieces, published, serve_line
-from llmshrink.run.journal import RECORD, Workspace, partial_folder
+from llmshrink.run.journal import Workspace
+from llmshrink.run.output import RECORD, partial_folder
 from llmshrink.run.report import VerifyReport, rows_of, size, summary_of
 from llmshrink.run.seal import files_of, known_files, read_seal, shard_sums, weight_bytes
 from llmshrink.run.shards import layout_of, open_shards, write_part

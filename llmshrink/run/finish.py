@@ -20,7 +20,8 @@ from llmshrink.run import disk
 from llmshrink.run.card import complete
 from llmshrink.run.heldout import Quality
 from llmshrink.run.job import Job
-from llmshrink.run.journal import RECORD, Workspace, is_ours
+from llmshrink.run.journal import Workspace
+from llmshrink.run.output import RECORD, is_ours
 from llmshrink.run.progress import Progress, peak_memory
 from llmshrink.run.report import QuantizeReport, SiteRow, cache_of, fallen_notes, rows_of, summary_of
 from llmshrink.run.seal import SEAL, shard_sums, weight_bytes

@@ -18,29 +18,26 @@ import shutil
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from llmshrink.checkpoint.beside import WANTED, belongs
 from llmshrink.errors import OutputError
-from llmshrink.paths import as_text
 from llmshrink.run import disk
 from llmshrink.run.arithmetic import processor
 from llmshrink.run.lock import LOCK, Lock
+from llmshrink.run.output import RECORD, check_output, entries, in_place, is_ours, partial_folder
 
 JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoint"
 OLD = "old"
 ACTIVATIONS = "activations"
 TRAINING = "training"
-OURS = (JOURNAL, JOURNAL + ".tmp", LOCK, CHECKPOINT, OLD, ACTIVATIONS, TRAINING)
+PUBLISHING = "publishing.json"
+OURS = (
+    *(JOURNAL, JOURNAL + ".tmp", LOCK, CHECKPOINT, OLD, ACTIVATIONS, TRAINING),
+    *(PUBLISHING, PUBLISHING + ".tmp"),
+)
 """All that a workspace ever holds; a folder with anything else in it is somebody else's."""
-RECORD = "llmshrink.json"
-WRITTEN_LATER = ("README.md", "timing.json", "verify/verified.json")
-"""Of an output, beside its weights and the files that its record names: card, times, seal."""
-OF_NOBODY = ("__pycache__", ".DS_Store")
-"""What systems leave in folders by themselves."""
-SHOWN = 4
 MACHINE = ("device", "instructions")
 """What of an identity tells kinds of machine apart."""
 
@@ -57,48 +54,6 @@ class Part:
     def of_block(self) -> bool:
         """Whether it is one of the model's blocks, whose rows are the report's."""
         return self.name.startswith("block ")
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether `folder` was written by llmshrink: only such a folder is ever replaced."""
-    return (folder / RECORD).is_file()
-
-
-def strangers(folder: Path) -> list[str]:
-    """What lies in an output of ours and no run of llmshrink left there, a folder of such things with a slash.
-
-    Ours are the files that its record names, the record, and what is written beside it (`WRITTEN_LATER`). A record of
-    before it named files: what belongs to a model by its name is taken for ours.
-    """
-    try:
-        record = json.loads((folder / RECORD).read_bytes())
-        named = record.get("files")
-        known = {RECORD, *WRITTEN_LATER, *record.get("shards", {}), *(named or ())}
-    except (OSError, ValueError, AttributeError, TypeError):  # a damaged record names nothing
-        named, known = [], {RECORD, *WRITTEN_LATER}
-    paths = (*known, *(WANTED if named is None else ()))
-    folders = {parent.as_posix() for name in paths for parent in PurePosixPath(name).parents}
-    found = []
-    waiting = [folder]
-    while waiting:
-        for path in sorted(waiting.pop().iterdir()):
-            name = path.relative_to(folder).as_posix()
-            if path.is_dir() and not path.is_symlink():
-                if name in folders:
-                    waiting.append(path)
-                elif path.name not in OF_NOBODY:
-                    found.append(f"{name}/")
-            elif name not in known and path.name not in OF_NOBODY:
-                if named is None and (belongs(name) or path.suffix in (".safetensors", ".yaml", ".json")):
-                    continue
-                found.append(name)
-    return sorted(map(as_text, found))
-
-
-def partial_folder(output: Path) -> Path:
-    """Where a run into `output` works until it is done; beside it, whatever it is called (`.` has no name)."""
-    output = Path(os.path.abspath(output))
-    return output.with_name(output.name + ".partial") if output.name else output
 
 
 class Workspace:
@@ -161,6 +116,8 @@ class Workspace:
         """
         if self._aside.exists() and not self.output.exists():
             os.replace(self._aside, self.output)  # a crash in the middle of `publish`
+        if (self.folder / PUBLISHING).exists():
+            self._move_in()  # the same, inside an output that can't be renamed
         lines = _read_lines(self.journal)
         differs = _first_difference(lines[0].get("identity", {}), identity) if lines else None
         if lines and differs is None and not self.checkpoint.exists() and is_ours(self.output):
@@ -169,6 +126,7 @@ class Workspace:
         check_output(self.output, overwrite=self.overwrite)
         if differs is not None and not self.overwrite:
             raise OutputError(f"{self.folder} holds an unfinished run {differs}, or start anew with --overwrite")
+        self._rehearse()
         self.checkpoint.mkdir(exist_ok=True)
         self._as_private_as_the_output()
         self.parts = self._verified(lines[1:]) if lines and differs is None else []
@@ -213,15 +171,57 @@ class Workspace:
         """Give the checkpoint its final name: the last step of a run.
 
         An older output of ours is moved aside first and deleted after, so that `output` is absent for a moment but
-        never mixed. Raises OutputError, with all that was done kept, where somebody put files there meanwhile.
+        never mixed. Where it can't be renamed, its files are, one by one, the record last. Raises OutputError, with
+        all that was done kept, where somebody put files there meanwhile.
         """
         check_output(self.output, overwrite=self.overwrite)
-        if self.output.is_dir() and any(self.output.iterdir()):
-            _remove(self._aside)
-            disk.replace(self.output, self._aside)
         disk.fsync_folder(self.checkpoint)
-        disk.replace(self.checkpoint, self.output)
+        if in_place(self.output):
+            made = [path.name for path in self.checkpoint.iterdir()]
+            # A folder of ours is known by its record: so that comes when all else is there.
+            made.sort(key=lambda name: (name == RECORD, name == "config.json", name))
+            disk.write_json(self.folder / PUBLISHING, {"old": entries(self.output), "new": made})
+            self._move_in()
+        else:
+            if self.output.is_dir() and any(self.output.iterdir()):
+                _remove(self._aside)
+                disk.replace(self.output, self._aside)
+            disk.replace(self.checkpoint, self.output)
         self._tidy()
+
+    def _move_in(self) -> None:
+        """Move the files of an older output aside and the checkpoint's in, one by one; goes on where it was stopped."""
+        moved = json.loads((self.folder / PUBLISHING).read_text(encoding="utf-8"))
+        self._aside.mkdir(exist_ok=True)
+        for name in moved["old"]:
+            if os.path.lexists(self.output / name) and not os.path.lexists(self._aside / name):
+                disk.replace(self.output / name, self._aside / name)
+        for name in moved["new"]:
+            if (self.checkpoint / name).exists():
+                disk.replace(self.checkpoint / name, self.output / name)
+        with suppress(FileNotFoundError):
+            self.checkpoint.rmdir()
+        (self.folder / PUBLISHING).unlink()
+        disk.fsync_folder(self.folder)
+
+    def _rehearse(self) -> None:
+        """Move an older output aside and back, as the end will; what can't be renamed now couldn't be then.
+
+        Raises OutputError. A crash in between is one in the middle of `publish`.
+        """
+        if in_place(self.output) or not self.output.is_dir():
+            return
+        _remove(self._aside)
+        try:
+            disk.replace(self.output, self._aside)
+        except OSError as error:
+            raise OutputError(
+                f"output {self.output} can't be renamed ({(error.strerror or str(error)).lower()}), so that the result "
+                "couldn't take its place; choose another folder with -o"
+            ) from error
+        finally:
+            if self._aside.exists():
+                disk.replace(self._aside, self.output)
 
     @property
     def _aside(self) -> Path:
@@ -241,27 +241,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
         path.unlink()
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputError unless `output` may be written: absent, empty, or ours and `overwrite` asked for."""
-    if not output.exists() and not output.is_symlink():
-        return
-    if not output.is_dir():
-        raise OutputError(f"output {output} is a file; name a folder that doesn't exist yet with -o")
-    if not any(output.iterdir()):
-        return
-    if not is_ours(output):
-        raise OutputError(f"output {output} exists and wasn't written by llmshrink; choose another folder with -o")
-    if not overwrite:
-        raise OutputError(f"output {output} exists; replace it with --overwrite or choose another folder with -o")
-    others = strangers(output)
-    if others:
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        raise OutputError(
-            f"output {output} holds {', '.join(others[:SHOWN])}{more}, which no run of llmshrink wrote and --overwrite "
-            "would delete; move what you want to keep elsewhere and remove the rest, or choose another folder with -o"
-        )
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.run import disk
-from llmshrink.run.journal import RECORD, WRITTEN_LATER, Part
+from llmshrink.run.journal import Part
+from llmshrink.run.output import RECORD, WRITTEN_LATER
 from llmshrink.run.report import VerifyReport
 from llmshrink.run.verify import device_of, read_record
 

@@ -28,8 +28,8 @@ from llmshrink.model.skeleton import Skeleton
 from llmshrink.run import by_transformers, heldout
 from llmshrink.run.arithmetic import Arithmetic
 from llmshrink.run.asked import DTYPES, dtype_name, pick_arithmetic, pick_device
-from llmshrink.run.journal import RECORD
 from llmshrink.run.memory import give_back
+from llmshrink.run.output import RECORD
 from llmshrink.run.report import VerifyReport, rows_of
 from llmshrink.run.storage import format_of
 

@@ -23,7 +23,7 @@ from llmshrink import __version__, api
 from llmshrink.cli import app, run
 from llmshrink.errors import CheckpointError, RecipeError
 from llmshrink.recipe.read import load_recipe, shipped
-from llmshrink.run.journal import partial_folder
+from llmshrink.run.output import partial_folder
 
 COMMAND = str(Path(sys.executable).with_name("llmshrink"))
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
-from llmshrink.run.journal import RECORD, WRITTEN_LATER, Part, Workspace, check_output, strangers
+from llmshrink.run.journal import Part, Workspace
 from llmshrink.run.lock import LOCK, locked
+from llmshrink.run.output import RECORD, WRITTEN_LATER, check_output, strangers
 
 IDENTITY = {"recipe": "a", "seed": 0}
 
@@ -279,6 +281,128 @@ def test_a_private_output_stays_private(mode: int, tmp_path: Path) -> None:
         disk.write_json(workspace.checkpoint / RECORD, {"new": True})
         workspace.publish()
     assert stat.S_IMODE(out.stat().st_mode) == mode
+
+
+@pytest.fixture
+def mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An output that nothing can be renamed over or away, as where a volume is mounted; `lost+found` is in it."""
+    out = tmp_path / "out"
+    (out / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == out)
+    real = disk.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if out in (source, target):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(source, target)
+
+    monkeypatch.setattr(disk, "replace", replace)
+    return out
+
+
+def filled(workspace: Workspace, words: str) -> None:
+    """A finished checkpoint."""
+    if not (workspace.checkpoint / "a.safetensors").exists():
+        add(workspace, "a")
+    for name in ("config.json", "verify/held_out.safetensors", RECORD):
+        (workspace.checkpoint / name).parent.mkdir(exist_ok=True)
+        record = {"files": ["config.json", "verify/held_out.safetensors"], "shards": {"a.safetensors": "0"}}
+        disk.write_json(workspace.checkpoint / name, {**record, "words": words})
+
+
+def whole(out: Path) -> dict[str, str]:
+    files = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+    return {path.relative_to(out).as_posix(): json.loads(path.read_text())["words"] for path in files}
+
+
+NAMES = ("config.json", RECORD)
+
+
+def test_an_output_that_cant_be_renamed_is_filled_from_inside(mounted: Path) -> None:
+    for words, overwrite in (("first", False), ("second", True)):
+        with Workspace(mounted, overwrite=overwrite) as workspace:
+            assert workspace.folder == mounted / ".llmshrink.partial"
+            assert workspace.begin({**IDENTITY, "recipe": words}) == []
+            filled(workspace, words)
+            workspace.publish()
+        assert whole(mounted) == dict.fromkeys(NAMES, words)
+        assert sorted(path.name for path in mounted.iterdir()) == [
+            "a.safetensors", "config.json", RECORD, "lost+found", "verify",
+        ]  # fmt: skip
+    with pytest.raises(OutputError, match="exists; replace it with --overwrite"):
+        Workspace(mounted, overwrite=False).__enter__()
+    assert [path.name for path in mounted.parent.iterdir()] == ["out"]
+
+
+STEPS = 14
+"""Renames and removals while the second output takes the first one's place."""
+
+
+@pytest.mark.parametrize("step", range(STEPS + 1))
+def test_a_crash_at_any_step_of_filling_it_goes_on_to_the_same(
+    step: int, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Workspace(mounted, overwrite=False) as workspace:
+        workspace.begin({"recipe": "first"})
+        filled(workspace, "first")
+        disk.write_json(workspace.checkpoint / "tokenizer.json", {"words": "first"})
+        record = json.loads((workspace.checkpoint / RECORD).read_text())
+        disk.write_json(workspace.checkpoint / RECORD, {**record, "files": [*record["files"], "tokenizer.json"]})
+        workspace.publish()
+    left = step
+
+    class Crash(BaseException):
+        pass
+
+    def failing(act: Callable[..., object]) -> Callable[..., object]:
+        def acted(*words: object, **more: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise Crash
+            return act(*words, **more)
+
+        return acted
+
+    crashed = False
+    with Workspace(mounted, overwrite=True) as workspace:
+        workspace.begin({"recipe": "second"})
+        filled(workspace, "second")
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "replace", failing(disk.replace))
+            patched.setattr(Path, "unlink", failing(Path.unlink))
+            patched.setattr("shutil.rmtree", failing(shutil.rmtree))
+            try:
+                workspace.publish()
+            except Crash:
+                crashed = True
+    assert crashed == (step < STEPS)
+    if crashed:
+        with Workspace(mounted, overwrite=True) as workspace:
+            parts = workspace.begin({"recipe": "second"})
+            if parts is not None:
+                assert [part.name for part in parts] == ["a"]
+                filled(workspace, "second")
+                workspace.publish()
+    assert whole(mounted) == dict.fromkeys(NAMES, "second"), "nothing of the first, all of the second"
+    assert not [path for path in mounted.iterdir() if path.name.startswith(".")]
+
+
+def test_an_output_that_cant_be_renamed_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ours(tmp_path / "out")
+
+    def busy(source: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(disk, "replace", busy)
+    with (
+        pytest.raises(OutputError, match=r"out can't be renamed \(device or resource busy\), so that"),
+        Workspace(out, overwrite=True) as workspace,
+    ):
+        workspace.begin(IDENTITY)
+    assert strangers(out) == [] and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_many_strangers_are_counted(tmp_path: Path) -> None:
