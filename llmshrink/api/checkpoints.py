@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,14 +29,19 @@ def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transfo
     engine: "transformers" reads the packed weights back into transformers' modules, a block at a time, and compares
     with what the run that made the checkpoint computed; "vllm" runs the real engine in its own process and compares
     it with transformers on the same checkpoint. One of bitsandbytes is then also loaded by plain transformers with that
-    library, as anyone would, and held to the run.
+    library, as anyone would, and held to the run. Every file's checksum is compared with the run's first: so one bit is
+    seen in a row of the embedding that no prompt touches.
     """
+    from llmshrink.run.seal import checked
     from llmshrink.run.verify import verify as against_run
     from llmshrink.run.verify import verify_vllm
 
     if engine not in ("transformers", "vllm"):
         raise SourceError(f"engine={engine!r}: not an engine that can verify; pass 'transformers' or 'vllm'")
-    return verify_vllm(_folder(path)) if engine == "vllm" else against_run(_folder(path))
+    folder = _folder(path)
+    damaged, changed = checked(folder)
+    report = verify_vllm(folder) if engine == "vllm" else against_run(folder)
+    return replace(report, ok=report.ok and not damaged, damaged=damaged, changed=changed)
 
 
 def recipes() -> dict[str, Recipe]:

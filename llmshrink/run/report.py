@@ -56,6 +56,8 @@ class VerifyReport:
 
     against: what `engine` was held to. ok: value <= tolerance, where `measure` says what the value is, in nats.
     mean_difference, max_difference: of next-token log-probabilities, in nats. worst: the prompt that differs most.
+    damaged: weights and records whose checksum isn't the one that the run wrote; with any, ok is False. changed: other
+    files of which that is so.
     """
 
     ok: bool
@@ -68,6 +70,8 @@ class VerifyReport:
     mean_difference: float
     max_difference: float
     worst: str
+    damaged: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -75,12 +79,19 @@ class VerifyReport:
 
     def lines(self) -> list[str]:
         """The report for a person."""
+        near = self.value <= self.tolerance
         found = [
             f"{'verified' if self.ok else 'NOT VERIFIED'}: {self.engine} against {self.against}: {self.measure} "
             f"{self.value:.2g} (tolerance {self.tolerance:g}); {self.positions} next-token log-probabilities differ by "
             f"{self.mean_difference:.2g} on average, {self.max_difference:.2g} at most"
         ]
-        return found if self.ok else [*found, f"worst prompt: {self.worst}"]
+        if not near:
+            found.append(f"worst prompt: {self.worst}")
+        if self.damaged:
+            found.append(f"damaged: {', '.join(self.damaged)}: not what the run wrote; copy the folder again")
+        if self.changed:
+            found.append(f"changed since it was made: {', '.join(self.changed)}")
+        return found
 
 
 @dataclass(frozen=True)

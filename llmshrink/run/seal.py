@@ -18,7 +18,7 @@ from llmshrink.run import disk
 from llmshrink.run.journal import Part
 from llmshrink.run.output import RECORD, WRITTEN_LATER
 from llmshrink.run.report import VerifyReport
-from llmshrink.run.verify import device_of, read_record
+from llmshrink.run.verify import REFERENCE, device_of, read_record
 
 SEAL = Path("verify") / "verified.json"
 FREE = WRITTEN_LATER
@@ -77,6 +77,21 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
         return seal if isinstance(seal["files"], dict) and isinstance(seal["with"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def checked(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is no longer as the record and the seal have it, by checksum, or is gone: weights, the record and what a
+    reload is held to first, then other files. Without a seal, the weights alone. Raises SourceError for no output."""
+    record, seal = read_record(folder), read_seal(folder)
+    sealed = {} if seal is None else seal["files"]
+    weights = record.get("shards", {})
+    differ = sorted(name for name, known in {**sealed, **weights}.items() if _sum(folder / name) != known)
+    vital = {*weights, RECORD, REFERENCE.as_posix()}
+    return tuple(name for name in differ if name in vital), tuple(name for name in differ if name not in vital)
+
+
+def _sum(path: Path) -> str | None:
+    return disk.sha256_of(path) if path.is_file() else None
 
 
 def files_of(folder: Path) -> list[str]:

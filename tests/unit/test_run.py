@@ -195,7 +195,41 @@ def test_a_tampered_checkpoint_does_not_verify(model_of: Callable[..., Path], st
     report = llmshrink.verify(out)
     assert not report.ok
     assert "held-out window" in report.worst
-    assert report.lines()[-1].startswith("worst prompt: held-out window")
+    assert report.lines()[-2].startswith("worst prompt: held-out window")
+    assert report.lines()[-1] == (
+        "damaged: model-block-00000.safetensors: not what the run wrote; copy the folder again"
+    )
+
+
+def test_one_bit_of_a_row_that_no_prompt_touches_is_seen(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, **SMALL)
+    assert llmshrink.verify(out).lines()[0].startswith("verified: ")
+    seen = set(load_file(out / "verify" / "held_out.safetensors")["input_ids"].flatten().tolist())
+    path = out / "model-outside.safetensors"
+    tensors = load_file(path)
+    table = tensors["model.embed_tokens.weight"]
+    row = next(number for number in range(table.shape[0]) if number not in seen)
+    table[row].view(torch.int16)[0] ^= 1
+    save_file(tensors, path, {"format": "pt"})
+    report = llmshrink.verify(out)
+    assert report.value == 0 and not report.ok and report.damaged == ("model-outside.safetensors",)
+    assert report.lines()[0].startswith("NOT VERIFIED") and "worst" not in " ".join(report.lines())
+
+
+def test_a_file_that_was_corrected_since_is_told_and_one_that_is_gone(
+    model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, **SMALL)
+    (out / "generation_config.json").unlink()
+    (out / "recipe.yaml").write_text("# mine\n" + (out / "recipe.yaml").read_text())
+    (out / "README.md").write_text("my own card\n")
+    report = llmshrink.verify(out)
+    assert report.ok and report.changed == ("generation_config.json", "recipe.yaml")
+    assert report.lines()[-1] == "changed since it was made: generation_config.json, recipe.yaml"
 
 
 @pytest.fixture(scope="module")
