@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import stat
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,12 @@ class Workspace:
             os.replace(self._aside, self.output)  # a crash in the middle of `publish`
         if (self.folder / PUBLISHING).exists():
             self._move_in()  # the same, inside an output that can't be renamed
-        lines = _read_lines(self.journal)
+        try:
+            lines = _read_lines(self.journal)
+        except OutputError:
+            if not self.overwrite:
+                raise
+            lines = []
         differs = _first_difference(lines[0].get("identity", {}), identity) if lines else None
         if lines and differs is None and not self.checkpoint.exists() and is_ours(self.output):
             self._tidy()
@@ -136,7 +142,7 @@ class Workspace:
         for path in [*rest, *(p for p in self.checkpoint.iterdir() if p.name not in known)]:
             _remove(path)  # leftovers of a crash
         head = {"identity": identity, "kept": len(self.parts)}
-        kept = [json.dumps(head)] + [json.dumps(vars(part)) for part in self.parts]
+        kept = [_line(head), *(_line(vars(part)) for part in self.parts)]
         disk.write_text(self.journal, "\n".join(kept) + "\n")
         return self.parts
 
@@ -164,7 +170,7 @@ class Workspace:
         return held
 
     def finish_part(self, part: Part) -> None:
-        disk.append_line(self.journal, json.dumps(vars(part)))
+        disk.append_line(self.journal, _line(vars(part)))
         self.parts.append(part)
 
     def publish(self) -> None:
@@ -243,17 +249,29 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def _line(value: dict[str, Any]) -> str:
+    """A line of the journal: the CRC-32 of the rest as 8 hex digits, a space, JSON."""
+    body = json.dumps(value)
+    return f"{zlib.crc32(body.encode()):08x} {body}"
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
+    """The lines, as far as each is what was written: from one that was cut off or changed on, parts are made again.
+
+    Raises OutputError where not even the first is: it says which run this is, and was written whole.
+    """
+    raw = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     lines: list[dict[str, Any]] = []
-    for raw in path.read_bytes().splitlines(keepends=True):
-        if not raw.endswith(b"\n"):
-            break  # half a line: the crash came while it was appended
-        try:
-            lines.append(json.loads(raw))
-        except ValueError:
+    for each in raw:
+        checksum, _, body = each.removesuffix(b"\n").partition(b" ")
+        if not each.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
             break
+        lines.append(json.loads(body))
+    if raw and not lines:
+        why = "is of an earlier llmshrink" if raw[0].startswith(b"{") else "is damaged"
+        raise OutputError(
+            f"{path} {why}, so that its run can't go on; start anew with --overwrite, which deletes what was finished"
+        )
     return lines
 
 

@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
@@ -403,6 +406,47 @@ def test_an_output_that_cant_be_renamed_is_known_before_the_work(
     ):
         workspace.begin(IDENTITY)
     assert strangers(out) == [] and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def two_parts(out: Path) -> tuple[Path, list[Part]]:
+    """A run that was stopped after two parts: its journal, and they."""
+    with Workspace(out, overwrite=False) as workspace:
+        workspace.begin(IDENTITY)
+        return workspace.journal, [add(workspace, name) for name in ("a", "b")]
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_part_whose_line_was_changed_anywhere_is_made_again(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal, parts = two_parts(Path(folder) / "out")
+        lines = journal.read_bytes().splitlines(keepends=True)
+        number = data.draw(st.integers(1, len(lines) - 1))
+        place = data.draw(st.integers(0, len(lines[number]) - 1))
+        changed = bytearray(lines[number])
+        changed[place] ^= data.draw(st.integers(1, 255))
+        lines[number] = bytes(changed)
+        journal.write_bytes(b"".join(lines))
+        with Workspace(Path(folder) / "out", overwrite=False) as workspace:
+            assert workspace.begin(IDENTITY) == parts[: number - 1]
+
+
+@pytest.mark.parametrize(("first", "why"), [(b"{}\n", "is of an earlier llmshrink"), (b"00000000 {}\n", "is damaged")])
+def test_a_journal_without_a_first_line_is_refused_by_name_and_nothing_deleted(
+    first: bytes, why: str, tmp_path: Path
+) -> None:
+    journal, _ = two_parts(tmp_path / "out")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(first + b"".join(lines[1:]))
+    before = sorted(journal.parent.rglob("*"))
+    with (
+        pytest.raises(OutputError, match=rf"journal\.jsonl {why}, so .* --overwrite"),
+        Workspace(tmp_path / "out", overwrite=False) as workspace,
+    ):
+        workspace.begin(IDENTITY)
+    assert sorted(journal.parent.rglob("*")) == before
+    with Workspace(tmp_path / "out", overwrite=True) as workspace:
+        assert workspace.begin(IDENTITY) == []
 
 
 def test_many_strangers_are_counted(tmp_path: Path) -> None:
