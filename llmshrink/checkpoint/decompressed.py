@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,16 @@ class Decompressed:
                 round_inputs(model.get_submodule(name), kind)
         for module, scales in kv_cache.placed(self._caches, key_of).items():
             round_cache(model.get_submodule(module), scales, cut=cut)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files that reads have opened; a later read opens its own again."""
+        self._index.close()
 
     def keys(self) -> list[str]:
         return self._keys

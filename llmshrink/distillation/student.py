@@ -131,9 +131,9 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
     """
     raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     index = CheckpointIndex.open(source.folder)
-    reader = Decompressed(source.folder, raw, torch.float32)
-    skeleton = Skeleton(config, reader, device=device, dtype=torch.float32)
-    skeleton.load("")
+    with Decompressed(source.folder, raw, torch.float32) as reader:
+        skeleton = Skeleton(config, reader, device=device, dtype=torch.float32)
+        skeleton.load("")
     schemes = schemes_of(source)
     quantized = {name: scheme for name, scheme in schemes.items() if getattr(scheme, "group_size", None) is not None}
     chosen: Train = train or ("scales" if quantized else "weights")
@@ -153,6 +153,7 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
             scaled.offset(offsets[name].to(device))
         skeleton.model.set_submodule(name, scaled)
     choose(student, quantized=bool(quantized))
+    index.close()  # it is opened again where the student is written
     return student
 
 

@@ -90,14 +90,21 @@ def load(path: str, options: LoadOptions) -> Any:
     With `options.offload` the dense form is written there once, and loaded from there as any other model is. Raises
     CheckpointError when the checkpoint doesn't fit its config.
     """
-    import torch
-
-    from llmshrink.model.skeleton import Skeleton
 
     folder = Path(path)
     if options.offload is not None:
         return _load_offloaded(folder, options, options.offload)
     config, reader = _opened(folder, options.used_dtype, trust_remote_code=options.trust_remote_code)
+    with reader:
+        return _loaded(config, reader, options)
+
+
+def _loaded(config: Any, reader: Decompressed, options: LoadOptions) -> Any:
+    """The dense model, its tensors from the reader."""
+    import torch
+
+    from llmshrink.model.skeleton import Skeleton
+
     skeleton = Skeleton(
         config,
         reader,
@@ -145,11 +152,12 @@ def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_
     target.mkdir(parents=True, exist_ok=True)
     index: dict[str, str] = {}
     size = 0
-    for number, tensors in enumerate(_shards(reader, dtype)):
-        name = f"model-{number:05}.safetensors"
-        save_file(tensors, target / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+    with reader:
+        for number, tensors in enumerate(_shards(reader, dtype)):
+            name = f"model-{number:05}.safetensors"
+            save_file(tensors, target / name, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
     document = {"metadata": {"total_size": size}, "weight_map": index}
     (target / "model.safetensors.index.json").write_text(json.dumps(document))
     config.dtype = dtype

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmshrink.calibration.activations import Batch
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.formats import stored
 from llmshrink.formats.stored import Format
+from llmshrink.model.chain import Chain
 from llmshrink.planning.engines import engines
 from llmshrink.planning.found import fitting
 from llmshrink.planning.probe import writing
@@ -86,7 +90,13 @@ def _verifying(source: Path, record: dict[str, Any]) -> Spent:
     """What the reload of the result will take: one block of the source, which is as large decoded, times all."""
     device = device_of(record)
     batches = held_out_batches(read_reference(source), record["identity"]["batch_size"])
-    opening, chain = once(lambda: chain_of(source, record, device))
+    with ExitStack() as stack:
+        opening, chain = once(lambda: stack.enter_context(chain_of(source, record, device)))
+        return _once_and_all(chain, batches, opening)
+
+
+def _once_and_all(chain: Chain, batches: Sequence[Batch], opening: Spent) -> Spent:
+    """What opening took, with the embedding, and one block's loading and running for every block."""
     embedding, hidden = once(lambda: [chain.embed(batch) for batch in batches])
     chain.release_outside()
     loading, _ = once(lambda: chain.skeleton.load(chain.name(0)))

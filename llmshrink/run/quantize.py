@@ -93,8 +93,13 @@ class _Run:
         if not self.workspace.parts:
             self._copy_outside(work)
         # From here on embedding and head come from the output: nothing of the source is read more than twice.
-        outside = open_shards(self.workspace.checkpoint, self.workspace.parts[0].shards)
-        chain.skeleton.reader = Overlay(outside, job.index)
+        with open_shards(self.workspace.checkpoint, self.workspace.parts[0].shards) as outside:
+            chain.skeleton.reader = Overlay(outside, job.index)
+            return self._blocks(work)
+
+    def _blocks(self, work: Work) -> QuantizeReport:
+        """Every block, then what becomes of them."""
+        job, chain = self.job, self.job.chain
         if isinstance(work, DepthWork | RatioWork):
             self._analyse(work)
         finished = [part for part in self.workspace.parts if part.of_block]
@@ -109,7 +114,6 @@ class _Run:
         for number in range(kept, len(chain.blocks)):
             self._solve(work, walk, number)
         quality, reference = self._held_out(walk)
-        outside.close()
         return finish(
             job, work, self.workspace, quality, reference,
             kept=kept, started=self.started, seconds=self.seconds, progress=self.progress,

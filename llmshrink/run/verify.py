@@ -9,7 +9,8 @@ wrong dtype shows here, before anyone serves it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,26 +94,29 @@ def recompute(
     folder: Path, record: dict[str, Any], batches: Sequence[Batch], device: torch.device
 ) -> dict[str, Tensor]:
     """The reference tensors again, from the checkpoint on disk, a block at a time."""
-    chain = chain_of(folder, record, device)
-    rows = chain.skeleton.model.get_input_embeddings().weight.shape[0]
-    if any(int(batch.input_ids.min()) < 0 or int(batch.input_ids.max()) >= rows for batch in batches):
-        raise CheckpointError(
-            f"{folder / REFERENCE}: has tokens that the embedding's {rows} rows don't cover: it is damaged"
-        )
-    hidden = [chain.embed(batch) for batch in batches]
-    chain.release_outside()
-    for number, block in enumerate(chain.blocks):
-        chain.load_block(number)
-        with torch.no_grad():
-            hidden = [chain.calls(batch)[number].run(block, h) for batch, h in zip(batches, hidden, strict=True)]
-        chain.skeleton.release(chain.name(number))
-        give_back()
-    chain.load_tail()
-    return heldout.merge([heldout.reference(batch, h, chain.logits) for batch, h in zip(batches, hidden, strict=True)])
+    with chain_of(folder, record, device) as chain:
+        rows = chain.skeleton.model.get_input_embeddings().weight.shape[0]
+        if any(int(batch.input_ids.min()) < 0 or int(batch.input_ids.max()) >= rows for batch in batches):
+            raise CheckpointError(
+                f"{folder / REFERENCE}: has tokens that the embedding's {rows} rows don't cover: it is damaged"
+            )
+        hidden = [chain.embed(batch) for batch in batches]
+        chain.release_outside()
+        for number, block in enumerate(chain.blocks):
+            chain.load_block(number)
+            with torch.no_grad():
+                hidden = [chain.calls(batch)[number].run(block, h) for batch, h in zip(batches, hidden, strict=True)]
+            chain.skeleton.release(chain.name(number))
+            give_back()
+        chain.load_tail()
+        found = [heldout.reference(batch, h, chain.logits) for batch, h in zip(batches, hidden, strict=True)]
+        return heldout.merge(found)
 
 
-def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chain:
-    """The dense model of a checkpoint's config over its packed weights, what is outside the blocks loaded.
+@contextmanager
+def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Iterator[Chain]:
+    """The dense model of a checkpoint's config over its packed weights, what is outside the blocks loaded. Its files
+    are open as long as this is.
 
     Raises CheckpointError or UnsupportedModelError when config and weights don't fit.
     """
@@ -120,19 +124,26 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
 
     dtype = DTYPES[arithmetic_of(record, device).dtype]
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    file = folder / "config.json"
     unknown = unknown_type(raw)
     if unknown is not None:
-        raise CheckpointError(f"{file}: {unknown}: it is damaged; copy it again")
+        raise CheckpointError(f"{folder / 'config.json'}: {unknown}: it is damaged; copy it again")
+    with ExitStack() as stack:
+        with _said_of(folder):
+            reader = stack.enter_context(Decompressed(folder, raw, dtype))
+            config = running_config(folder)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # the skeleton is the dense model; the reader decompresses
+            chain = Chain(Skeleton(config, reader, device=device, dtype=dtype))
+            reader.round_too(chain.skeleton.model, chain.skeleton.key_of)
+            chain.load_outside()
+        yield chain
+
+
+@contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    """While open, what is raised because config and weights don't fit names the folder, in one line."""
     try:
-        reader = Decompressed(folder, raw, dtype)
-        config = running_config(folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the skeleton is the dense model; the reader decompresses
-        chain = Chain(Skeleton(config, reader, device=device, dtype=dtype))
-        reader.round_too(chain.skeleton.model, chain.skeleton.key_of)
-        chain.load_outside()
-        return chain
+        yield
     except LlmshrinkError as error:
         if str(folder) in str(error):
             raise
@@ -140,7 +151,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Chai
     except Exception as error:  # whatever the field at fault leads to, in transformers' own code
         said = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(
-            f"{file}: no model can be built from it ({type(error).__name__}: {said}); "
+            f"{folder / 'config.json'}: no model can be built from it ({type(error).__name__}: {said}); "
             "it is damaged: copy the folder again"
         ) from error
 

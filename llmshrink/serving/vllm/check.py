@@ -154,14 +154,13 @@ def _decompressed(checkpoint: Path, *, cut: bool = False) -> Any:
     from llmshrink_eval.configured import running_config
     from transformers import AutoModelForCausalLM
 
-    reader = Decompressed(
-        checkpoint, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), torch.float32
-    )
+    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config = running_config(checkpoint)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-    reader.round_too(model, {name: name for name, _ in model.named_parameters()}, cut=cut)
-    weights = {key: reader.read(key) for key in list(reader.keys())}
+    with Decompressed(checkpoint, raw, torch.float32) as reader:
+        reader.round_too(model, {name: name for name, _ in model.named_parameters()}, cut=cut)
+        weights = {key: reader.read(key) for key in list(reader.keys())}
     missing, unknown = model.load_state_dict(weights, strict=False)
     absent = set(missing) - set(model.all_tied_weights_keys)
     if absent or unknown:
