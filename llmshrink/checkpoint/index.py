@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,13 +39,19 @@ _SAMPLE = 4096
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 
+def _close(descriptors: dict[Path, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
 class CheckpointIndex:
     """Every tensor of a folder's safetensors checkpoint, by key.
 
     Of several shards it is the index that says which tensors are the model's and where each lies, as in transformers:
     what else the shards hold is `left_out` (tensor -> why). `absent`: keys that the index names and no shard holds ->
     the file it names; only a model that needs one of them is refused. `reads` counts how often each key's bytes were
-    read in full. Open files are closed by `close` (or `with`).
+    read in full. Open files are closed by `close` (or `with`), or when nothing refers to it
+    any more; a later read opens its own again.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class CheckpointIndex:
         self.reads: Counter[str] = Counter()
         self._entries = {entry.key: entry for entry in entries}
         self._descriptors: dict[Path, int] = {}
+        weakref.finalize(self, _close, self._descriptors)
         self._opening = threading.Lock()
 
     @classmethod
@@ -112,8 +120,7 @@ class CheckpointIndex:
 
     def close(self) -> None:
         """Close the shards that reads have opened; a later read opens its shard again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        _close(self._descriptors)
 
     def keys(self) -> list[str]:
         """Every key, shard by shard in the order of the bytes."""

@@ -73,6 +73,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
             workspace.publish()
             if options.student is None:
                 remove(options.output)
+    job.student.index.close()
     return report
 
 

@@ -83,6 +83,7 @@ def plan(options: Options, *, measured: bool = True) -> Plan:
     made = made if times is None else made.timed(times)
     if recipe.distill is not None:
         made = taught(made, job, recipe.distill, measured=measured and found.here)
+    found.index.close()
     return fitting(made, options.output)
 
 

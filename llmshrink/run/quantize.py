@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
     """Carry out a whole run. Raises LlmshrinkError for what a user did; what is finished by then is kept."""
     started = time.perf_counter()
     check_apart(options.output, (("the model", options.model), ("--calibration", options.calibration)))
-    with Workspace(options.output, overwrite=options.overwrite) as workspace:
+    with Workspace(options.output, overwrite=options.overwrite) as workspace, ExitStack() as stack:
         job = prepare(options)
+        stack.callback(job.index.close)
         give_back()
         memory = check_fits(job, workspace.folder, already=workspace.finished_bytes())
         parts = workspace.begin(job.identity())
