@@ -32,7 +32,9 @@ MaxTokens = Annotated[int | None, typer.Option(min=2, help="Read no more of the 
 Tasks = Annotated[
     str | None, typer.Option(help="Tasks of lm-eval by name, comma-separated; `demo` for those of the demo language.")
 ]
-TasksDir = Annotated[str | None, typer.Option(help="A folder with tasks of your own, in lm-eval's YAML.")]
+TasksDir = Annotated[
+    str | None, typer.Option(help="A folder with tasks of your own, in lm-eval's YAML. Python that they name is run.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task (its first ones); left out: all.")]
 Sample = Annotated[int | None, typer.Option(min=1, help="Items of each task, drawn from all by --seed.")]
 NumFewshot = Annotated[

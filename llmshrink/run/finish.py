@@ -134,7 +134,7 @@ def serve_line(output: Path, record: Mapping[str, Any]) -> str:
 
     A vLLM that this Python has is one that has llmshrink's plugin too.
     """
-    engine, tp = installed(), record["serve_tp"]
+    engine, tp, place = installed(), record["serve_tp"], shlex.quote(str(output))
     refusing = {kind for kind in ENGINES for note in record["notes"] if note.startswith(f"{kind} won't")}
     if format_of(record) == "bitsandbytes":
         return "with transformers and bitsandbytes; no vLLM serves this checkpoint by itself, see the notes"
@@ -145,10 +145,10 @@ def serve_line(output: Path, record: Mapping[str, Any]) -> str:
         return f"{line}; llmshrink has to be beside it)" if format_of(record) == "llmshrink" else f"{line})"
     if ("vllm-cpu" if engine.cpu else "vllm-cuda") in refusing:
         return (
-            f"not with the {engine.distribution} {engine.version} at hand, see the note; elsewhere vllm serve {output}"
+            f"not with the {engine.distribution} {engine.version} at hand, see the note; elsewhere vllm serve {place}"
         )
     ranks = f" --tensor-parallel-size {tp}" if tp > 1 else ""
-    return f"llmshrink serve {shlex.quote(str(output))}{ranks}  (which runs {serve_command(output, tp=tp)})"
+    return f"llmshrink serve {place}{ranks}  (which runs {serve_command(output, tp=tp)})"
 
 
 def _write_index(job: Job, work: Work, workspace: Workspace) -> None:
