@@ -56,11 +56,11 @@ def _quantized(recipe: str, *more: str, group_size: int | None = 64) -> tuple[st
 ONE_STREAM = ("--set", "steps.0.quantize.corrected=0", "--set", "steps.0.quantize.damp=0.01")
 """Without a corrected target less damping is better: .136 at .01, .147 at .1 (test text, two machines)."""
 TAUGHT = ("--data", "{calibration}", "--steps", str(TAUGHT_STEPS), "--batch-size", "8", "--seq-len", str(SEQ_LEN))
-PRUNED = Row("sparsegpt-2of4", SPARSE, "2:4", _ours("prune", "sparsegpt-2of4"), 22, tasks=True)
+PRUNED = Row("sparsegpt-2of4", SPARSE, "2:4", _ours("prune", "sparsegpt-2of4"), 9, tasks=True)
 G64 = "groups of 64"
 
 OUR_ROWS = (
-    Row("gptq-w4a16", WEIGHTS_4, G64, _quantized("gptq-w4a16"), 7, tasks=True),
+    Row("gptq-w4a16", WEIGHTS_4, G64, _quantized("gptq-w4a16"), 8, tasks=True),
     Row("gptq-w4a16, one stream", WEIGHTS_4, G64, _quantized("gptq-w4a16", *ONE_STREAM), 5),
     Row(
         "gptq-w4a16, groups of 128",
@@ -71,7 +71,7 @@ OUR_ROWS = (
         usual=False,
     ),
     Row("tuned-w4a16", WEIGHTS_4, G64, _quantized("tuned-w4a16"), 30, usual=False),
-    Row("bnb-nf4", WEIGHTS_4, "blocks of 64", _quantized("bnb-nf4", group_size=None), 4, packages=("bitsandbytes",)),
+    Row("bnb-nf4", WEIGHTS_4, "blocks of 64", _quantized("bnb-nf4", group_size=None), 2, packages=("bitsandbytes",)),
     Row(
         "gptq-w4a16-asym, groups of 32",
         WEIGHTS_4,
@@ -92,8 +92,8 @@ OUR_ROWS = (
         75,
         usual=False,
     ),
-    Row("magnitude-2of4", SPARSE, "2:4", _ours("prune", "magnitude-2of4"), 6),
-    Row("wanda-2of4", SPARSE, "2:4", _ours("prune", "wanda-2of4"), 10),
+    Row("magnitude-2of4", SPARSE, "2:4", _ours("prune", "magnitude-2of4"), 8),
+    Row("wanda-2of4", SPARSE, "2:4", _ours("prune", "wanda-2of4"), 9),
     PRUNED,
     Row("alps-2of4", SPARSE, "2:4", _ours("prune", "alps-2of4"), 44, usual=False),
     Row(
@@ -104,7 +104,7 @@ OUR_ROWS = (
         48,
         usual=False,
     ),
-    Row("sparsegpt-50", SPARSE, "half of each row", _ours("prune", "sparsegpt-50"), 22, usual=False),
+    Row("sparsegpt-50", SPARSE, "half of each row", _ours("prune", "sparsegpt-50"), 9, usual=False),
     Row(
         f"sparsegpt-2of4, taught {TAUGHT_STEPS} steps",
         SPARSE,
@@ -114,10 +114,10 @@ OUR_ROWS = (
         tasks=True,
         student=PRUNED,
     ),
-    Row("width-prune", SMALLER, "3/4 of the FFN channels", _ours("prune", "width-prune"), 12),
-    Row("depth-prune", SMALLER, "3/4 of the blocks", _ours("prune", "depth-prune"), 5),
-    Row("gptq-w8a8", PRODUCTS, "int8 by int8", _quantized("gptq-w8a8", group_size=None), 14),
-    Row("smoothquant-w8a8", PRODUCTS, "int8 by int8, smoothed", _quantized("smoothquant-w8a8", group_size=None), 14),
+    Row("width-prune", SMALLER, "3/4 of the FFN channels", _ours("prune", "width-prune"), 8),
+    Row("depth-prune", SMALLER, "3/4 of the blocks", _ours("prune", "depth-prune"), 3),
+    Row("gptq-w8a8", PRODUCTS, "int8 by int8", _quantized("gptq-w8a8", group_size=None), 8),
+    Row("smoothquant-w8a8", PRODUCTS, "int8 by int8, smoothed", _quantized("smoothquant-w8a8", group_size=None), 9),
     Row(
         "gptq-w4a16, FP8 cache",
         OTHERS,

@@ -33,12 +33,14 @@ class Line:
     older: bool = False
     reason: str | None = None
 
-    def marks(self, usual: str | None = None) -> str:
-        """What has to be said beside its figures. usual: the commit that is said of the whole table."""
+    def marks(self, usual: str | None = None, machine: str | None = None) -> str:
+        """What has to be said beside its figures. usual, machine: the commit, the machine that is said of the whole
+        table: seconds on another don't compare."""
         said = [SOURCE_GRID] if self.row.source_grid else []
         if self.figures is not None:
             known = self.figures["commit"] == usual if self.row.tool == OURS else not self.older
             said += [] if known or not (self.older or usual) else [f"at {self.figures['commit']}"]
+            said += [f"on {self.figures['machine']}"] if machine not in (None, self.figures["machine"]) else []
             said += [] if self.figures["cpu_whole"] else ["killed once: more CPU seconds than these"]
         return "; ".join(said)
 
@@ -76,6 +78,12 @@ def usual_commit(found: Sequence[Line]) -> str | None:
     return commit if 2 * count > len(ours) else None
 
 
+def usual_machine(found: Sequence[Line]) -> str | None:
+    """Where most rows were measured."""
+    machines = Counter(str(line.figures["machine"]) for line in found if line.figures is not None)
+    return machines.most_common(1)[0][0] if machines else None
+
+
 def original_perplexity(found: Sequence[Line]) -> float | None:
     """As the judging of any row had it: it is the same pass."""
     return next((line.figures["original_perplexity"] for line in found if line.figures is not None), None)
@@ -84,6 +92,7 @@ def original_perplexity(found: Sequence[Line]) -> float | None:
 def text(found: Sequence[Line]) -> str:
     """For a terminal."""
     perplexity = original_perplexity(found)
+    machine = usual_machine(found)
     told = [f"{'':34} {'KL':>8} {'+-':>7} {'perpl.':>8} {'CPU s':>6} {'GB':>5}  {'load':>4}"]
     told += [f"{'original':34} {'':>8} {'':>7} {perplexity:8.2f}"] if perplexity is not None else []
     for group, members in _grouped(found):
@@ -93,7 +102,7 @@ def text(found: Sequence[Line]) -> str:
             if figures is None:
                 told.append(f"  {line.row.name:32} {_why(line)}")
                 continue
-            load, marks = max(figures["load"], default=0.0), line.marks()
+            load, marks = max(figures["load"], default=0.0), line.marks(machine=machine)
             told.append(
                 f"  {line.row.name:32} {figures['kl']:8.4f} {figures['kl_stderr']:7.4f} {figures['perplexity']:8.2f}"
                 f" {figures['cpu_seconds']:6.0f} {figures['peak_bytes'] / 1e9:5.2f}  {load:4.1f}  {marks}".rstrip()
@@ -105,13 +114,15 @@ def markdown(found: Sequence[Line]) -> str:
     """For the README, without its markers."""
     told = ["| | what | KL | perplexity | CPU s | peak GB |", "|---|---|---|---|---|---|"]
     perplexity, usual = original_perplexity(found), usual_commit(found)
+    machine = usual_machine(found)
     told += [] if perplexity is None else [f"| original | bfloat16 | 0 | {perplexity:.2f} | | |"]
     for group, members in _grouped([line for line in found if line.figures is not None]):
         told.append(f"| **{group}** | | | | | |")
         for line in members:
             figures = line.figures or {}
             name = f"`{line.row.name}`" if line.row.tool == OURS and "," not in line.row.name else line.row.name
-            marks = f" ({line.marks(usual)})" if line.marks(usual) else ""
+            said = line.marks(usual, machine)
+            marks = f" ({said})" if said else ""
             told.append(
                 f"| {name}{marks} | {line.row.what} | {figures['kl']:.4f} | {figures['perplexity']:.2f}"
                 f" | {figures['cpu_seconds']:.0f} | {figures['peak_bytes'] / 1e9:.2f} |"
@@ -134,7 +145,6 @@ def _said(found: Sequence[Line]) -> list[str]:
     """What belongs under the table, a sentence each."""
     measured = [line.figures for line in found if line.figures is not None]
     dates = sorted(str(figures["date"])[:10] for figures in measured)
-    machines = sorted({str(figures["machine"]) for figures in measured})
     told = [
         f"{source.NAME} (135 M parameters), calibrated on {SAMPLES} x {SEQ_LEN} tokens in float32 on one thread; KL in"
         f" nats/token over the {TOKENS // WINDOW * WINDOW:,} first tokens of WikiText-2's test text in windows of"
@@ -145,7 +155,9 @@ def _said(found: Sequence[Line]) -> list[str]:
         told.append(f"Rows marked '{SOURCE_GRID}' nearly reproduce that grid and decide nothing.")
     if dates:
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        told.append(f"Measured {when} on {', '.join(machines)}: `make real`, `make real-peers`.")
+        told.append(
+            f"Measured {when} on {usual_machine(found)}, unless a row says where: `make real`, `make real-peers`."
+        )
     usual = usual_commit(found)
     if usual is not None:
         told.append(f"Our rows are of commit {usual}, unless one names another.")

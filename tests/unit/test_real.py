@@ -87,6 +87,9 @@ def test_the_commit_of_most_of_our_rows_is_said_once() -> None:
     assert "commit aaa, unless" in made and "at aaa" not in made and "(at bbb)" in made
     assert [each.marks("aaa") for each in others] == ["at bbb", "at ccc", ""]
     assert [each.marks() for each in others] == ["at bbb", "", ""]
+    elsewhere = dataclasses.replace(most[0], figures={**(most[0].figures or {}), "machine": "another"})
+    assert table.usual_machine([*most, elsewhere]) == "one"
+    assert "(on another)" in table.markdown([*most, elsewhere]) and "on one, unless" in table.markdown(most)
 
 
 def test_a_killed_rows_seconds_are_marked(given: Inputs, judged: None, monkeypatch: pytest.MonkeyPatch) -> None:
