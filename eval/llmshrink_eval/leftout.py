@@ -16,6 +16,8 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """What JSON can spell and UTF-8 can't: no tokenizer takes it."""
 HOPELESS = 1000
 """Records without a usable one among them, after which no more are read."""
+DEEPEST = 100
+"""Levels of a record: no conversation has as many, and code that goes down them ends at a thousand."""
 NAMED = 100
 SHOWN = 3
 
@@ -83,7 +85,7 @@ def parquet_rows(table: Any) -> list[Any]:
     """The rows of a table of pyarrow as plain data; in the place of one that isn't text, an Unusable that says so."""
     try:
         return list(table.to_pylist())
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         return [_row(table.slice(number, 1)) for number in range(table.num_rows)]
 
 
@@ -92,19 +94,24 @@ def _row(table: Any) -> Any:
         return table.to_pylist()[0]
     except UnicodeDecodeError as error:
         return Unusable(f"isn't UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, OverflowError) as error:  # a time of the year 300,000, say
+        return Unusable(f"has a value that Python can't hold ({_first_line(error)})")
 
 
-def present(value: Any) -> Any:
-    """A record without its keys that are null, at any depth: parquet fills in null wherever a key is absent."""
+def present(value: Any, depth: int = 0) -> Any:
+    """A record without its keys that are null, at any depth: parquet fills in null wherever a key is absent. Raises
+    Unusable for one that is nested more than DEEPEST deep."""
+    if depth > DEEPEST:
+        raise Unusable(f"is nested more than {DEEPEST} deep")
     if isinstance(value, dict):
-        return {key: present(item) for key, item in value.items() if item is not None}
+        return {key: present(item, depth + 1) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [present(item) for item in value]
+        return [present(item, depth + 1) for item in value]
     return value
 
 
 def check_characters(value: Any, where: str) -> None:
-    """Raise Unusable where a text, at any depth, holds half of a surrogate pair."""
+    """Raise Unusable where a text, at any depth, holds half of a surrogate pair. value: as `present` gives it."""
     if isinstance(value, str):
         half = None if value.isascii() else LONE_SURROGATE.search(value)
         if half:

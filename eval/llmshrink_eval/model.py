@@ -27,7 +27,8 @@ import torch
 
 from llmshrink_eval.configured import multiply_in, running_config
 from llmshrink_eval.errors import EvalError
-from llmshrink_eval.weightfiles import weight_files
+from llmshrink_eval.weightfiles import strays, weight_files
+from llmshrink_eval.whole import pretrained
 
 M_MMAP_THRESHOLD = -3
 """glibc's name for the size from which a block is its own mapping (malloc.h)."""
@@ -97,22 +98,10 @@ def _load(path: Path, options: LoadOptions) -> Any:
 
 
 def _whole(path: Path, **settings: Any) -> Any:
-    """From transformers, which fills what it doesn't find with random numbers and says so in a warning: refused."""
-    from transformers import AutoModelForCausalLM
-
+    """From transformers, every tensor of it."""
     config = running_config(path, trust_remote_code=settings["trust_remote_code"])
     config = multiply_in(config, settings["dtype"])
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, local_files_only=True, output_loading_info=True, **settings
-    )
-    model, found = loaded
-    missing = sorted(found["missing_keys"])
-    if missing:
-        others = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        method = _quantization(path)
-        cause = "is the checkpoint whole?" if method is None else f"it may not know the compression, {method}"
-        raise EvalError(f"{path}: transformers doesn't find {missing[0]}{others} in it; {cause}")
-    return model
+    return pretrained(path, config, **settings)
 
 
 def _streamed(path: Path, options: LoadOptions, common: dict[str, Any]) -> Any | None:
@@ -168,7 +157,9 @@ def _places(path: Path) -> dict[str, tuple[Path, str]]:
     for file in weight_files(path):
         with safe_open(file, framework="pt") as shard:
             places |= {name: (file, name) for name in shard.keys()}  # noqa: SIM118 (no mapping, it has only keys)
-    return places
+    astray = strays(path)
+    places |= {name: (file, name) for name, file in astray.doubled.items()}
+    return {name: place for name, place in places.items() if name not in astray.unindexed}
 
 
 def model_limit(model_or_config: Any) -> int | None:

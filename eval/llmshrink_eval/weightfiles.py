@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeGuard
@@ -57,6 +58,27 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         if not file.is_file():
             raise EvalError(f"{file}: missing, though {INDEX_FILE} names it; download or copy it again")
     return files
+
+
+@dataclass(frozen=True)
+class Strays:
+    """What the shards of a folder hold beside what the index means. doubled: key -> the file that the index names, of
+    those that another of its files has too. unindexed: keys that it doesn't name."""
+
+    doubled: dict[str, Path]
+    unindexed: frozenset[str]
+
+
+def strays(folder: Path) -> Strays:
+    """Of a checkpoint in several files; a single one has none. Raises EvalError as `weight_files` and headers do."""
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file() or not index.is_file():
+        return Strays({}, frozenset())
+    weight_map = _weight_map(index)
+    held = {file.name: [tensor.key for tensor in read_header(file)] for file in weight_files(folder)}
+    counts = Counter(key for keys in held.values() for key in keys)
+    doubled = {key: folder / weight_map[key] for key, count in counts.items() if count > 1 and key in weight_map}
+    return Strays(doubled, frozenset(counts.keys() - weight_map.keys()))
 
 
 def read_header(file: Path) -> tuple[StoredTensor, ...]:

@@ -18,7 +18,7 @@ from llmshrink_eval.templates import Refused
 from torch import Tensor
 
 from llmshrink.calibration.records import Completion, Record, leave_out
-from llmshrink.calibration.turns import NO_MASK, Writer, encode, encode_beginning, encode_conversation, is_conversation
+from llmshrink.calibration.turns import NO_MASK, Writer, encode, encode_beginning, encode_conversation
 from llmshrink.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -113,10 +113,6 @@ def packed(
         text = f"{prompt}{rest}"
         if not text or text.isspace():
             continue
-        if masked and isinstance(document, str):
-            raise CalibrationError(
-                f"calibration data {name} mixes texts with prompts and their completions; give one kind, or {NO_MASK}"
-            )
         spans = [(len(prompt), len(text))] if masked else None
         room = wanted - len(ids) + MARKS
         found, counted, complete = encode_beginning(tokenizer, text, spans, name, room, special=True)
@@ -170,8 +166,6 @@ def padded(
     filled = silent = untold = 0
     dated = False
     for record in records:
-        if record.document is None or isinstance(record.document, str) or not is_conversation(record.document):
-            raise CalibrationError(f"calibration data {name} mixes texts with conversations; give one kind")
         try:
             writer = Writer(tokenizer, name, record.tools)
             tokens, counted = encode_conversation(record, writer, seq_len, masked=masked)

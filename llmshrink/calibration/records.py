@@ -108,17 +108,33 @@ def _nothing(record: Any) -> str:
     """Why there is nothing to read in a record."""
     if not isinstance(record, Mapping):
         return f"is a {type(record).__name__}, not an object with a text or messages"
-    null = next((key for key in ("messages", *TEXT_KEYS, *PAIR_KEYS) if key in record and record[key] is None), None)
+    known = ("messages", *TEXT_KEYS, *PAIR_KEYS)
+    null = next((key for key in known if key in record and record[key] is None), None)
     if null is not None:
         return f"has {null} that is null"
+    if record.get("messages") == []:
+        return "has messages that are none"
+    if "messages" in record:
+        return f"has messages that aren't a list of objects ({_sort(record['messages'])})"
+    wrong = next((key for key in known if key in record and not isinstance(record[key], (str, list))), None)
+    if wrong is not None:
+        return f"has {wrong} that is {_sort(record[wrong])}, not a string"
     return (
         f"has {sorted(map(str, record))}; read are a string under text, a list of messages under messages, or both of "
         "prompt and completion: rename the key"
     )
 
 
+def _sort(value: Any) -> str:
+    """What a value is, as JSON calls it."""
+    if isinstance(value, list):
+        return "a list with something else in it"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
 def _is_conversation(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
 def _conversation(messages: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -16,8 +16,10 @@ Where a model needs BOS (`llmshrink_eval.beginning` says when), every window beg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from llmshrink.calibration.packing import begun, continuous, packed, padded, refuse_silence
 from llmshrink.calibration.reading import Reading
-from llmshrink.calibration.records import Document, Record, usable
+from llmshrink.calibration.records import Document, Record, leave_out, usable
 from llmshrink.calibration.text import OTHER_WAYS, Documents
 from llmshrink.calibration.turns import is_conversation
 from llmshrink.errors import CalibrationError
@@ -36,6 +38,8 @@ from llmshrink.errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PEEKED = 32
+"""Records by which it is decided whether a file is of texts, of conversations, or of prompts and completions."""
 DEFAULT_SAMPLES = 256
 DEFAULT_SEQ_LEN = 2048
 
@@ -115,11 +119,11 @@ def build_windows(
     name, tally = documents.name, Tally()
     beginning = _beginning(tokenizer, model_type, bos)
     stream = usable(documents.stream(seed), tally, name)
-    first = next(stream, None)
-    document = None if first is None else first.document
+    first = list(islice(stream, 1 if documents.single else PEEKED))
+    document = _commonest(first)
     masked = _masked(document, mask_prompts, name)
     wanted = samples + held_out
-    records = _chain(first, stream)
+    records = _alike(chain(first, stream), document, tally, name, masked=masked)
     reading = Reading(beginning.put)
     if document is not None and is_conversation(document):
         found = padded(records, tokenizer, wanted, seq_len, name, beginning, tally, masked=masked)
@@ -129,8 +133,7 @@ def build_windows(
             _refuse_conversations(name, len(ids), int(mask.sum()), samples, seq_len, tally.result())
         reading = replace(reading, date=DATE if found.dated else None, untold_tools=found.untold)
     else:
-        texts = _texts(records, name)
-        ids, said, tokens = _cut(documents, texts, tokenizer, wanted * seq_len, seq_len, beginning, masked=masked)
+        ids, said, tokens = _cut(documents, records, tokenizer, wanted * seq_len, seq_len, beginning, masked=masked)
         samples = _at_most(samples, len(ids), held_out) if fewer else samples
         if len(ids) < samples:
             _refuse(name, tokens, samples, seq_len, tally.result())
@@ -197,17 +200,32 @@ def _left(left_out: LeftOut) -> str:
     return f"; {left_out.words()}" if left_out.count else ""
 
 
-def _chain(first: Record | None, rest: Iterator[Record]) -> Iterator[Record]:
-    if first is not None:
-        yield first
-        yield from rest
+def _kind(document: Document) -> str:
+    """In words, of what is read in the same way."""
+    if is_conversation(document):
+        return "conversation"
+    return "text" if isinstance(document, str) else "prompt with its completion"
 
 
-def _texts(records: Iterator[Record], name: str) -> Iterator[Record]:
+def _commonest(records: Sequence[Record]) -> Document | None:
+    """The first document of the kind that most of these records are."""
+    documents = [record.document for record in records if record.document is not None]
+    kinds = Counter(map(_kind, documents))
+    return max(documents, key=lambda document: kinds[_kind(document)], default=None)
+
+
+def _alike(
+    records: Iterator[Record], document: Document | None, tally: Tally, name: str, *, masked: bool
+) -> Iterator[Record]:
+    """The records of one kind with `document`; others are left out and counted. Where no prompts are masked, texts and
+    prompts with completions are alike: texts."""
     for record in records:
-        if record.document is not None and is_conversation(record.document):
-            raise CalibrationError(f"calibration data {name} mixes texts with conversations; give one kind")
-        yield record
+        assert record.document is not None and document is not None
+        meant, found = _kind(document), _kind(record.document)
+        if meant == found or (not masked and "conversation" not in (meant, found)):
+            yield record
+        else:
+            leave_out(tally, record, f"is a {found} among others that are each a {meant}", name)
 
 
 def _cut(

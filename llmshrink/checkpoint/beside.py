@@ -10,6 +10,7 @@ and is counted.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -110,7 +111,7 @@ def side_files(
             continue
         if path.is_symlink() and not _own_link(path, source):
             raise CheckpointError(
-                f"{as_text(str(path))} is a link to {as_text(str(path.resolve()))}, out of the model's folder: "
+                f"{as_text(str(path))} is a link to {as_text(str(_real(path)))}, out of the model's folder: "
                 "put a copy of the file in its place if it is the model's, else remove the link"
             )
         if name.lower() == "readme.md":
@@ -189,14 +190,19 @@ def _candidates(source: Path) -> list[Path]:
 
 
 def _within(path: Path, folders: Sequence[Path]) -> bool:
-    apart = {each for folder in folders for each in (folder.absolute(), folder.resolve())}
-    own = {path.absolute(), path.resolve(), *path.absolute().parents, *path.resolve().parents}
+    apart = {each for folder in folders for each in (folder.absolute(), _real(folder))}
+    own = {path.absolute(), _real(path), *path.absolute().parents, *_real(path).parents}
     return not apart.isdisjoint(own)
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; of links that lead to each other, one of them, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
 
 
 def _own_link(path: Path, source: Path) -> bool:
     """Whether a link leads to a file of its folder, or, in the Hub's cache, to one of the same repository's blobs."""
-    target, folder = path.resolve(), source.resolve()
+    target, folder = _real(path), _real(source)
     return target.is_relative_to(folder) or (
         folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
     )

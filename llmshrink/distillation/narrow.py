@@ -35,7 +35,9 @@ def check_narrow(quant: str | None) -> None:
 def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust_remote_code: bool) -> Any:
     """A teacher with narrow linears; its embeddings and output layer as they are. Raises SourceError."""
     from llmshrink_eval.configured import running_config
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from llmshrink_eval.errors import EvalError
+    from llmshrink_eval.whole import pretrained
+    from transformers import BitsAndBytesConfig
 
     if quantization_of(source) is not None:
         raise SourceError(f"{source.name}: is compressed already; leave --teacher-quant out")
@@ -49,15 +51,16 @@ def load_narrow(source: Source, quant: TeacherQuant, device: torch.device, trust
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model = pretrained(
                 source.folder,
-                config=running_config(source.folder, trust_remote_code=trust_remote_code),
+                running_config(source.folder, trust_remote_code=trust_remote_code),
                 quantization_config=chosen,
                 dtype=choose_dtype(None, config_of(source, trust_remote_code), device, None),
                 device_map={"": device},
                 trust_remote_code=trust_remote_code,
-                local_files_only=True,
             )
+    except EvalError as error:
+        raise SourceError(str(error)) from error
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
         raise SourceError(f"{source.name}: can't be loaded in {quant}: {one_line(error)}") from error
     model.requires_grad_(False)

@@ -41,20 +41,14 @@ def token_logprobs(folder: Path, scheme: BitsAndBytesScheme, windows: Sequence[B
     """
     require(f"verifying {folder}", "verify it where it is installed")
     from llmshrink_eval.configured import running_config
-    from transformers import AutoModelForCausalLM
+    from llmshrink_eval.whole import pretrained
 
     chatter = logging.getLogger("bitsandbytes.autograd._functions")
     level = chatter.level
     chatter.setLevel(logging.ERROR)  # a line for each product that it casts to float16 for
     try:
         with redirect_stderr(StringIO()), torch.no_grad():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=running_config(folder),
-                device_map={"": device},
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+            model = pretrained(folder, running_config(folder), device_map={"": device})
             rows = [model(window.input_ids.to(device)).logits for window in windows]
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
         said = " ".join(str(error).split())[:300]

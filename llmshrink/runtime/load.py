@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_eval.errors import EvalError
+from llmshrink_eval.model import quiet
+from llmshrink_eval.whole import pretrained
 from llmshrink_kernels.device import runs_triton
 from llmshrink_kernels.wna16 import prepack
 from llmshrink_kernels.wna16.cpu import group_for
@@ -163,13 +167,18 @@ def config_of(source: Source, trust_remote_code: bool) -> Any:
 
 
 def _load_dense(source: Source, config: Any, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+    with _said_in_a_line(source):
+        return pretrained(source.folder, config, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
 
+
+@contextmanager
+def _said_in_a_line(source: Source) -> Iterator[None]:
+    """While open, whatever loading raises becomes a SourceError in one line."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        return model.to(device)
+        with quiet():
+            yield
+    except EvalError as error:
+        raise SourceError(str(error)) from error
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
         raise SourceError(f"{source.name}: transformers can't load it: {one_line(error)}") from error
 
@@ -179,23 +188,19 @@ def _load_bitsandbytes(
 ) -> Any:
     """The model as transformers loads it, its linears that library's modules. CheckpointError for other options."""
     from llmshrink_eval.configured import multiply_in, running_config
-    from transformers import AutoModelForCausalLM
 
     bitsandbytes.scheme_of(quantization)
     require(source.name, "load the original")
     # A line for each product of 8 bits, which it casts to float16 for.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+    with _said_in_a_line(source):
+        model = pretrained(
             source.folder,
-            config=multiply_in(running_config(source.folder, trust_remote_code=trust_remote_code), dtype),
+            multiply_in(running_config(source.folder, trust_remote_code=trust_remote_code), dtype),
             dtype=dtype,
             device_map={"": device},
             trust_remote_code=trust_remote_code,
-            local_files_only=True,
         )
-    except Exception as error:  # of every type: a missing file, a shape, an unknown class
-        raise SourceError(f"{source.name}: transformers can't load it: {one_line(error)}") from error
     # After a forward on the CPU its NF4 weights are in another order, which a reload would take for the stored one.
     model.save_pretrained = _unsaved(source.folder)
     return model
@@ -345,4 +350,6 @@ def _unsaved(folder: Path) -> Any:
 def one_line(error: BaseException) -> str:
     """An error's message, made one short line."""
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError):  # whose message is the key alone
+        text = f"it knows no {text}"
     return text if len(text) <= 200 else text[:200] + "..."

@@ -73,6 +73,16 @@ GOOD = b'{"text": "fine"}'
         (b'{"prompt": "Q"}', "has ['prompt']; read are a string under text"),
         (b"[1]", "is a list, not an object with a text or messages"),
         (b'{"text": null}', "has text that is null"),
+        (b'{"text": 5}', "has text that is a number, not a string"),
+        (b'{"text": NaN}', "has text that is a number, not a string"),
+        (b'{"text": {"a": 1}}', "has text that is an object, not a string"),
+        (b'{"messages": "hello"}', "has messages that aren't a list of objects (a string)"),
+        (b'{"messages": [null]}', "has messages that aren't a list of objects (a list with something else in it)"),
+        (b'{"messages": []}', "has messages that are none"),
+        (
+            b'{"messages": [{"role": "user", "content": "x", "deep": ' + b"[" * 900 + b"]" * 900 + b"}]}",
+            "is nested more than 100 deep",
+        ),
         (b'{"text": "cut \\ud83d"}', r"text has half of a surrogate pair ('\ud83d'), which is no character"),
         (b'{"prompt": "a\\ud83d", "completion": "b"}', "prompt has half of a surrogate pair"),
         (
@@ -103,6 +113,25 @@ def test_a_record_that_cannot_be_used_says_why_with_its_line(tmp_path: Path, lin
     assert [record.place for record in records] == ["line 1", "line 3", "line 4"]
     assert records[1].fault.startswith(says)
     assert "\n" not in records[1].fault
+
+
+def test_empty_messages_beside_a_text_are_absent(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine", "messages": []}\n')
+    assert read(tmp_path / "a.jsonl") == ["fine"]
+
+
+def test_a_value_of_parquet_that_python_cant_hold_leaves_its_record_out(tmp_path: Path) -> None:
+    import pyarrow
+
+    far = pyarrow.array([{"at": 10**15, "role": "user", "content": "x"}], pyarrow.struct(
+        [("at", pyarrow.timestamp("s")), ("role", pyarrow.string()), ("content", pyarrow.string())]
+    ))  # fmt: skip
+    near = pyarrow.array([{"at": 5, "role": "user", "content": "x"}], far.type)
+    lists = [pyarrow.ListArray.from_arrays(pyarrow.array([0, 1]), values) for values in (far, near)]
+    file = write_parquet(tmp_path / "a.parquet", {"messages": pyarrow.chunked_array(lists)})
+    records = sorted(load_documents(str(file)).stream(0), key=lambda record: record.place)
+    assert [record.document is None for record in records] == [True, False]
+    assert records[0].fault.startswith("has a value that Python can't hold")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

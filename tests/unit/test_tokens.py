@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -132,8 +132,16 @@ def test_conversations_are_padded_and_padding_never_counts(words: PreTrainedToke
             False,
             r"has 24 tokens in 3 conversations, 4 conversations of up to 8 tokens .* --samples 3",
         ),
-        ([[{"role": "user", "content": "x"}], "text"], False, "mixes texts with conversations"),
-        (["text", [{"role": "user", "content": "x"}]], False, "mixes texts with conversations"),
+        (
+            [[{"role": "user", "content": "x"}], "text"],
+            False,
+            "1 of 2 records was left out: record 2 is a text among others that are each a conversation",
+        ),
+        (
+            ["text", [{"role": "user", "content": "x"}]],
+            False,
+            "1 of 2 records was left out: record 2 is a conversation among others that are each a text",
+        ),
     ],
 )
 def test_too_little_is_refused_with_both_numbers(
@@ -142,6 +150,25 @@ def test_too_little_is_refused_with_both_numbers(
     words.chat_template = TEMPLATE
     with pytest.raises(CalibrationError, match=says):
         build_windows(_documents(items, single=single), words, samples=4, seq_len=8, held_out=1, seed=0)
+
+
+@pytest.mark.parametrize("place", [0, 1, 17, 39])
+@pytest.mark.parametrize("odd", ["text", "conversation"])
+def test_one_of_another_kind_is_left_out_and_counted_wherever_it_stands(
+    words: PreTrainedTokenizerFast, place: int, odd: str
+) -> None:
+    words.chat_template = TEMPLATE
+    talk: Document = [{"role": "user", "content": "Once there was Mira"}]
+    text: Document = "Once there was Mira there was"
+    items = [talk if odd == "text" else text] * 40
+    shape: dict[str, Any] = {"samples": 8 if odd == "conversation" else 36, "seq_len": 8, "held_out": 1, "seed": 0}
+    plain, _ = build_windows(_documents(items), words, **shape)
+    other = text if odd == "text" else talk
+    mixed, _ = build_windows(_documents([*items[:place], other, *items[place:]]), words, **shape)
+    assert torch.equal(plain.input_ids, mixed.input_ids)
+    left = mixed.reading.left_out
+    if place < (39 if odd == "text" else 8):  # else there was enough before it
+        assert left.count == 1 and left.named[0].startswith(f"record {place + 1} is a {odd} among others")
 
 
 def test_conversations_need_a_chat_template(words: PreTrainedTokenizerFast) -> None:

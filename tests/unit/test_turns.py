@@ -113,7 +113,11 @@ def test_the_default_masks_what_has_turns_and_the_fingerprint_says_so(words: Pre
     ("items", "template", "says"),
     [
         (["Once"], PLAIN, "--mask-prompts: calibration data given has no turns"),
-        ([Completion("a", "b"), "text"], PLAIN, "mixes texts with prompts"),
+        (
+            [Completion("Once", "there"), "text"],
+            PLAIN,
+            "1 of 2 records was left out: record 2 is a text among others that are each a prompt with its completion",
+        ),
         ([TALK], FORGETFUL, "writes a turn otherwise .* --no-mask-prompts"),
         ([TALK[:1]], PLAIN, "in none of its 1 windows of 64 tokens is a token the assistant's"),
         ([Completion("Once there was " * 40, "x")], PLAIN, r"in none of its 1 windows of 64 tokens .* --seq-len"),

@@ -100,20 +100,14 @@ def transformers_logits(checkpoint: Path) -> Reference:
     rounded to 8-bit integers, which that library does with other scales than vLLM, or keys and values cut off to FP8.
     """
     from llmshrink_eval.configured import running_config
-    from transformers import AutoModelForCausalLM
+    from llmshrink_eval.whole import pretrained
 
     with redirect_stderr(StringIO()), torch.no_grad():  # progress bars of three libraries; what goes wrong is raised
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         if only_we_read(config) or cut_cache(config):
             model = _decompressed(checkpoint, cut=cut_cache(config))
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint,
-                config=running_config(checkpoint),
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+            model = pretrained(checkpoint, running_config(checkpoint), dtype=torch.float32)
         model(
             torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         )  # weights are decompressed at the first forward

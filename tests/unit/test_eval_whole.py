@@ -1,0 +1,100 @@
+"""A model is loaded wholly, and as its index says, whoever loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmshrink_eval.errors import EvalError
+from llmshrink_eval.model import LoadOptions, load_model
+from llmshrink_eval.weightfiles import INDEX_FILE, strays
+from safetensors.torch import load_file, save_file
+
+import llmshrink
+from llmshrink.errors import LlmshrinkError
+
+NEEDED = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def sharded(model_of: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny model in two shards, with an index."""
+    source, folder = model_of("llama"), tmp_path / "sharded"
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name != "model.safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / f"m{number}.safetensors", {"format": "pt"})
+    index = {name: f"m{number}.safetensors" for number, part in enumerate((names[::2], names[1::2])) for name in part}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in model.state_dict().items()}
+
+
+def change(folder: Path, file: str, act: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / file)
+    act(tensors)
+    save_file(tensors, folder / file, {"format": "pt"})
+
+
+def by_eval(folder: Path) -> Any:
+    return load_model(folder, LoadOptions())
+
+
+def streamed(folder: Path) -> Any:
+    from llmshrink_eval.model import _places
+
+    class Read:
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            return {name: load_file(file)[key] for name, (file, key) in _places(folder).items()}
+
+    return Read()
+
+
+@pytest.mark.parametrize("load", [llmshrink.load, by_eval, streamed])
+def test_of_two_of_one_name_the_one_that_the_index_means_is_loaded(
+    load: Callable[[Path], Any], sharded: Path, model_of: Callable[..., Path]
+) -> None:
+    first = load_file(sharded / "m0.safetensors")
+    change(sharded, "m1.safetensors", lambda it: it.update({name: torch.randn_like(first[name]) for name in first}))
+    assert strays(sharded).doubled.keys() == first.keys() and not strays(sharded).unindexed
+    found, meant = weights(load(sharded)), load_file(model_of("llama") / "model.safetensors")
+    assert meant.keys() <= found.keys() | {"lm_head.weight"}
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in meant.items() if name in found)
+
+
+@pytest.mark.parametrize("load", [llmshrink.load, by_eval])
+def test_a_tensor_that_is_in_no_file_is_never_random(load: Callable[[Path], Any], sharded: Path) -> None:
+    place = json.loads((sharded / INDEX_FILE).read_text())["weight_map"][NEEDED]
+    change(sharded, place, lambda it: it.pop(NEEDED))
+    with pytest.raises((EvalError, LlmshrinkError), match=rf"{NEEDED} in it; is the checkpoint whole") as caught:
+        load(sharded)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [llmshrink.load, by_eval])
+def test_a_tensor_that_the_index_doesnt_name_isnt_the_models(load: Callable[[Path], Any], sharded: Path) -> None:
+    index = json.loads((sharded / INDEX_FILE).read_text())
+    place = index["weight_map"].pop(NEEDED)
+    change(sharded, place, lambda it: it.update(junk=torch.full((3,), float("nan"))))
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    assert strays(sharded).unindexed == {NEEDED, "junk"}
+    with pytest.raises((EvalError, LlmshrinkError), match=rf"{NEEDED} in it; a file has it, and .*index.json doesn't"):
+        load(sharded)
+    index["weight_map"][NEEDED] = place
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    assert load(sharded) is not None
+
+
+def test_a_single_file_has_no_strays(model_of: Callable[..., Path]) -> None:
+    assert not strays(model_of("llama")).doubled and not strays(model_of("llama")).unindexed
