@@ -28,10 +28,23 @@ VERSION = 2
 
 
 def default_folder() -> Path:
-    """Where results are kept when nobody says: the user's cache folder."""
+    """Where results are kept when nobody says: the user's cache folder, or, where that can't be written, as in a
+    container under a number alone, one in the temporary folder (`llmshrink doctor` says which)."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # Without a home folder the ~ stays, and would be made where we are.
-    return (private_folder() if base.startswith("~") else Path(base) / "llmshrink") / "eval"
+    if base.startswith("~") or not _can_be_made(Path(base) / "llmshrink" / "eval"):
+        return private_folder() / "eval"
+    return Path(base) / "llmshrink" / "eval"
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether a folder is there, or could be, and could be written. Nothing is left of the attempt."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            return True
+    except OSError:
+        return False
 
 
 def private_folder() -> Path:

@@ -19,8 +19,9 @@ from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, leave_with, re
 
 def main() -> None:
     """The entry point of the installed command: runs on sys.argv and exits with the code."""
-    from llmshrink.cli.surroundings import speak_utf8
+    from llmshrink.cli.surroundings import open_closed_streams, speak_utf8
 
+    open_closed_streams()
     speak_utf8()
     code = run(sys.argv[1:])
     leave_with(code)

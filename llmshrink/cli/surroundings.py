@@ -29,6 +29,17 @@ def settle() -> None:
         os.environ["LOGNAME"] = f"uid-{os.getuid()}"  # what caches of torch are called by
 
 
+def open_closed_streams() -> None:
+    """Let streams that were closed (`>&-`) lead nowhere: the next file that is opened would take their place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (as long as Python)
+
+
 def speak_utf8() -> None:
     """Begin anew in Python's UTF-8 mode where this locale has another encoding: libraries below take no other paths.
 

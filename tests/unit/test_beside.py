@@ -83,6 +83,16 @@ def test_a_link_that_leads_out_is_refused_by_name(name: str, far: str, tmp_path:
             tuple(ask(folder) if ask is side_files else [ask(folder)])
 
 
+@pytest.mark.parametrize("name", ["a", "merges.txt", "README.md"])
+def test_links_that_lead_to_each_other_are_left_behind(name: str, tmp_path: Path) -> None:
+    _write(tmp_path, {"config.json", "tokenizer.json"})
+    (tmp_path / name).symlink_to("b")
+    (tmp_path / "b").symlink_to(name)
+    assert {found for _, found in side_files(tmp_path, besides=[tmp_path / "out"])} == {"tokenizer.json"}
+    left = set(left_behind(tmp_path, besides=[tmp_path / "out"]).names)
+    assert left == {name, "b"} - {"README.md"}
+
+
 def test_many_names_are_counted_and_not_all_listed(tmp_path: Path) -> None:
     _write(tmp_path, {f"log-{number:03}.txt" for number in range(100)})
     left = left_behind(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -55,6 +56,28 @@ def test_without_a_home_a_model_is_measured_and_the_cache_is_this_user_s(
     caches = [path for path in tmp_path.iterdir() if path.name.startswith("llmshrink-")]
     assert caches and all(stat.S_IMODE(path.stat().st_mode) == 0o700 for path in caches)
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("home", ["/proc", "/dev/null"])
+def test_where_home_cant_be_written_results_are_kept_in_the_temporary_folder(
+    home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = default_folder()
+    assert folder.is_relative_to(tmp_path) and folder.name == "eval"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_folder() == tmp_path / "xdg" / "llmshrink" / "eval" and not (tmp_path / "xdg").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams_lead_nowhere(closed: str, tmp_path: Path) -> None:
+    program = f"{shlex.quote(sys.executable)} -P -m llmshrink"
+    for words, code in (("recipes", 0), (f"inspect {tmp_path}", 2)):
+        done = subprocess.run(["sh", "-c", f"{program} {words} {closed}"], capture_output=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert b"Traceback" not in done.stderr + done.stdout
 
 
 def test_without_a_home_doctor_and_a_tilde_end_in_lines(
