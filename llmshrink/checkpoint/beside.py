@@ -30,18 +30,24 @@ TOKENIZER = (
     "vocab.json",
     "vocab.txt",
     "vocab.bpe",
-    "vocab-*.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
     "encoder.json",
     "merges.txt",
-    "merges-*.txt",
     "bpe.codes",
     "normalizer.json",
     "tekken.json",
-    "*.model",
-    "*.spm",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "*spiece.model",
+    "sentencepiece*.model",
+    "spm.model",
+    "ice_text.model",
+    "source.spm",
+    "target.spm",
     "*.tiktoken",
 )
-TEMPLATES = ("chat_template.json", "chat_template.jinja", "*.jinja", "additional_chat_templates/*.jinja")
+TEMPLATES = ("chat_template.json", "*chat_template*.jinja", "additional_chat_templates/*.jinja")
 SETTINGS = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -50,11 +56,17 @@ SETTINGS = (
     "video_preprocessor_config.json",
     "feature_extractor_config.json",
 )
-TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*", "readme.md")
-"""Compared without regard to case."""
+TERMS = re.compile(
+    r"(model[-_])?(licen[cs]e|copying|copyright|notices?|use[-_]policy|terms[-_]of[-_]use|third[-_]party[-_]notices?)"
+    r"([-_.](apache|mit|bsd|[al]?gpl|cc|mpl|openrail|llama|gemma|qwen|code|model|weights)[a-z0-9.-]*?)?"
+    r"(\.(md|txt|rst|html|pdf))?|licenses/[a-z0-9.-]+\.txt|readme\.md",
+    re.IGNORECASE,
+)
+"""Licences and the card: a file whose name merely begins so, as license.key, may be anything."""
 SOURCE_CARD = "SOURCE_README.md"
 """What the source's README.md is called in an output, whose own card is README.md."""
-WANTED = (*TOKENIZER, *TEMPLATES, *SETTINGS, *TERMS)
+WANTED = (*TOKENIZER, *TEMPLATES, *SETTINGS, "LICENSES/*.txt")
+"""As patterns, the licences at the top apart."""
 CODE_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 UNSEEN = (".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store", "__pycache__")
 """Of the repository or the system, and not worth a word."""
@@ -89,8 +101,8 @@ def belongs(name: str) -> bool:
     """Whether a file of this name, a path within the folder, belongs to a model; weights, config.json, code apart."""
     if name == SOURCE_CARD:
         return True
-    return any(_matches(name, pattern) for pattern in (*TOKENIZER, *TEMPLATES, *SETTINGS)) or any(
-        _matches(name.lower(), pattern) for pattern in TERMS
+    return TERMS.fullmatch(name) is not None or any(
+        _matches(name, pattern) for pattern in (*TOKENIZER, *TEMPLATES, *SETTINGS)
     )
 
 

@@ -24,6 +24,8 @@ MODEL = {
     "special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json",
     "processor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
     "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "License.md", "qwen.tiktoken", "tekken.json", "source.spm",
+    "MODEL_LICENSE", "THIRD_PARTY_NOTICES.txt", "COPYRIGHT", "TERMS_OF_USE.md", "LICENSES/MIT.txt", "licence.rst",
+    "LICENSE-APACHE", "LICENSE.MIT.txt", "tokenizer.model.v3", "tool_chat_template_x.jinja", "sentencepiece.bpe.model",
 }  # fmt: skip
 TRAINING = {
     "checkpoint-500/model.safetensors", "checkpoint-500/tokenizer.json", "runs/Nov01/events.out.tfevents.1",
@@ -37,6 +39,19 @@ def _write(folder: Path, names: set[str]) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\x80\x04pickled" if name == "evil.model" else b"{}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LICENSE.key", "license_server_password.txt", "notice_to_self.log", "license.txt.bak", "secret.jinja",
+        "vocab-private-customers.json", "old.model", "id_rsa", "credentials.json", "a.pickle", "a.joblib", "a.pt2",
+        "a.npy", "a.distcp", "model.bak", "tokenizer.json.bak", "events.out.tfevents.1", "LICENSES/key.pem",
+        "additional_chat_templates/notes.txt", "x/LICENSE",
+    ],
+)  # fmt: skip
+def test_a_name_that_merely_looks_like_it_doesnt_belong(name: str) -> None:
+    assert not belongs(name)
 
 
 def test_only_what_belongs_to_a_model_goes_on(tmp_path: Path) -> None:
