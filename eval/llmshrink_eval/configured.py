@@ -45,7 +45,9 @@ def running_config(folder: str | Path, *, trust_remote_code: bool = False) -> An
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True, **given)
         return settle(config)
     known: Any = CONFIG_MAPPING[kind]
-    return settle(known.from_dict({key: value for key, value in found.items() if not _computed(known, key)}, **given))
+    # What is ours whatever is written there needn't be of a type that transformers takes.
+    written = {key: OURS.get(key, value) for key, value in found.items() if not _computed(known, key)}
+    return settle(known.from_dict(written, **given))
 
 
 def multiply_in(config: Any, dtype: torch.dtype) -> Any:

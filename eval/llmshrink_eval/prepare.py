@@ -144,8 +144,9 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
     running = options.running
     conditions = refuse(options, baseline=original is not None)
     specs = _told_apart([*([original] if original is not None else []), *models])
-    tokenizers = [_tokenizer(spec, running.trust_remote_code) for spec in specs]
+    # First: a tokenizer's loading reads config.json too, and would be blamed for what is wrong there.
     configs = [_config(spec, running.trust_remote_code) for spec in specs]
+    tokenizers = [_tokenizer(spec, running.trust_remote_code) for spec in specs]
     refuse_other_tokenizers(specs, tokenizers)
     try:
         beginnings = [
@@ -207,14 +208,12 @@ def _tokenizer(spec: ModelSpec, trust_remote_code: bool) -> Any:
     from llmshrink_eval.configured import read_tokenizer
     from llmshrink_eval.model import quiet
 
-    if not (spec.folder / "config.json").is_file():
-        raise EvalError(f"{spec.name}: no config.json in {spec.folder}; name a model's folder")
     with quiet():
         try:
             return read_tokenizer(spec.folder, trust_remote_code=trust_remote_code)
         # Of whatever type the tokenizer's own code raises.
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), "no message")[:200]
+            reason = " ".join(str(error).split())[:200]
             raise EvalError(f"{spec.name}: its tokenizer can't be loaded ({type(error).__name__}: {reason})") from error
 
 
@@ -222,13 +221,17 @@ def _config(spec: ModelSpec, trust_remote_code: bool) -> Any:
     from llmshrink_eval.configured import running_config
     from llmshrink_eval.model import quiet
 
+    if not (spec.folder / "config.json").is_file():
+        raise EvalError(f"{spec.name}: no config.json in {spec.folder}; name a model's folder")
     with quiet():
         try:
             return running_config(spec.folder, trust_remote_code=trust_remote_code)
         # Of whatever type transformers or the model's own code raises.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise EvalError(f"{spec.name}: transformers can't read its config.json ({reason})") from error
+            raise EvalError(
+                f"{spec.name}: transformers can't read its config.json ({type(error).__name__}: {reason})"
+            ) from error
 
 
 def _refuse_chat_templates(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:

@@ -27,9 +27,15 @@ def pretrained(path: Path, config: Any, **settings: Any) -> Any:
     if "trust_remote_code" not in settings:
         settings["trust_remote_code"] = False
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, local_files_only=True, output_loading_info=True, **settings
+        path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **settings
     )
     model, found = loaded
+    unfit = sorted(map(tuple, found.get("mismatched_keys") or ()))
+    if unfit:
+        key, stored, built = unfit[0]
+        raise EvalError(
+            f"{path}: {key} is {list(stored)} in its file, and config.json makes it {list(built)}; {COPY_AGAIN}"
+        )
     astray = strays(path)
     names = {*model.state_dict()} if astray.unindexed or astray.doubled else set()
     missing = sorted({*found["missing_keys"], *(astray.unindexed & names)})

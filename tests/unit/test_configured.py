@@ -52,6 +52,13 @@ def left(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_leftovers(Path(shutil.copytree(plain, tmp_path_factory.mktemp("left") / "model")), **LEFT)
 
 
+@pytest.mark.parametrize("value", [None, "false", 1, []])
+@pytest.mark.parametrize("name", ["use_cache", "return_dict", "output_hidden_states"])
+def test_what_is_ours_may_be_of_any_type_in_the_file(name: str, value: Any, plain: Path, tmp_path: Path) -> None:
+    folder = with_leftovers(Path(shutil.copytree(plain, tmp_path / "model")), **{name: value})
+    assert getattr(running_config(folder), name) == OURS[name]
+
+
 def test_our_settings_hold(left: Path) -> None:
     config = running_config(left)
     assert {name: getattr(config, name, OURS[name]) for name in OURS} == OURS

@@ -140,7 +140,7 @@ def test_models_of_other_vocabularies_are_refused(here: Small, model_of: Callabl
     ("config", "says"),
     [
         (None, r"odd: no config.json in .*; name a model's folder"),
-        ("{", r"odd: its tokenizer can't be loaded \(.*not a valid JSON file"),
+        ("{", r"odd: transformers can't read its config.json \(.*not a valid JSON file"),
         ('{"model_type": "nonesuch"}', r"odd: transformers can't read its config.json \(.*nonesuch"),
     ],
 )

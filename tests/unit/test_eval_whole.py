@@ -98,3 +98,12 @@ def test_a_tensor_that_the_index_doesnt_name_isnt_the_models(load: Callable[[Pat
 
 def test_a_single_file_has_no_strays(model_of: Callable[..., Path]) -> None:
     assert not strays(model_of("llama")).doubled and not strays(model_of("llama")).unindexed
+
+
+@pytest.mark.parametrize("load", [llmshrink.load, by_eval])
+def test_a_tensor_of_another_shape_than_its_config_is_named(load: Callable[[Path], Any], sharded: Path) -> None:
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 1}))
+    says = r"layers\.0\.self_attn\.k_proj\.weight is \[32, 64\] in its file, and config\.json makes it \[16, 64\]"
+    with pytest.raises((EvalError, LlmshrinkError), match=says):
+        load(sharded)
