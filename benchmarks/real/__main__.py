@@ -148,9 +148,10 @@ def _tasks(arguments: argparse.Namespace, given: Inputs) -> int:
     name = f"tasks{'-full' if arguments.full else ''}.json"
     _write(arguments.json or RESULTS / name, found)
     if arguments.record:
-        _write(kept.FOLDER / name, found)
+        _write(kept.FOLDER / name, {"date": measuring.today(), "machine": measuring.cpu(), "tasks": found})
     if arguments.readme is not None:
-        table.fill(arguments.readme, tasks.markdown(found), tasks.BEGIN, tasks.END)
+        made = tasks.markdown(found, measuring.today()[:10], measuring.cpu())
+        table.fill(arguments.readme, made, tasks.BEGIN, tasks.END)
     wrong = tasks.check(report, given, asked, _say) if arguments.check else []
     return int(bool(wrong))
 

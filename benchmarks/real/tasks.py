@@ -110,8 +110,8 @@ def text(found: Mapping[str, Any]) -> str:
     return "\n".join(told)
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """For the README: a line a model, a column a task."""
+def markdown(found: Mapping[str, Any], date: str, machine: str) -> str:
+    """For the README: a line a model, a column a task. date, machine: of the measurement."""
     models = next(iter(found.values()))
     told = [f"| | {' | '.join(TASKS[task] for task in found)} |", f"|---|{'---|' * len(found)}"]
     for name in models:
@@ -123,9 +123,12 @@ def markdown(found: Mapping[str, Any]) -> str:
             cells.append(f"{one['score']:.3f}{change}")
         told.append(f"| {name} | {' | '.join(cells)} |")
     items = " + ".join(str(found[task]["original"]["items"]) for task in found)
+    sample = next(iter(found.values()))["original"]["items"] == SAMPLE
     said = (
-        f"{items} items, the same for all; in brackets the paired difference to the original with its 95 % interval,"
+        f"{source.NAME} in float32, {items} items, the same for all; in brackets the paired difference to the original"
+        " with its 95 % interval,"
         " n.s. where McNemar's exact test has p >= 0.05."
+        f" {date} on {machine}: `make real-tasks{'' if sample else ' FULL=1'}`."
     )
     return "\n".join([*told, "", said, source.GRID])
 

@@ -334,7 +334,7 @@ def test_tasks_are_shown_with_their_paired_differences(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"models": models}))
     found = tasks.read(tmp_path, [ROW])
     assert "-0.040, -0.070 to -0.010; lost 20, won 8, p = 0.02" in tasks.text(found)
-    shown = tasks.markdown(found)
+    shown = tasks.markdown(found, "2020-01-02", "one")
     assert "| a row, of one | 0.460 (-0.040, -0.070 to -0.010) |" in shown and source.GRID in shown
 
 
