@@ -150,8 +150,8 @@ def _tasks(arguments: argparse.Namespace, given: Inputs) -> int:
     if arguments.record:
         _write(kept.FOLDER / name, {"date": measuring.today(), "machine": measuring.cpu(), "tasks": found})
     if arguments.readme is not None:
-        made = tasks.markdown(found, measuring.today()[:10], measuring.cpu())
-        table.fill(arguments.readme, made, tasks.BEGIN, tasks.END)
+        shown = tasks.markdown(found, measuring.today()[:10], measuring.cpu())
+        table.fill(arguments.readme, shown, tasks.BEGIN, tasks.END)
     wrong = tasks.check(report, given, asked, _say) if arguments.check else []
     return int(bool(wrong))
 
