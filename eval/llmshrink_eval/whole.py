@@ -16,7 +16,7 @@ from llmshrink_eval.weightfiles import INDEX_FILE, Strays, strays
 COPY_AGAIN = "download or copy it again"
 
 
-def pretrained(path: Path, config: Any, **settings: Any) -> Any:
+def pretrained(path: Path, config: Any, *, trust_remote_code: bool = False, **settings: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained` of the folder `path`. config: as `configured.running_config` gives it.
 
     Raises EvalError for a tensor that isn't there, or that only a file has and not the index; else whatever
@@ -24,10 +24,14 @@ def pretrained(path: Path, config: Any, **settings: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    if "trust_remote_code" not in settings:
-        settings["trust_remote_code"] = False
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        path,
+        config=config,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # named below, where transformers refers to a report that nobody sees
+        trust_remote_code=trust_remote_code,
+        **settings,
     )
     model, found = loaded
     unfit = sorted(map(tuple, found.get("mismatched_keys") or ()))
