@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,44 +19,13 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import OutputError
+from llmshrink.run.foreign import create
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-
-
-def create(path: Path, flags: int) -> int:
-    """Open a file of a run's own for writing, made if need be; never through a link that somebody put in its place."""
-    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raise OutputError where a path that a run writes to and deletes is a link, or another user's."""
-    try:
-        found = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if stat.S_ISLNK(found.st_mode):
-        raise OutputError(
-            f"{path} is a link to {os.readlink(path)}, where a run would write and delete; remove the link, or choose "
-            "another folder with -o"
-        )
-    if found.st_uid != os.getuid() and found.st_uid != _owner_of_ours(path.parent):
-        raise OutputError(
-            f"{path} belongs to user {found.st_uid}, and this one is {os.getuid()}; finish that run as its user, or "
-            "choose another folder with -o"
-        )
-
-
-def _owner_of_ours(folder: Path) -> int | None:
-    """The user that files made by this process belong to, in a folder: some network disks have another."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid
-    except OSError:
-        return None
 
 
 def write(fd: int, data: memoryview | bytes) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
 from llmshrink.run.arithmetic import processor
+from llmshrink.run.foreign import refuse_foreign
 from llmshrink.run.lock import LOCK, Lock
 from llmshrink.run.output import RECORD, check_output, entries, in_place, is_ours, partial_folder
 
@@ -73,7 +74,7 @@ class Workspace:
 
     def __enter__(self) -> Workspace:
         for path in (self.folder, *(self.folder / name for name in OURS)):
-            disk.refuse_foreign(path)
+            refuse_foreign(path)
         with suppress(OSError):
             self.folder.rmdir()  # empty: the crash came between the last two steps of a finished run
         if not self.journal.exists():

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmshrink.errors import OutputError
-from llmshrink.run.disk import create, refuse_foreign
+from llmshrink.run.foreign import create, refuse_foreign
 
 LOCK = "lock"
 

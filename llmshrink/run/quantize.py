@@ -20,6 +20,7 @@ from llmshrink.run.depth import DepthWork
 from llmshrink.run.finish import finish, reread
 from llmshrink.run.fits import check_memory, on_one_disk
 from llmshrink.run.footprint import Footprint, footprint
+from llmshrink.run.foreign import refuse_foreign
 from llmshrink.run.job import Job, prepare
 from llmshrink.run.journal import ACTIVATIONS, Part, Workspace
 from llmshrink.run.memory import free_memory, give_back, holding
@@ -263,5 +264,5 @@ def spill_folder(job: Job, folder: Path) -> Path:
         return folder / ACTIVATIONS
     # A folder of its own: other runs may spill into the same work-dir at the same time.
     spill = job.options.work_dir / f"llmshrink-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
-    disk.refuse_foreign(spill)
+    refuse_foreign(spill)
     return spill

@@ -93,7 +93,7 @@ def _matmul(x: Tensor, codes: Tensor, scale: Tensor, whole: bool) -> Tensor:
     y = x.new_empty(x.shape[0], codes.shape[0])
     if y.numel() == 0:
         return y
-    rounded, by_token = coded(x, kind)
+    rounded, by_token = coded(x.contiguous(), kind)  # else a BLAS may sum x.T in another order than its copy
     by_row = scale.to(torch.float32).t()
     if whole:
         return _whole(rounded, codes).mul_(by_token).mul_(by_row).to(x.dtype)

@@ -17,6 +17,9 @@ def _pretend() -> None:
     cpu.get_capabilities = lambda: {  # type: ignore[attr-defined]
         name: said if said is not True else not name.startswith(NEWER) for name, said in own().items()
     }
+    for name in list(vars(cpu)):  # vLLM asks some of them one by one
+        if name.startswith(tuple(f"_is_{newer}" for newer in NEWER)) or name == "_is_vnni_supported":
+            setattr(cpu, name, lambda: False)
 
 
 compat.once_imported("torch.cpu", _pretend)

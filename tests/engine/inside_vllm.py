@@ -243,6 +243,18 @@ def int8_products() -> float:
     return float((wrong / (2 * tolerance(x.double(), dense, torch.bfloat16))).max())
 
 
+def to_amx() -> dict[str, bool]:
+    """Which int8 weights, by their outputs, vLLM's kernel takes to AMX on a CPU that has it."""
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    own = torch.cpu._is_amx_tile_supported
+    torch.cpu._is_amx_tile_supported = lambda: True
+    try:
+        return {str(outputs): cpu.check_cpu_sgl_kernel(outputs, 128, torch.int8) for outputs in (16, 32, 40, 48, 96)}
+    finally:
+        torch.cpu._is_amx_tile_supported = own
+
+
 def on_this_cpu() -> dict[str, Any]:
     """What vLLM has here, and what ours makes of every kind of int4."""
     registration()
@@ -260,6 +272,7 @@ def on_this_cpu() -> dict[str, Any]:
         "lacks": sorted(processor_here().lacks),
         "chosen": chosen(),
         "int8_products": int8_products(),
+        "to_amx": to_amx(),
         "int4": {
             f"group {group}, symmetric {symmetric}, {dtype}": grouped(
                 4, symmetric=symmetric, layout="ct", group=group, dtype=dtype

@@ -18,6 +18,8 @@ from typing import Any
 
 KERNELS = "vllm.model_executor.kernels.linear"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+_SCALED = f"{KERNELS}.scaled_mm.cpu"
+_NARROWED = "_narrowed_by_llmshrink"
 _OPS = "vllm._custom_ops"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _LINEAR = "vllm.model_executor.layers.linear"
@@ -75,6 +77,20 @@ def offer_int8_kernel(kernel: type) -> None:
     cpu = __getattr__("PlatformEnum").CPU
     if kernel not in __getattr__("_POSSIBLE_INT8_KERNELS").get(cpu, ()):
         __getattr__("register_linear_kernel")(kernel, cpu, "int8")
+
+
+def narrow_amx(packs: Callable[[int, Any], bool]) -> None:
+    """Have vLLM take a weight to its AMX kernels for int8 only where `packs` (outputs, dtype) says so too; once."""
+    scaled = import_module(_SCALED)
+    own: Callable[[int, int, Any], bool] = scaled.check_cpu_sgl_kernel
+    if hasattr(own, _NARROWED):
+        return
+
+    def narrowed(n: int, k: int, dtype: Any) -> bool:
+        return own(n, k, dtype) and packs(n, dtype)
+
+    setattr(narrowed, _NARROWED, True)
+    scaled.check_cpu_sgl_kernel = narrowed  # type: ignore[attr-defined]
 
 
 def has_own_int4() -> bool:

@@ -26,6 +26,8 @@ from llmshrink.weights.eight_bit_product import takes
 
 NO_INT4 = "vLLM's CPU build has an int4 kernel for AVX-512 alone, and this CPU has none"
 OVERFLOWS = "vLLM's products of int8 overflow on this CPU, which has no VNNI"
+AMX_OUTPUTS = 32
+"""What the outputs of an int8 weight must be a multiple of for vLLM's AMX kernel."""
 _DONE = "_asked_by_llmshrink"
 _logger = logging.getLogger("vllm.plugins.llmshrink")
 
@@ -65,6 +67,12 @@ def mend() -> None:
     _also(compat.CPUWNA16LinearKernel, lambda _: None if compat.has_own_int4() else NO_INT4)
     _also(compat.CPUInt8ScaledMMLinearKernel, _overflows)
     compat.offer_int8_kernel(LlmshrinkInt8Kernel)
+    compat.narrow_amx(_packs)
+
+
+def _packs(outputs: int, dtype: torch.dtype) -> bool:
+    """Whether vLLM's AMX kernel can pack a weight of that many outputs, as far as its own check doesn't ask."""
+    return dtype != torch.int8 or outputs % AMX_OUTPUTS == 0
 
 
 def _also(kernel: Any, refusal: Callable[[Any], str | None]) -> None:
