@@ -11,6 +11,7 @@ to hold beside them (Linux alone), next to what a plan counts for it (`run.works
 CPU seconds are the better measure, and its load is printed.
 
     python -m benchmarks.growth --most 1024 --json growth.json     # half a minute
+    python -m benchmarks.growth --methods gptq sparsegpt alps --layer 14336x4096 4096x14336    # an hour
 """
 
 from __future__ import annotations
@@ -245,6 +246,74 @@ def predicted(fits: dict[str, tuple[float, float, float]], name: str, model: str
     return blocks * total
 
 
+def a_layer(text: str) -> tuple[int, int]:
+    """(outputs, inputs) of "4096x14336"; for argparse."""
+    outputs, _, inputs = text.partition("x")
+    if not (outputs.isdecimal() and inputs.isdecimal() and int(outputs) > 0 and int(inputs) >= 128):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't OUTPUTSxINPUTS, as 4096x14336, with 128 inputs or more")
+    return int(outputs), int(inputs)
+
+
+def report_layers(took: dict[str, list[Took]], before: dict[tuple[int, int], float]) -> list[str]:
+    """The table of single layers. took: by method; before: `before_the_solution`, by (outputs, inputs)."""
+    lines = [f"{'outputs x inputs':18}{'method':18}{'CPU s':>10}  x {REFERENCE}  in a run{'GB held':>10}  planned"]
+    for shape, spent in before.items():
+        of = {name: next(e for e in found if (e.outputs, e.inputs) == shape) for name, found in took.items()}
+        reference = of.get(REFERENCE, next(iter(of.values()))).seconds
+        for name, each in of.items():
+            held = "-" if each.held is None else f"{each.held / 1e9:.2f}"
+            planned = "-" if each.planned is None else f"{each.planned / 1e9:.2f}"
+            whole = (spent + each.seconds) / (spent + reference)
+            ratios = f"{each.seconds / reference:8.2f}{whole:10.2f}"
+            lines.append(f"{f'{shape[0]} x {shape[1]}':18}{name:18}{each.seconds:10.1f}{ratios}{held:>10}{planned:>9}")
+        lines.append(f"{'':18}before the solution {spent:8.1f}, {TOKENS:,} tokens in both streams")
+    return lines
+
+
+def layers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print the layers that were named. Returns the figures."""
+    known = methods()
+    took: dict[str, list[Took]] = {name: [] for name in arguments.methods}
+    before: dict[tuple[int, int], float] = {}
+    for outputs, inputs in arguments.layer:
+        seen = synthetic(inputs)
+        for name in arguments.methods:
+            took[name].append(measured(known[name], seen, outputs, inputs, arguments.repeats))
+            print(f"{outputs} x {inputs} {name}: {took[name][-1].seconds:.2f} s", file=sys.stderr, flush=True)
+        del seen
+        before[outputs, inputs] = before_the_solution(inputs, outputs)
+    print("\n".join(report_layers(took, before)))
+    return {
+        "took": {name: [vars(each) for each in found] for name, found in took.items()},
+        "before_the_solution": {f"{outputs}x{inputs}": spent for (outputs, inputs), spent in before.items()},
+    }
+
+
+def growth(arguments: argparse.Namespace, sizes: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+    """Measure and print layers of every width. Returns (the figures, methods that grow by more than `LIMIT`)."""
+    known = methods()
+    all_took: dict[str, list[Took]] = {name: [] for name in arguments.methods}
+    for inputs in sizes:
+        seen = synthetic(inputs)
+        for outputs in (inputs, inputs // 4):
+            for name in arguments.methods:
+                took = measured(known[name], seen, outputs, inputs, arguments.repeats)
+                all_took[name].append(took)
+                print(f"{outputs} x {inputs} {name}: {took.seconds:.2f} s", file=sys.stderr, flush=True)
+    fits = {name: fit(found) for name, found in all_took.items()}
+    square = {name: [each for each in found if each.outputs == each.inputs] for name, found in all_took.items()}
+    before = before_the_solution(sizes[-1], sizes[-1])
+    print("\n".join(report(square, fits, before)))
+    figures = {
+        "took": {name: [vars(each) for each in found] for name, found in all_took.items()},
+        "before_the_solution": before,
+        "fits": fits,
+        "predicted_cpu_seconds": {n: {m: predicted(fits, n, m) for m in MODELS} for n in fits},
+    }
+    steep = [name for name, found in square.items() if exponent([(e.inputs, e.seconds) for e in found[-2:]]) > LIMIT]
+    return figures, steep
+
+
 def widths(least: int, most: int) -> list[int]:
     """From `least`, doubling, to `most`."""
     return [least << power for power in range(16) if least << power <= most]
@@ -294,39 +363,21 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=4096, help="the widest; each is twice as wide as the one before")
     parser.add_argument("--methods", nargs="+", choices=list(methods()), default=list(methods()))
     parser.add_argument("--repeats", type=int, default=1, help="processes for each layer, whose median counts")
+    parser.add_argument(
+        "--layer", type=a_layer, nargs="+", metavar="OUTPUTSxINPUTS", help="these layers instead of square ones"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
     arguments = parser.parse_args()
     sizes = widths(arguments.least, arguments.most)
     if arguments.least < 128 or arguments.least % 128 or len(sizes) < 2:
         parser.error(f"--least {arguments.least} --most {arguments.most}: give a multiple of 128, and twice as much")
     torch.set_num_threads(1)
-    known = methods()
-    all_took: dict[str, list[Took]] = {name: [] for name in arguments.methods}
     started = os.getloadavg()[0]
-    for inputs in sizes:
-        seen = synthetic(inputs)
-        for outputs in (inputs, inputs // 4):
-            for name in arguments.methods:
-                took = measured(known[name], seen, outputs, inputs, arguments.repeats)
-                all_took[name].append(took)
-                print(f"{outputs} x {inputs} {name}: {took.seconds:.2f} s", file=sys.stderr, flush=True)
-    fits = {name: fit(found) for name, found in all_took.items()}
-    square = {name: [each for each in found if each.outputs == each.inputs] for name, found in all_took.items()}
-    before = before_the_solution(sizes[-1], sizes[-1])
-    print("\n".join(report(square, fits, before)))
+    figures, steep = (layers(arguments), []) if arguments.layer else growth(arguments, sizes)
     load = (started, os.getloadavg()[0])
     print(f"One thread, torch {torch.__version__}; load of the machine {load[0]:.1f} to {load[1]:.1f}.")
     if arguments.json is not None:
-        figures: dict[str, Any] = {
-            "torch": torch.__version__,
-            "load": load,
-            "took": {name: [vars(each) for each in found] for name, found in all_took.items()},
-            "before_the_solution": before,
-            "fits": fits,
-            "predicted_cpu_seconds": {n: {m: predicted(fits, n, m) for m in MODELS} for n in fits},
-        }
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
-    steep = [name for name, found in square.items() if exponent([(e.inputs, e.seconds) for e in found[-2:]]) > LIMIT]
+        arguments.json.write_text(json.dumps({"torch": torch.__version__, "load": load, **figures}, indent=1) + "\n")
     if steep:
         print(f"over {LIMIT} from the last width but one to the last: {', '.join(steep)}")
     return 1 if steep else 0

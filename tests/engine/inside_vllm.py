@@ -243,16 +243,18 @@ def int8_products() -> float:
     return float((wrong / (2 * tolerance(x.double(), dense, torch.bfloat16))).max())
 
 
-def to_amx() -> dict[str, bool]:
-    """Which int8 weights, by their outputs, vLLM's kernel takes to AMX on a CPU that has it."""
+def to_amx(model: torch.dtype) -> list[int]:
+    """Which int8 weights, by their outputs, vLLM takes to AMX on a CPU that has it, for a model of that dtype."""
     from vllm.model_executor.kernels.linear.scaled_mm import cpu
 
     own = torch.cpu._is_amx_tile_supported
     torch.cpu._is_amx_tile_supported = lambda: True
+    torch.set_default_dtype(model)
     try:
-        return {str(outputs): cpu.check_cpu_sgl_kernel(outputs, 128, torch.int8) for outputs in (16, 32, 40, 48, 96)}
+        return [outputs for outputs in (16, 32, 40, 48, 96) if cpu.check_cpu_sgl_kernel(outputs, 128, torch.int8)]
     finally:
         torch.cpu._is_amx_tile_supported = own
+        torch.set_default_dtype(torch.float32)
 
 
 def on_this_cpu() -> dict[str, Any]:
@@ -272,7 +274,7 @@ def on_this_cpu() -> dict[str, Any]:
         "lacks": sorted(processor_here().lacks),
         "chosen": chosen(),
         "int8_products": int8_products(),
-        "to_amx": to_amx(),
+        "to_amx": {str(dtype): to_amx(dtype) for dtype in (torch.bfloat16, torch.float16)},
         "int4": {
             f"group {group}, symmetric {symmetric}, {dtype}": grouped(
                 4, symmetric=symmetric, layout="ct", group=group, dtype=dtype

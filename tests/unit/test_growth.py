@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.growth import MODELS, Took, exponent, fit, methods, predicted, report, synthetic, widths
+from benchmarks.growth import MODELS, Took, a_layer, exponent, fit, methods, predicted, report, synthetic, widths
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,3 +82,22 @@ def test_widths_that_do_not_double_are_refused() -> None:
     command = [sys.executable, "-m", "benchmarks.growth", "--least", "512", "--most", "900"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 2 and "give a multiple of 128, and twice as much" in ran.stderr
+
+
+def test_layers_that_are_named_are_measured_each_by_each(tmp_path: Path) -> None:
+    out = tmp_path / "layers.json"
+    command = [sys.executable, "-m", "benchmarks.growth", "--methods", "rtn", "gptq", "--layer", "96x128", "--json"]
+    ran = subprocess.run([*command, str(out)], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(out.read_text())
+    assert list(figures["before_the_solution"]) == ["96x128"]
+    took = {name: [(one["outputs"], one["inputs"]) for one in each] for name, each in figures["took"].items()}
+    assert took == {"rtn": [(96, 128)], "gptq": [(96, 128)]}
+    ratio = figures["took"]["rtn"][0]["seconds"] / figures["took"]["gptq"][0]["seconds"]
+    assert f"{ratio:.2f}" in next(line for line in ran.stdout.splitlines() if " rtn " in line)
+
+
+@pytest.mark.parametrize("text", ["4096", "4096x", "x4096", "0x4096", "64x64", "-4x256", "4096x256x2"])
+def test_a_layer_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="OUTPUTSxINPUTS"):
+        a_layer(text)

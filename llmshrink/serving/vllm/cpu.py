@@ -71,8 +71,8 @@ def mend() -> None:
 
 
 def _packs(outputs: int, dtype: torch.dtype) -> bool:
-    """Whether vLLM's AMX kernel can pack a weight of that many outputs, as far as its own check doesn't ask."""
-    return dtype != torch.int8 or outputs % AMX_OUTPUTS == 0
+    """Whether vLLM's AMX kernel takes such a weight in the model's dtype, as far as its own check doesn't ask."""
+    return dtype != torch.int8 or (outputs % AMX_OUTPUTS == 0 and torch.get_default_dtype() == torch.bfloat16)
 
 
 def _also(kernel: Any, refusal: Callable[[Any], str | None]) -> None:
