@@ -26,7 +26,7 @@ GPU_PYTHON ?= $(BIN)/python
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-full demo test test-fast lint format docs bench real real-peers real-tasks gpu gpu-quantize torture clean
+.PHONY: help venv venv-full demo test test-fast lint format docs bench real real-peers real-tasks gpu gpu-quantize torture torture-faults clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +76,9 @@ test-fast: venv  ## The tests of a minute: no engine, nothing slow
 
 torture: venv  ## A hundred killed runs, a hundred identical results
 	$(BIN)/python -u -m benchmarks.torture $(TORTURE)
+
+torture-faults: venv  ## A thousand errors of the system and damaged files, each the same bytes or one line
+	$(BIN)/python -u -m benchmarks.faults $(TORTURE)
 
 bench: venv  ## Time, memory and damage against the peers
 	$(BIN)/python -u -m benchmarks $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(BENCH)

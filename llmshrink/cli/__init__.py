@@ -6,13 +6,10 @@ terminated, with the line that goes on. Nothing heavy is imported before a verb 
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, leave_with, reader_left, say_stopped, usage_error
 
@@ -67,6 +64,7 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
     import typer
     from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
 
+    from llmshrink.cli.system import is_refusal, refusal
     from llmshrink.errors import LlmshrinkError, RecipeError
 
     if isinstance(error, RecipeError):
@@ -80,8 +78,10 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
         return say_stopped(arguments, INTERRUPTED)
     if isinstance(error, BrokenPipeError) and reader_left():
         return 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _refuse(_no_space(error))
+    if isinstance(error, OSError) and is_refusal(error):
+        line, code = refusal(error, arguments)
+        _refuse(line)
+        return code
     if isinstance(error, usage_error()):
         return _refuse(_usage_line(error))
     said = raised_by_model(error)
@@ -92,14 +92,6 @@ def _refuse(*lines: str) -> int:
     for line in lines:
         print(f"{PROGRAM}: error: {' '.join(line.split())}", file=sys.stderr)
     return 2
-
-
-def _no_space(error: OSError) -> str:
-    """A disk that is full for something small, as a folder's name: what is large is refused with the bytes needed."""
-    path = Path(os.path.abspath(error.filename)) if error.filename else None
-    place = next((each for each in path.parents if each.exists()), None) if path else None
-    free = f" ({shutil.disk_usage(place).free:,} bytes free)" if place else ""
-    return f"{path or 'the disk'}: no space left{free}; free some and run the same command again"
 
 
 def _usage_line(error: BaseException) -> str:

@@ -89,7 +89,7 @@ def leave_with(code: int) -> None:
 def say_stopped(arguments: Sequence[str], code: int) -> int:
     """Say on stderr that a command line was stopped, and how it goes on; returns the exit code, which is `code`."""
     line = f"{PROGRAM}: {'terminated' if code == TERMINATED else 'interrupted'}"
-    found = _goes_on(arguments)
+    found = goes_on(arguments)
     if found is not None:
         said, words = found
         line += f"; {said}:\n  {shlex.join([PROGRAM, *words])}"
@@ -97,7 +97,7 @@ def say_stopped(arguments: Sequence[str], code: int) -> int:
     return code
 
 
-def _goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
+def goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
     """What is there to go on from, in words, and the command that does; None when there is nothing to say."""
     verb = arguments[0] if arguments else ""
     kept = KEPT.get(verb)

@@ -51,6 +51,9 @@ def fsync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         fsync(fd)
+    except OSError as error:
+        _name(error, folder)
+        raise
     finally:
         os.close(fd)
 
@@ -76,6 +79,7 @@ def write_file(path: Path, pieces: Iterable[memoryview | bytes], size: int) -> s
         if _full(error):
             temporary.unlink(missing_ok=True)  # half a file would take the room that its second try needs
         raise_if_full(error, path, size)
+        _name(error, temporary)
         raise
     return digest.hexdigest()
 
@@ -87,6 +91,12 @@ def raise_if_full(error: OSError, path: Path, needed: int) -> None:
             f"no space left writing {path}: {needed:,} bytes needed, {shutil.disk_usage(path.parent).free:,} free; "
             "free some and run the same command again: it goes on from the last finished block"
         ) from error
+
+
+def _name(error: OSError, path: Path) -> None:
+    """Have an error say which file it is about: calls on descriptors leave it out."""
+    if error.filename is None:
+        error.filename = os.fspath(path)
 
 
 def _full(error: OSError) -> bool:
@@ -121,6 +131,7 @@ def append_line(path: Path, line: str) -> None:
             os.close(fd)
     except OSError as error:
         raise_if_full(error, path, len(data))
+        _name(error, path)
         raise
 
 

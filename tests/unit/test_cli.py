@@ -21,6 +21,7 @@ from helpers import make_model
 
 from llmshrink import __version__, api
 from llmshrink.cli import app, run
+from llmshrink.cli.system import WAYS_OUT
 from llmshrink.errors import CheckpointError, RecipeError
 from llmshrink.recipe.read import load_recipe, shipped
 from llmshrink.run.output import partial_folder
@@ -242,6 +243,8 @@ def test_a_run_that_falls_short_is_shown_and_exits_with_1(
         (RecipeError(["a: one", "b: two"]), ["a: one", "b: two"]),
         (OSError(errno.ENOSPC, "No space left on device", "/out/x"), ["/out/x: no space left ("]),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ["the disk: no space left; free some and run"]),
+        (OSError(errno.EIO, "", "/m/x"), ["/m/x: Input/output error (EIO); the disk, or the way to it, fails: see"]),
+        (OSError(errno.EMFILE, ""), ["a file: Too many open files (EMFILE); this process has as many open files as"]),
     ],
 )
 def test_what_a_user_did_is_said_alone_on_stderr_a_line_a_fault(
@@ -255,6 +258,29 @@ def test_what_a_user_did_is_said_alone_on_stderr_a_line_a_fault(
     assert len(found) == len(lines)
     for line, expected in zip(found, lines, strict=True):
         assert line.startswith(f"llmshrink: error: {expected}")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("number", sorted(WAYS_OUT))
+def test_what_the_system_refuses_says_whether_work_is_kept(
+    number: int, kept: bool, twin: Twin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    if kept:
+        (tmp_path / "out.partial").mkdir()
+    twin.error = OSError(number, "whatever", str(out))
+    assert run(["quantize", "demo", "-o", str(out)]) == (1 if kept else 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"llmshrink: error: {out}: {os.strerror(number)} ({errno.errorcode[number]}); ")
+    assert line.endswith(
+        "every finished block is kept: go on from there with the same command" if kept else "run the same command again"
+    )
+
+
+def test_a_connection_that_breaks_is_no_fault_of_a_file(twin: Twin) -> None:
+    twin.error = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    with pytest.raises(ConnectionResetError):
+        run(["quantize", "demo", "-o", "out"])
 
 
 @pytest.mark.parametrize(

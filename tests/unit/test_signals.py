@@ -161,8 +161,8 @@ def test_a_second_signal_doesnt_cut_what_is_said_of_the_first(
     from llmshrink.cli import stopping as module
 
     stopping(monkeypatch, "verify", signal.SIGINT)
-    real = module._goes_on
-    monkeypatch.setattr(module, "_goes_on", lambda *given: signal.raise_signal(signal.SIGINT) or real(*given))
+    real = module.goes_on
+    monkeypatch.setattr(module, "goes_on", lambda *given: signal.raise_signal(signal.SIGINT) or real(*given))
     assert run(["verify", "out"]) == 130
     assert "llmshrink verify out" in capsys.readouterr().err
 
