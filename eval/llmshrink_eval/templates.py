@@ -4,6 +4,8 @@ A template comes with the model, and a conversation with the data; either may be
 can't be compiled, where the one that is needed isn't there, or where it fails on the plainest conversation; else it's
 the conversation's, as where its roles don't alternate.
 
+A template may also never end, or write without end: it has `SECONDS`, and `MOST_CHARACTERS`.
+
 Some templates write today's date. What is calibrated or measured today must be the same tomorrow, so the date is
 `DATE`, always.
 """
@@ -14,6 +16,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from llmshrink_eval.overtime import at_most
+
+SECONDS = 10.0
+"""That a template may take for one conversation; usual ones take a thousandth of a second."""
+MOST_CHARACTERS = 64_000_000
+"""That it may write."""
 DATE = "2026-01-01"
 PLAINEST = ({"role": "user", "content": "Hello."},)
 ASKS_DATE = "strftime_now"
@@ -79,17 +87,18 @@ def chat_marks(
     template = template_of(tokenizer, tools)
     dated = date_arguments(template)
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            tools=list(tools) if tools else None,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **dated},
-        )
+        with at_most(SECONDS):
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                tools=list(tools) if tools else None,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**tokenizer.special_tokens_map, **dated},
+            )
+        text = _bounded(str(rendered[0][0]))
     except Exception as error:  # as in chat_text
         raise whose_fault(tokenizer, error, tools=tools, **dated) from error
-    texts, spans = rendered[0], rendered[1]
-    return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]]
+    return text, [(int(start), int(end)) for start, end in rendered[1][0]]
 
 
 def whose_fault(
@@ -114,11 +123,17 @@ def whose_fault(
 def _written(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, how: Mapping[str, Any]
 ) -> str:
-    return str(
-        tokenizer.apply_chat_template(
+    with at_most(SECONDS):
+        text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tools=list(tools) if tools else None, tokenize=False, **how
         )
-    )
+    return _bounded(str(text))
+
+
+def _bounded(text: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise OverflowError(f"it writes {len(text):,} characters, and {MOST_CHARACTERS:,} are the most")
+    return text
 
 
 def _fixed_date(format: str) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import given
-from llmshrink_eval.templates import DATE, Refused, TemplateFault, chat_text
+from hypothesis import given as given_of
+from hypothesis import settings
+from hypothesis import strategies as st
+from llmshrink_eval import templates
+from llmshrink_eval.overtime import at_most
+from llmshrink_eval.templates import DATE, Refused, TemplateFault, chat_marks, chat_text
 
 from llmshrink.calibration.text import Record
 from llmshrink.calibration.tokens import TokenWindows, build_windows
@@ -19,6 +27,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}
 DATED = "{{ strftime_now('%Y-%m-%d') }} " + PLAIN
 TOOLED = "{% if tools %}TOOLS {% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}" + PLAIN
 ADDING = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}<|end|>{% endfor %}"
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}"
 TALK = [{"role": "user", "content": "Once"}]
 CALLS = [{"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]
 TOOL = {"type": "function", "function": {"name": "look"}}
@@ -66,13 +75,26 @@ def test_a_record_that_the_template_refuses_is_left_out(words: Any) -> None:
         ("{{ messages[0].content | unknown }}", r"fails on any conversation \(No filter named 'unknown'"),
         ("{{ messages[0].content + 1 }}", r"fails on any conversation \(TypeError: can only concatenate str"),
         ("{{ never() }}", r"fails on any conversation \('never' is undefined\)"),
+        ("{{ 1 // 0 }}", r"fails on any conversation \(ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__ }}", r"fails on any conversation \(access to attribute '__class__'.* is unsafe"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"fails on any conversation \(RecursionError"),
+        ("{{ 'a' * 10 ** 15 }}", r"fails on any conversation \(MemoryError"),
+        (
+            "{{ 'a' * 2000 }}",
+            r"fails on any conversation \(OverflowError: it writes 2,000 characters, and 1,000 are",
+        ),
+        (ENDLESS, r"fails on any conversation \(TimeoutError: it didn't end within 0.2 s"),
         (
             {"tool_use": PLAIN, "rag": PLAIN},
             "the model's tokenizer has chat templates named rag, tool_use and none named default",
         ),
     ],
 )
-def test_a_template_that_writes_nothing_is_the_models_fault(template: Any, says: str, words: Any) -> None:
+def test_a_template_that_writes_nothing_is_the_models_fault(
+    template: Any, says: str, words: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "MOST_CHARACTERS", 1000)
     with pytest.raises(
         CalibrationError, match=f"calibration data given has messages, and .*{says}.*or give text"
     ) as one:
@@ -82,6 +104,83 @@ def test_a_template_that_writes_nothing_is_the_models_fault(template: Any, says:
     with pytest.raises(TemplateFault, match=says):
         chat_text(words, TALK)
     assert "\n" not in str(one.value) + str(other.value)
+
+
+def test_a_conversation_on_which_a_template_never_ends_is_left_out(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    template = "{% if messages[0].content == 'Twice' %}" + ENDLESS + "{% endif %}" + PLAIN
+    found = windows(words, [[{"role": "user", "content": "Twice"}], TALK], template)
+    (named,) = found.reading.left_out.named
+    assert named.startswith("record 1 can't be written: the chat template refuses it (TimeoutError: it didn't end")
+    words.chat_template = template
+    with pytest.raises(Refused, match="TimeoutError"):
+        chat_marks(words, [{"role": "user", "content": "Twice"}])
+
+
+PIECES = (
+    *("messages", "messages[0]", "messages[0].content", "messages[9].role", "none", "1", "0", "'a'", "[]", "{}"),
+    *("bos_token", "tools", "range(9)", "namespace(a=1)", "strftime_now('%d')", "strftime_now(1)", "cycler()"),
+)
+JOINS = (" + ", " * ", " / ", " % ", " ~ ", " in ", " < ", "[", ".", " ** ", " and ")
+
+
+FRAMES = (
+    "{{{{ {} }}}}",
+    "{{{{ {} | tojson }}}}",
+    "{{% set a = {} %}}",
+    "{{% for m in {} %}}{{{{ m.a }}}}{{% endfor %}}",
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given_of(
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=4),
+    st.lists(st.sampled_from(JOINS), min_size=3, max_size=3),
+    st.sampled_from(FRAMES),
+)
+def test_whatever_a_template_does_is_one_line(pieces: list[str], joins: list[str], frame: str) -> None:
+    words = tokenizer.build(512)
+    program = pieces[0] + "".join(join + piece for join, piece in zip(joins, pieces[1:], strict=False))
+    words.chat_template = frame.format(program)
+    said = ""
+    try:
+        chat_text(words, TALK)
+    except (TemplateFault, Refused) as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_limit_of_time_holds_in_every_thread_and_only_in_its_block(main: bool) -> None:
+    said: list[str] = []
+
+    def spend() -> None:
+        try:
+            with at_most(0.05):
+                while True:
+                    pass
+        except TimeoutError as error:
+            said.append(str(error))
+        with at_most(0.05):
+            said.append("in time")
+        time.sleep(0.1)  # nothing comes afterwards
+
+    if main:
+        spend()
+    else:
+        thread = threading.Thread(target=spend)
+        thread.start()
+        thread.join()
+    assert said == ["it didn't end within 0.05 s", "in time"]
+
+
+def test_a_limit_of_time_that_ends_with_the_block_is_raised_there_or_not_at_all() -> None:
+    for turn in range(200):
+        with suppress(TimeoutError), at_most(0.0005):
+            until = time.perf_counter() + 0.0004 + turn * 1e-6
+            while time.perf_counter() < until:
+                pass
+    time.sleep(0.01)
 
 
 def test_a_template_of_its_own_for_tools_is_taken(words: Any) -> None:
