@@ -15,6 +15,7 @@ DEMO := build/demo-w4
 PEER_PYTHON ?=
 BENCH ?=
 TORTURE ?=
+FUZZ ?=
 # `make real REAL="--only 'gptq-w4*'"`: further options of benchmarks.real, for the three targets. FULL=1: all items.
 REAL ?=
 FULL ?=
@@ -26,7 +27,7 @@ GPU_PYTHON ?= $(BIN)/python
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-full demo test test-fast lint format docs bench real real-peers real-tasks gpu gpu-quantize torture torture-faults clean
+.PHONY: help venv venv-full demo test test-fast lint format docs bench real real-peers real-tasks gpu gpu-quantize torture torture-faults fuzz clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -79,6 +80,9 @@ torture: venv  ## A hundred killed runs, a hundred identical results
 
 torture-faults: venv  ## A thousand errors of the system and damaged files, each the same bytes or one line
 	$(BIN)/python -u -m benchmarks.faults $(TORTURE)
+
+fuzz: venv  ## Ten minutes of inputs that nobody would write, each read or refused in a line
+	$(BIN)/python -u -m benchmarks.fuzz --keep build/fuzz $(FUZZ)
 
 bench: venv  ## Time, memory and damage against the peers
 	$(BIN)/python -u -m benchmarks $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(BENCH)
