@@ -73,7 +73,8 @@ def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
 
 def settle(config: Any) -> Any:
-    """The same config, changed in place: our settings, no dropout, no padding id without a row, attention as torch's.
+    """The same config, changed in place: our settings, no dropout, no padding id without a row, attention as torch's;
+    a quantization_config that says nothing goes, which transformers would take for a method without a name.
 
     config: transformers'. Its parts (`text_config`) are settled too.
     """
@@ -90,6 +91,8 @@ def settle(config: Any) -> Any:
         rows, padding = getattr(part, "vocab_size", None), getattr(part, "pad_token_id", None)
         if isinstance(rows, int) and isinstance(padding, int) and not 0 <= padding < rows:
             part.pad_token_id = None
+        if vars(part).get("quantization_config") == {}:
+            del part.quantization_config
     # transformers then chooses as it does for a config that names none.
     config._attn_implementation = None
     config._experts_implementation = None

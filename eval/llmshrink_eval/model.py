@@ -202,4 +202,6 @@ def _quantization(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise EvalError(f"{path}: no readable config.json ({error}); give a model's folder") from error
     settings = config.get("quantization_config")
-    return None if settings is None else str(settings.get("quant_method", "quantized"))
+    if not settings:
+        return None
+    return str(settings.get("quant_method", "quantized")) if isinstance(settings, dict) else "quantized"

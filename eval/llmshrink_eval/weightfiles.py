@@ -44,20 +44,21 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors of the checkpoint in `folder`, by name: the single file, or those that its index names.
+    """The safetensors of the checkpoint in `folder`, by name: the single file, or those that its index names and that
+    are there. Whether the model needs what is in none of them is found where it is loaded (`whole`).
 
-    Raises EvalError when there are none, when one is missing, or when the index names a path outside the folder.
+    Raises EvalError when there are none, or when the index names a path outside the folder.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
         return (single,)
     if not index.is_file():
         raise EvalError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}; name a folder that holds a model")
-    files = tuple(folder / name for name in sorted(set(_weight_map(index).values())))
-    for file in files:
-        if not file.is_file():
-            raise EvalError(f"{file}: missing, though {INDEX_FILE} names it; download or copy it again")
-    return files
+    files = tuple(folder / name for name in sorted(set(weight_map_of(index).values())))
+    there = tuple(file for file in files if file.is_file())
+    if not there:
+        raise EvalError(f"{files[0]}: missing, though {INDEX_FILE} names it; download or copy it again")
+    return there
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def strays(folder: Path) -> Strays:
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file() or not index.is_file():
         return Strays({}, frozenset())
-    weight_map = _weight_map(index)
+    weight_map = weight_map_of(index)
     held = {file.name: [tensor.key for tensor in read_header(file)] for file in weight_files(folder)}
     counts = Counter(key for keys in held.values() for key in keys)
     doubled = {key: folder / weight_map[key] for key, count in counts.items() if count > 1 and key in weight_map}
@@ -131,7 +132,9 @@ def _sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Key -> the name of its file, as an index file has it. Raises EvalError for one that can't be read or that leaves
+    the folder."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:

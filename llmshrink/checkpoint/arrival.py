@@ -46,7 +46,8 @@ class Arriving:
     def of(cls, name: str, commit: str, folder: Path, weights: list[str]) -> Arriving | None:
         """Those of `weights` that aren't in `folder`, the commit's snapshot; None when all are.
 
-        Raises SourceError when one isn't in the repository, and the client's errors.
+        Those that aren't in the repository either will never come: whether the model needs them is found where its
+        tensors are. Raises SourceError when the repository has none of the weights, and the client's errors.
         """
         import huggingface_hub
 
@@ -55,9 +56,12 @@ class Arriving:
             return None
         found = huggingface_hub.HfApi().get_paths_info(name, missing, revision=commit)
         files = {entry.path: entry for entry in found if isinstance(entry, huggingface_hub.hf_api.RepoFile)}
-        lost = next((file for file in missing if file not in files), None)
-        if lost is not None:
-            raise SourceError(f"{name}: the repository has no {lost}, where its weights should be; name another model")
+        if not files:
+            if len(missing) < len(weights):
+                return None
+            raise SourceError(
+                f"{name}: the repository has no {missing[0]}, where its weights should be; name another model"
+            )
         sums = {file: entry.lfs.sha256 for file, entry in files.items() if entry.lfs is not None}
         return cls(name, commit, folder, {file: entry.size for file, entry in files.items()}, sums)
 

@@ -29,13 +29,14 @@ from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_weight_map
 from llmshrink.checkpoint.header import Header, TensorEntry, read_header
 from llmshrink.errors import CheckpointError, SourceError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorEntry", "check_finite"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorEntry", "check_finite", "not_finite"]
 
 CHUNK = 16 * 2**20
 """Bytes read, hashed or checked at a time."""
 
 _OWN_PAGES = 2**20
 _SAMPLE = 4096
+COPY_AGAIN = "download or copy it again"
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -49,7 +50,7 @@ class CheckpointIndex:
 
     Of several shards it is the index that says which tensors are the model's and where each lies, as in transformers:
     what else the shards hold is `left_out` (tensor -> why). `absent`: keys that the index names and no shard holds ->
-    the file it names; only a model that needs one of them is refused. `reads` counts how often each key's bytes were
+    the file it names, which may be missing as a whole; only a model that needs one of them is refused. `reads` counts how often each key's bytes were
     read in full. Open files are closed by `close` (or `with`), or when nothing refers to it
     any more; a later read opens its own again.
     """
@@ -80,7 +81,7 @@ class CheckpointIndex:
         """Find and check the checkpoint in `folder`: `model.safetensors`, or the shards its index names.
 
         arriving: shards that aren't there yet; a read waits for the one that it needs. Raises SourceError when there
-        are no safetensors, CheckpointError when a file is missing, damaged, or named outside the folder.
+        are no safetensors, CheckpointError when all files are missing, or one is damaged or named outside the folder.
         """
         folder = Path(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
@@ -93,12 +94,15 @@ class CheckpointIndex:
         weight_map = read_weight_map(index)
         headers: dict[str, Header] = {}
         metadata: dict[str, str] = {}
-        for name in sorted(set(weight_map.values())):
+        names = sorted(set(weight_map.values()))
+        for name in names:
             file = folder / name
             if not file.exists() and (arriving is None or file not in arriving):
-                raise CheckpointError(f"{file}: missing, though {INDEX_FILE} names it; download or copy it again")
+                continue
             headers[name] = _header(file, arriving)
             metadata.update(headers[name].metadata)
+        if not headers:
+            raise CheckpointError(f"{folder / names[0]}: missing, though {INDEX_FILE} names it; {COPY_AGAIN}")
         return cls(folder, *_allowed(weight_map, headers), metadata=metadata, arriving=arriving)
 
     def __contains__(self, key: object) -> bool:
@@ -138,7 +142,11 @@ class CheckpointIndex:
     def why_not(self) -> dict[str, str]:
         """Key that can't be read -> why, where the files say so."""
         unnamed = dict.fromkeys(self.left_out, f"a file holds it, but {INDEX_FILE} doesn't name it")
-        return unnamed | {key: f"its index says {name}, which doesn't hold it" for key, name in self.absent.items()}
+        lost = {key: f"its index says {name}, which {self._lacks(name)}" for key, name in self.absent.items()}
+        return unnamed | lost
+
+    def _lacks(self, name: str) -> str:
+        return "doesn't hold it" if (self.folder / name).exists() else "is missing"
 
     def notes(self) -> list[str]:
         """What a user should know of tensors that aren't read, a line for each reason."""
@@ -158,7 +166,9 @@ class CheckpointIndex:
         try:
             return self._entries[key]
         except KeyError:
-            raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {key}") from None
+            why = self.why_not.get(key)
+            said = "" if why is None else f": {why}; {COPY_AGAIN}"
+            raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {key}{said}") from None
 
     def read(self, key: str) -> Tensor:
         """The tensor in its stored dtype and shape, on the CPU, in fresh memory that the caller owns."""
@@ -263,8 +273,17 @@ def _fresh(nbytes: int) -> Tensor:
 
 def check_finite(key: str, tensor: Tensor) -> None:
     """Raise CheckpointError naming `key` if `tensor` holds a NaN or an Inf; integers always pass."""
+    said = not_finite(key, tensor)
+    if said is not None:
+        raise CheckpointError(
+            f"{said}: the weights are damaged, and no method can work with them; download or export the model again"
+        )
+
+
+def not_finite(key: str, tensor: Tensor) -> str | None:
+    """The first NaN or Inf of `tensor` in words, with its place; None where there is none."""
     if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) or tensor.numel() == 0:
-        return
+        return None
     flat = (torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor).reshape(-1)
     for start in range(0, flat.numel(), CHUNK):
         # amin/amax carry a NaN through, so two numbers answer for the whole piece without a mask of its size.
@@ -274,10 +293,8 @@ def check_finite(key: str, tensor: Tensor) -> None:
             found = piece.float().isfinite().logical_not_().nonzero()
             first = start + int(found[0])
             more = f" (and {len(found) - 1:,} more near it)" if len(found) > 1 else ""
-            raise CheckpointError(
-                f"{key}: {flat[first].item()} at {_position(first, tensor)}{more}: "
-                "the weights are damaged, and no method can work with them; download or export the model again"
-            )
+            return f"{key}: {flat[first].item()} at {_position(first, tensor)}{more}"
+    return None
 
 
 def _position(flat: int, tensor: Tensor) -> str:

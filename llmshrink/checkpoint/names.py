@@ -48,7 +48,9 @@ def map_names(
                 "quantization_config; start from the original model"
             )
         reasons = why_not or {}
-        lost = next((name for name in (missing[0], missing[0].removeprefix(prefix)) if name in reasons), None)
+        spelt = (missing[0], missing[0].removeprefix(prefix))
+        # A compressed matrix is stored under names that go on: weight_packed, weight_scale.
+        lost = next((key for name in spelt for key in reasons if key == name or key.startswith(f"{name}_")), None)
         if lost is not None:
             raise CheckpointError(f"{said}: {reasons[lost]}; download or copy both again")
         raise CheckpointError(f"{said}; it doesn't match its config.json: download it again")

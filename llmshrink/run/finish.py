@@ -61,6 +61,8 @@ def finish(
     trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
     copy_side_files(job.source.folder, folder, trust_remote_code=trusted, besides=besides)
     config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config") == {}:  # which transformers and vLLM take for a method without a name
+        del config["quantization_config"]
     disk.write_json(folder / "config.json", work.config(config))
     disk.write_text(folder / RECIPE, to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +19,7 @@ import llmshrink
 from llmshrink.calibration.activations import Batch, batches_of
 from llmshrink.calibration.text import load_documents
 from llmshrink.calibration.tokens import TokenWindows, build_windows, window_shape
-from llmshrink.checkpoint.index import CheckpointIndex, check_finite
+from llmshrink.checkpoint.index import CheckpointIndex, check_finite, not_finite
 from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_config, load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
 from llmshrink.errors import CheckpointError, RecipeError
@@ -76,7 +76,8 @@ class Job:
 
     structure: what the result has fewer of; None where it has the model's shape. caches: where each block's keys and
     values are rounded to FP8; empty where they aren't. smoothing: by the name of a tap's first site; empty where no
-    input is smoothed. unsmoothed: in words, which inputs the recipe would smooth that aren't, and why not.
+    input is smoothed. unsmoothed: in words, which inputs the recipe would smooth that aren't, and why not. spoilt: what
+    is wrong with tensors that no module of the model reads, which are copied as they are.
     """
 
     options: Options
@@ -96,6 +97,7 @@ class Job:
     caches: list[CacheSite]
     smoothing: dict[str, Smoothing]
     unsmoothed: list[str]
+    spoilt: tuple[str, ...] = ()
 
     @property
     def sites(self) -> list[Site]:
@@ -164,6 +166,7 @@ class Job:
                 f"{self.options.recipe} was measured at other bits; --recipe {other} is the one made for these"
             )
         notes += self.calibration.reading.notes(self.calibration.name)
+        notes += [f"copied as it is, as no module of the model reads it: {said}" for said in self.spoilt]
         return [*notes, *self.index.notes(), *self.format_notes[self.format]]
 
     @property
@@ -223,11 +226,10 @@ def prepare(options: Options) -> Job:
     index.verify_blobs()
 
     def survey(chain: Chain, calibration: TokenWindows) -> list[list[Stage]]:
-        found = chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
-        _check_rest(chain, index)
-        return found
+        return chain.analyse(Batch(calibration.input_ids[:1, :PROBE_TOKENS], None, held_out=False), check_finite)
 
-    return _decided(options, recipe, source, index, index, survey)
+    job = _decided(options, recipe, source, index, index, survey)
+    return replace(job, spoilt=_spoilt(job.chain, index))
 
 
 def outline(options: Options, source: Source, index: CheckpointIndex, *, text_here: bool) -> Job:
@@ -398,12 +400,11 @@ def modules_outside(chain: Chain) -> Outside:
     return Outside(linears, others, {**{other: one for one, other in shares.items()}, **shares})
 
 
-def _check_rest(chain: Chain, index: CheckpointIndex) -> None:
-    """Tensors that the model's class doesn't know are copied; they too must be whole."""
+def _spoilt(chain: Chain, index: CheckpointIndex) -> tuple[str, ...]:
+    """What isn't finite of the tensors that the model's class doesn't know: they are copied, and nothing reads them."""
     known = set(chain.skeleton.key_of.values())
-    for key in index:
-        if key not in known:
-            check_finite(key, index.read(key))
+    found = (not_finite(key, index.read(key)) for key in index if key not in known)
+    return tuple(said for said in found if said is not None)
 
 
 def _hash(value: Any) -> str:

@@ -113,6 +113,11 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
     if quantization is None:
         slow = not processor.multiplies_bfloat16 and asked.dtype not in FLOAT32
         return Passed(engine, device, (SLOW_DENSE,) if slow else ())
+    if quantization == {}:
+        raise ServeError(
+            f"{checkpoint}: the quantization_config of config.json is empty, which vLLM takes for a method without a "
+            "name; remove it from the file"
+        )
     if not isinstance(quantization, dict):
         raise ServeError(f"{checkpoint}: the quantization_config of config.json is no mapping; copy the folder again")
     notes = check_layers(checkpoint, config, quantization, asked, target, plugin, processor)

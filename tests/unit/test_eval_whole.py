@@ -107,3 +107,44 @@ def test_a_tensor_of_another_shape_than_its_config_is_named(load: Callable[[Path
     says = r"layers\.0\.self_attn\.k_proj\.weight is \[32, 64\] in its file, and config\.json makes it \[16, 64\]"
     with pytest.raises((EvalError, LlmshrinkError), match=says):
         load(sharded)
+
+
+@pytest.mark.parametrize("metadata", [{"metadata": {}}, {"metadata": None}, {}])
+@pytest.mark.parametrize("load", [llmshrink.load, by_eval, streamed])
+def test_an_index_may_name_a_file_that_nobody_needs_and_have_no_metadata(
+    load: Callable[[Path], Any], metadata: dict[str, Any], sharded: Path, model_of: Callable[..., Path]
+) -> None:
+    weight_map = json.loads((sharded / INDEX_FILE).read_text())["weight_map"]
+    index = {**metadata, "weight_map": {**weight_map, "vision.weight": "gone.safetensors"}}
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    found, meant = weights(load(sharded)), load_file(model_of("llama") / "model.safetensors")
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in meant.items() if name in found)
+    assert len(found) >= len(meant) - 1
+    assert json.loads((sharded / INDEX_FILE).read_text()) == index
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("load", [llmshrink.load, by_eval])
+def test_a_missing_file_that_the_model_needs_is_named_with_the_tensor(
+    load: Callable[[Path], Any], prefix: str, sharded: Path
+) -> None:
+    """prefix: what the checkpoint's names lack, as those of a base model do."""
+    for file in ("m0.safetensors", "m1.safetensors"):
+        bare = {name.removeprefix(prefix): tensor for name, tensor in load_file(sharded / file).items()}
+        save_file(bare, sharded / file, {"format": "pt"})
+    named = json.loads((sharded / INDEX_FILE).read_text())["weight_map"]
+    index = {"weight_map": {name.removeprefix(prefix): file for name, file in named.items()}}
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    (sharded / "m1.safetensors").unlink()
+    says = (
+        r"m1\.safetensors: missing, though model\.safetensors\.index\.json names it for \S+weight; download or copy it"
+    )
+    with pytest.raises((EvalError, LlmshrinkError), match=says):
+        load(sharded)
+
+
+@pytest.mark.parametrize("load", [llmshrink.load, by_eval])
+def test_an_empty_quantization_config_is_none(load: Callable[[Path], Any], sharded: Path) -> None:
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    assert NEEDED in load(sharded).state_dict()

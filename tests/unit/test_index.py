@@ -201,9 +201,22 @@ def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path: Path) -> Non
 # An index that lies.
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    write_sharded(tmp_path, {"a.safetensors": {"a": torch.ones(2)}}, {"a": "a.safetensors", "b": "b.safetensors"})
-    with pytest.raises(CheckpointError, match=r"b\.safetensors: missing"):
+def test_a_missing_shard_is_missed_by_a_model_that_needs_it_alone(tmp_path: Path) -> None:
+    write_sharded(
+        tmp_path, {"a.safetensors": {"a": torch.ones(2)}}, {"a": "a.safetensors", "w.weight_packed": "b.safetensors"}
+    )
+    with CheckpointIndex.open(tmp_path) as index:
+        assert map_names(["a"], index.keys(), base_prefix="model", tied={}, why_not=index.why_not) == {"a": "a"}
+        with pytest.raises(
+            CheckpointError, match=r"no tensor for w\.weight: its index says b\.safetensors, .* missing"
+        ):
+            map_names(["a", "w.weight"], index.keys(), base_prefix="model", tied={}, why_not=index.why_not)
+        with pytest.raises(
+            CheckpointError, match=r"no tensor w\.weight_packed: its index says b\.safetensors, .*again"
+        ):
+            index.read("w.weight_packed")
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: missing, though model\.safetensors\.index\.json names"):
         CheckpointIndex.open(tmp_path)
 
 

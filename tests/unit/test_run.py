@@ -506,6 +506,17 @@ def test_a_nan_weight_stops_the_run_by_name(story: Path, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_nan_in_a_tensor_that_the_model_doesnt_read_stops_nothing_and_is_said(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    tensors = {**load_file(source / "model.safetensors"), "visual.weight": torch.tensor([1.0, torch.nan])}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+    said = "copied as it is, as no module of the model reads it: visual.weight: nan at [1]"
+    assert report.ok and said in report.notes
+    with CheckpointIndex.open(tmp_path / "out") as index:
+        assert index.read("visual.weight").isnan().tolist() == [False, True]
+
+
 def test_integer_weights_are_refused_by_name_before_any_work(story: Path, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
@@ -640,7 +651,8 @@ def test_tensors_that_the_index_does_not_name_are_left_out_and_said(story: Path,
     (source / "model.safetensors").unlink()
     save_file({**tensors, "stale.weight": torch.full((4,), torch.nan)}, source / "a.safetensors", {"format": "pt"})
     save_file({"model.norm.weight": torch.zeros(64)}, source / "b.safetensors", {"format": "pt"})
-    weight_map = dict.fromkeys(tensors, "a.safetensors") | {"model.mtp.weight": "b.safetensors"}
+    weight_map = dict.fromkeys(tensors, "a.safetensors")
+    weight_map |= {"model.mtp.weight": "b.safetensors", "model.vision.weight": "c.safetensors"}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     report = llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
     assert report.ok
@@ -649,6 +661,7 @@ def test_tensors_that_the_index_does_not_name_are_left_out_and_said(story: Path,
         "stale.weight": "unknown to model.safetensors.index.json",
         "model.norm.weight in b.safetensors": "also in another file, which model.safetensors.index.json names",
         "model.mtp.weight": "in no file",
+        "model.vision.weight": "in no file",
     }
     assert sum("left out" in note for note in report.notes) == 3
     plain = make_model(tmp_path / "plain")

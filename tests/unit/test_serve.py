@@ -114,6 +114,10 @@ def test_on_a_cpu_without_bfloat16_a_plain_model_is_advised_float32(
     assert preflight.check(folder, EngineOptions(dtype="float32")).notes == ()
 
 
+def test_an_empty_quantization_config_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    assert "quantization_config of config.json is empty" in refusal(checkpoint(tmp_path, {}, {}))
+
+
 def test_an_old_vllm_and_one_without_its_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = int_checkpoint(tmp_path, 4, 64)
     monkeypatch.setattr(preflight, "installed", lambda: Installed("vllm", "0.19.1"))

@@ -61,7 +61,7 @@ def import_if_there(name: str) -> None:
 
 
 def _compressed(folder: Path) -> bool:
-    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
