@@ -45,6 +45,8 @@ def evaluate(
     """
     progress = progress or Silent()
     prepared = prepare.prepare(original, models, options)
+    for note in prepared.notes:
+        progress.note(note)
     cache = Cache(options.cache)
     reference: _Measured | None = None
     measured = []

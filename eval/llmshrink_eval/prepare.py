@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llmshrink_eval import require
-from llmshrink_eval.beginning import Bos, beginning_of
+from llmshrink_eval.beginning import LACKING, Bos, beginning_of
 from llmshrink_eval.comparable import refuse_other_tokenizers, refuse_other_vocabularies
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.fingerprint import fingerprint_folder
@@ -56,7 +56,8 @@ class Subject:
 @dataclass(frozen=True)
 class Prepared:
     """What all models share. compares: whether later models are held to the first. batch_size: sequences in a forward,
-    for the text and for the tasks. bos: whether what models read begins with BOS. left_out: of the text's records."""
+    for the text and for the tasks. bos: whether what models read begins with BOS. left_out: of the text's records.
+    notes: what a user should know before the work."""
 
     subjects: tuple[Subject, ...]
     compares: bool
@@ -72,6 +73,7 @@ class Prepared:
     engine: str
     bos: bool
     left_out: LeftOut
+    notes: tuple[str, ...] = ()
 
     @property
     def text_used(self) -> TextUsed | None:
@@ -86,6 +88,7 @@ class Prepared:
             tokens=windows.tokens,
             fingerprint=windows.fingerprint,
             bos=windows.bos,
+            lacks_bos=windows.lacks_bos,
             left_out=RecordsLeftOut.model_validate(self.left_out.to_dict()),
         )
 
@@ -186,6 +189,7 @@ def prepare(original: ModelSpec | None, models: Sequence[ModelSpec], options: Op
         machine=f"{platform.machine()} {platform.node()} {os.cpu_count()} cores",
         engine=running.engine,
         bos=beginnings[0].put,
+        notes=tuple(f"{spec.name}: {LACKING}" for spec, found in zip(specs, beginnings, strict=True) if found.lacking),
         left_out=LeftOut() if options.scoring.text is None else options.scoring.text.left_out,
     )
 

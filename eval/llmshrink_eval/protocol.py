@@ -57,7 +57,7 @@ class Windows:
     the token AT this position is predicted, from those before it in the window, and counted. document: int64
     [windows]: which document a window belongs to, -1 where windows run over documents. words, bytes: of the text that
     the scored tokens stand for. stride: tokens between the ends of consecutive windows. fingerprint: sha256 of ids,
-    lengths and scored. bos: whether each window begins with BOS.
+    lengths and scored. bos: whether each window begins with BOS. lacks_bos: whether it should and there is none.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Windows:
     bytes: int
     fingerprint: str
     bos: bool = False
+    lacks_bos: bool = False
 
     @property
     def tokens(self) -> int:
@@ -147,7 +148,12 @@ def build_windows(
     except ValueError as error:
         raise EvalError(str(error)) from error
     # What of a window is text, and what each text costs beyond its own tokens.
-    room, opening = (window, 0) if beginning.bos is None else (window - 1, 1)
+    opening = len(beginning.opening)
+    room = window - opening
+    if room < 1:
+        raise EvalError(f"--window {window}: it begins with BOS, of {opening} marks; at least {opening + 1}")
+    if protocol == "sliding" and stride > room:
+        raise EvalError(f"--stride {stride}: at most {room}, since each window begins with BOS, of {opening} marks")
     if protocol == "gptq":
         parts = [_tokenize(SEPARATOR.join(text.documents), tokenizer, beginning, max_tokens)]
         there = len(parts[0].ids) + opening * -(-len(parts[0].ids) // room)
@@ -168,7 +174,7 @@ def build_windows(
         spans = [_gptq_spans(min(there, max_tokens or there), window, opening, text)]
     else:
         spans = list(_sliding_spans([len(part.ids) for part in parts], max_tokens, room, stride, opening))
-    return _assemble(text, protocol, window, stride, parts, spans, beginning.bos)
+    return _assemble(text, protocol, window, stride, parts, spans, beginning)
 
 
 def _checked_stride(protocol: Protocol, window: int, stride: int | None, limit: int) -> int:
@@ -194,7 +200,7 @@ def _tokenize_documents(
         if max_tokens is not None and seen >= max_tokens:
             break
         parts.append(_tokenize(document, tokenizer, beginning, None if max_tokens is None else max_tokens - seen))
-        seen += len(parts[-1].ids) + (beginning.bos is not None)
+        seen += len(parts[-1].ids) + len(beginning.opening)
     return parts
 
 
@@ -211,10 +217,9 @@ def _tokenize(text: str, tokenizer: Any, beginning: Beginning, wanted: int | Non
         ids, ends = columns(text)
     else:
         found = tokenize_beginning(
-            # Enough for the marks that the tokenizer puts around a text, which may go.
             lambda length: (text[:length], length >= len(text)),
             columns,
-            wanted + 1,
+            wanted + max(1, len(beginning.marks)),  # those that the tokenizer puts before a text may go
             characters_for(wanted),
         )
         (ids, ends), prefix, whole = found.columns, found.prefix, found.complete
@@ -253,8 +258,14 @@ def _gptq_spans(tokens: int, window: int, opening: int, text: Text) -> list[_Spa
         )
     room = window - opening
     return [
-        _Span(number * room, number * room + 1 - opening, (number + 1) * room) for number in range(tokens // window)
+        _Span(number * room, number * room + _context(opening), (number + 1) * room)
+        for number in range(tokens // window)
     ]
+
+
+def _context(opening: int) -> int:
+    """How many of a text's first tokens aren't scored: the one that nothing predicts, where no BOS does."""
+    return 0 if opening else 1
 
 
 def _sliding_spans(
@@ -262,18 +273,18 @@ def _sliding_spans(
 ) -> Iterator[list[_Span]]:
     """For each document its windows; a document of one token has none, as there is nothing to predict.
 
-    lengths: of the text alone. room: for text in a window. opening: 1 where BOS precedes it.
+    lengths: of the text alone. room: for text in a window. opening: BOS's marks, which precede it.
     """
     left = sum(length + opening for length in lengths) if max_tokens is None else max_tokens
     for length in lengths:
         tokens = min(length + opening, left)
         left -= tokens
-        if tokens < 2:
+        tokens -= opening
+        if tokens <= _context(opening):
             yield []
             continue
-        tokens -= opening
         ends = [*range(min(room, tokens), tokens, stride), tokens]
-        firsts = itertools.chain([1 - opening], ends)
+        firsts = itertools.chain([_context(opening)], ends)
         yield [_Span(max(0, end - room), first, end) for first, end in zip(firsts, ends, strict=False)]
 
 
@@ -288,7 +299,7 @@ def _assemble(
     stride: int,
     parts: list[_Tokens],
     spans: list[list[_Span]],
-    bos: int | None,
+    beginning: Beginning,
 ) -> Windows:
     flat = [(number, span) for number, group in enumerate(spans) for span in group]
     if not flat:
@@ -296,7 +307,7 @@ def _assemble(
             f"{text.name}: no document has two tokens, so there is nothing to predict{_left_out(text)}; give a longer"
             " text"
         )
-    opening = [] if bos is None else [bos]
+    opening = beginning.opening
     lengths = torch.tensor([len(opening) + span.end - span.begin for _, span in flat])
     input_ids = torch.full((len(flat), int(lengths.max())), PAD_ID, dtype=torch.int64)
     scored = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -324,5 +335,6 @@ def _assemble(
         words=words,
         bytes=size,
         fingerprint=digest.hexdigest(),
-        bos=bos is not None,
+        bos=beginning.put,
+        lacks_bos=beginning.lacking,
     )

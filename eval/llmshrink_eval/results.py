@@ -200,6 +200,7 @@ class TextUsed(Frozen):
     tokens: int
     fingerprint: str
     bos: bool = Field(default=False, description="whether every window begins with BOS")
+    lacks_bos: bool = Field(default=False, description="whether it should, and the tokenizer has none")
     left_out: RecordsLeftOut = Field(default_factory=RecordsLeftOut)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmshrink.errors import PathLike
 
@@ -48,6 +48,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool | None = None,
+    bos: Literal["auto", "always", "never"] = "auto",
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
@@ -55,7 +56,8 @@ def generate(
 
     model, device, dtype: as in `load`. temperature: 0 takes the likeliest token each time; above, tokens are drawn from
     the likeliest that make up top_p. chat: whether the prompt is put into the tokenizer's chat template; None does so
-    where there is one. on_text: called with each piece of text as it comes. Raises LlmshrinkError for bad input.
+    where there is one. bos: whether a prompt that isn't in one begins with BOS (auto: where the family or the tokenizer
+    needs it). on_text: called with each piece of text as it comes. Raises LlmshrinkError for bad input.
     """
     from llmshrink.checkpoint.source import resolve
     from llmshrink.runtime.generate import Sampling
@@ -63,6 +65,6 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "chat": chat, "on_text": on_text}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "chat": chat, "bos": bos, "on_text": on_text}
     source = resolve(os.fspath(model), trust_remote_code=trust_remote_code)
     return run(source, prompt, sampling, trust_remote_code=trust_remote_code, **options)

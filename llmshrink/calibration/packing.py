@@ -34,24 +34,28 @@ MARKS = 8
 
 
 def begun(
-    ids: Sequence[int], said: Sequence[bool], seq_len: int, bos: int | None, wanted: int
+    ids: Sequence[int], said: Sequence[bool], seq_len: int, opening: tuple[int, ...], wanted: int
 ) -> tuple[list[int], list[bool]]:
     """The first `wanted` tokens of a text so laid out that each window of `seq_len` begins with BOS.
 
-    One that begins with it anyway isn't given another. bos: None to leave everything as it is.
+    One that begins with it anyway isn't given another, nor the rest of one that the window before cuts. opening: BOS's
+    marks; empty to leave everything as it is.
     """
-    if bos is None:
+    if not opening:
         return list(ids[:wanted]), list(said[:wanted])
-    assert seq_len > 1, seq_len
+    size = len(opening)
+    assert seq_len > size, (seq_len, size)
     found: list[int] = []
     marks: list[bool] = []
     place = 0
     while place < len(ids) and len(found) < wanted:
-        own = ids[place] == bos
+        own = tuple(ids[place : place + size]) == opening
         if not own:
-            found.append(bos)
-            marks.append(False)
-        taken = slice(place, place + (seq_len if own else seq_len - 1))
+            found += opening
+            marks += [False] * size
+            cut = (n for n in range(1, size) if n <= place and tuple(ids[place - n : place - n + size]) == opening)
+            place += size - next(cut, size)
+        taken = slice(place, place + (seq_len if own else seq_len - size))
         found += ids[taken]
         marks += said[taken]
         place = taken.stop

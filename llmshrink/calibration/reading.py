@@ -5,23 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmshrink_eval.beginning import LACKING, Beginning
 from llmshrink_eval.leftout import LeftOut
 
 
 @dataclass(frozen=True)
 class Reading:
-    """bos: whether every window begins with BOS. date: what the chat template had for today's; None where it asks for
+    """beginning: what becomes of BOS. date: what the chat template had for today's; None where it asks for
     none. left_out: records that couldn't be used. untold_tools: records whose tools the chat template doesn't write.
     """
 
-    bos: bool = False
+    beginning: Beginning = field(default_factory=Beginning)
     date: str | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
     untold_tools: int = 0
 
+    @property
+    def bos(self) -> bool:
+        """Whether every window begins with BOS."""
+        return self.beginning.put
+
     def notes(self, name: str) -> list[str]:
         """What a user should know, for the text of a name."""
-        found = []
+        found = [f"{name}: {LACKING}"] if self.beginning.lacking else []
         if self.left_out.count:
             found.append(f"{name}: {self.left_out.words()}")
         if self.untold_tools:

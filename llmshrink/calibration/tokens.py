@@ -117,14 +117,14 @@ def build_windows(
     mask of a text that has no turns; for a chat template that can't be used; and for a BOS that there isn't.
     """
     name, tally = documents.name, Tally()
-    beginning = _beginning(tokenizer, model_type, bos)
+    beginning = beginning_for(tokenizer, model_type, bos, seq_len)
     stream = usable(documents.stream(seed), tally, name)
     first = list(islice(stream, 1 if documents.single else PEEKED))
     document = _commonest(first)
     masked = _masked(document, mask_prompts, name)
     wanted = samples + held_out
     records = _alike(chain(first, stream), document, tally, name, masked=masked)
-    reading = Reading(beginning.put)
+    reading = Reading(beginning)
     if document is not None and is_conversation(document):
         found = padded(records, tokenizer, wanted, seq_len, name, beginning, tally, masked=masked)
         ids, mask, said = found.ids, found.mask, found.said
@@ -161,11 +161,19 @@ def _masked(document: Document | None, mask_prompts: bool | None, name: str) -> 
     return masked
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase, model_type: str | None, bos: Bos) -> Beginning:
+def beginning_for(tokenizer: PreTrainedTokenizerBase, model_type: str | None, bos: Bos, seq_len: int) -> Beginning:
+    """What windows of seq_len tokens begin with. Raises CalibrationError for a BOS that there isn't, or that fills
+    them."""
     try:
-        return beginning_of(tokenizer, model_type, bos)
+        beginning = beginning_of(tokenizer, model_type, bos)
     except ValueError as error:
         raise CalibrationError(str(error)) from error
+    if len(beginning.opening) >= seq_len:
+        raise CalibrationError(
+            f"--seq-len {seq_len}: every window begins with the {len(beginning.opening)} marks of the tokenizer's BOS; "
+            f"give at least {len(beginning.opening) + 1}, or --bos never"
+        )
+    return beginning
 
 
 def _at_most(samples: int, windows: int, held_out: int) -> int:
@@ -245,7 +253,7 @@ def _cut(
         said = [True] * len(ids)
     else:
         ids, said = packed(texts, tokenizer, wanted, documents.name, beginning, masked=masked)
-    ids, said = begun(ids, said, seq_len, beginning.bos, wanted)
+    ids, said = begun(ids, said, seq_len, beginning.opening, wanted)
     windows = len(ids) // seq_len
     found = torch.tensor(ids[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
     marks = torch.tensor(said[: windows * seq_len], dtype=torch.bool).view(windows, seq_len)

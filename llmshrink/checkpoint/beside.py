@@ -106,6 +106,11 @@ def belongs(name: str) -> bool:
     )
 
 
+def belonging(source: Path) -> list[Path]:
+    """What of a folder, and of the subfolders that a model may have, belongs to a model by its name."""
+    return [path for path in _candidates(source) if belongs(path.relative_to(source).as_posix())]
+
+
 def side_files(
     source: Path, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()
 ) -> Iterator[tuple[Path, str]]:

@@ -50,9 +50,9 @@ class CheckpointIndex:
 
     Of several shards it is the index that says which tensors are the model's and where each lies, as in transformers:
     what else the shards hold is `left_out` (tensor -> why). `absent`: keys that the index names and no shard holds ->
-    the file it names, which may be missing as a whole; only a model that needs one of them is refused. `reads` counts how often each key's bytes were
-    read in full. Open files are closed by `close` (or `with`), or when nothing refers to it
-    any more; a later read opens its own again.
+    the file it names, which may be missing as a whole; only a model that needs one of them is refused. `reads` counts
+    how often each key's bytes were read in full. Open files are closed by `close` (or `with`), or when nothing refers
+    to it any more; a later read opens its own again.
     """
 
     def __init__(

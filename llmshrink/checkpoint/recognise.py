@@ -7,14 +7,15 @@ before any library's own message about a key that isn't there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from llmshrink.checkpoint.beside import belongs
+from llmshrink.checkpoint.beside import belonging
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, is_lfs_pointer, read_weight_map
 from llmshrink.errors import CheckpointError, SourceError
 
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 POINTER_LIMIT = 1024
 """Bytes; the format's own limit (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
 
@@ -24,9 +25,10 @@ def refuse_unready(folder: Path, name: str) -> None:
 
     name: what the user called it.
     """
-    if (folder / ADAPTER).is_file() and not any((folder / each).exists() for each in (SINGLE_FILE, INDEX_FILE)):
-        raise SourceError(adapter(name, base=_base(folder / ADAPTER), where=str(folder)))
-    pointers = sorted(file.name for file in _needed(folder) if _is_pointer(file))
+    files = {each.name for each in folder.iterdir()}
+    if is_adapter(files):
+        raise SourceError(adapter(name, files, base=_base(folder / ADAPTER), where=str(folder)))
+    pointers = sorted(file.relative_to(folder).as_posix() for file in _needed(folder) if _is_pointer(file))
     if pointers:
         more = f" (and {len(pointers) - 1} more)" if len(pointers) > 1 else ""
         raise SourceError(
@@ -35,11 +37,18 @@ def refuse_unready(folder: Path, name: str) -> None:
         )
 
 
-def adapter(name: str, *, base: str | None, where: str) -> str:
-    """What is said of a folder or repository that holds an adapter alone. base: what it was trained on, where known."""
+def is_adapter(files: Collection[str]) -> bool:
+    """Whether a folder or repository of these files holds an adapter and no model."""
+    return bool({ADAPTER, *ADAPTER_WEIGHTS} & set(files)) and not {SINGLE_FILE, INDEX_FILE} & set(files)
+
+
+def adapter(name: str, files: Collection[str], *, base: str | None, where: str) -> str:
+    """What is said of a folder or repository that `is_adapter`. base: what it was trained on, where known."""
+    found = next(each for each in (ADAPTER, *ADAPTER_WEIGHTS) if each in files)
+    first = "" if found == ADAPTER else f"copy its {ADAPTER} there, which says of which model it is, and "
     return (
-        f"{name}: an adapter (LoRA or alike, {ADAPTER}) of {base or 'another model'}, not a whole model; merge it into "
-        'its base first: python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"{name}: an adapter (LoRA or alike, {found}) of {base or 'another model'}, not a whole model; {first}"
+        'merge it into its base first: python -c "from peft import AutoPeftModelForCausalLM as M; '
         f"M.from_pretrained('{where}').merge_and_unload().save_pretrained('merged')\", copy the tokenizer's files "
         "there, and name ./merged"
     )
@@ -54,10 +63,9 @@ def _base(file: Path) -> str | None:
 
 
 def _needed(folder: Path) -> Iterator[Path]:
-    """The files of a model that reading it begins with, and its weights."""
-    for file in folder.iterdir():
-        if file.name == "config.json" or (file.name != "README.md" and belongs(file.name)):
-            yield file
+    """The files of a model that reading it begins with, those that go on with it, and its weights."""
+    yield folder / "config.json"
+    yield from belonging(folder)
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.exists():
         yield single

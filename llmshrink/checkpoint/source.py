@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_weight_map
-from llmshrink.checkpoint.recognise import ADAPTER, adapter, refuse_unready
+from llmshrink.checkpoint.recognise import adapter, is_adapter, refuse_unready
 from llmshrink.errors import LlmshrinkError, SourceError
 from llmshrink.paths import as_text, expanded
 
@@ -175,8 +175,8 @@ def _pin(name: str, revision: str | None) -> str | None:
             raise
         return None
     files = [file.rfilename for file in info.siblings or []]
-    if ADAPTER in files and not {SINGLE_FILE, INDEX_FILE} & set(files):
-        raise SourceError(adapter(name, base=None, where=name))
+    if is_adapter(files):
+        raise SourceError(adapter(name, files, base=None, where=name))
     if not any(file.endswith(".safetensors") for file in files):
         pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
         if pickles:

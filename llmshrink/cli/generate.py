@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,13 @@ def generate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Put PROMPT into the chat template; left out: where there is one."),
     ] = None,
+    bos: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            "--bos",
+            help="Whether a prompt outside a chat template begins with BOS; auto: where family or tokenizer need it.",
+        ),
+    ] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own Python here.")
     ] = False,
@@ -54,6 +61,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         chat=chat,
+        bos=bos,
         trust_remote_code=trust_remote_code,
         on_text=None if json else lambda text: print(text, end="", flush=True),
     )

@@ -47,15 +47,16 @@ def generate_windows(
     """
     length = real.input_ids.shape[1]
     wanted = -(-tokens // length)
-    bos = int(real.input_ids[0, 0]) if real.reading.bos else None
-    key = f"{teacher} {real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed} {bos}".encode()
+    opening = real.reading.beginning.opening
+    begins = " ".join(map(str, opening)) or None
+    key = f"{teacher} {real.fingerprint} {PROMPT_TOKENS} {BATCH} {seed} {begins}".encode()
     folder = folder / hashlib.sha256(key).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     batches = []
     for number in range(-(-wanted // BATCH)):
         path = folder / f"generated-{number:05}.safetensors"
         if not _is_whole(path, progress):
-            prompts = _prompts(real, range(number * BATCH, (number + 1) * BATCH), bos)
+            prompts = _prompts(real, range(number * BATCH, (number + 1) * BATCH), opening)
             ids = _sample(model(), prompts, length, seed + number)
             digest, _ = disk.write_tensors(path, {"input_ids": ids})
             disk.write_text(_sum(path), digest + "\n")
@@ -89,13 +90,12 @@ def _is_whole(path: Path, progress: Progress) -> bool:
     return whole
 
 
-def _prompts(real: TokenWindows, numbers: range, bos: int | None) -> Tensor:
-    """int64 [windows, PROMPT_TOKENS], one for each number; with BOS before them, where there is one.
+def _prompts(real: TokenWindows, numbers: range, opening: tuple[int, ...]) -> Tensor:
+    """int64 [windows, PROMPT_TOKENS], one for each number; with `opening`, BOS's marks, before them.
 
     A window may hold a conversation shorter than a prompt, and all may: prompts are as long as the longest allow.
     """
-    opening = 0 if bos is None else 1
-    lengths = real.mask.sum(1) - opening
+    lengths = real.mask.sum(1) - len(opening)
     tokens = min(PROMPT_TOKENS, int(lengths.max()))
     long_enough = (lengths >= tokens).nonzero().squeeze(-1).tolist()
     count = len(long_enough)
@@ -103,10 +103,10 @@ def _prompts(real: TokenWindows, numbers: range, bos: int | None) -> Tensor:
     for number in numbers:
         window = long_enough[number % count]
         room = int(lengths[window]) - tokens
-        start = opening + (number // count * 37) % max(room, 1)
+        start = len(opening) + (number // count * 37) % max(room, 1)
         found.append(real.input_ids[window, start : start + tokens])
     prompts = torch.stack(found)
-    return prompts if bos is None else torch.cat([torch.full((len(prompts), 1), bos), prompts], 1)
+    return torch.cat([torch.tensor(opening, dtype=torch.int64).expand(len(prompts), -1), prompts], 1)
 
 
 def _sample(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:

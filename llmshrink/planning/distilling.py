@@ -38,12 +38,14 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Teaching:
-    """peak: bytes of memory of the whole process; disk: of the Trainer's checkpoints; weights: of the student."""
+    """peak: bytes of memory of the whole process; disk: of the Trainer's checkpoints; weights: of the student.
+    notes: of how the text was read."""
 
     measured: Measured
     peak: int
     disk: int
     weights: int
+    notes: tuple[str, ...] = ()
 
 
 def teaching(options: Options, made: compressing.Job | None = None, *, smaller: float = 1.0) -> Teaching:
@@ -75,7 +77,8 @@ def teaching(options: Options, made: compressing.Job | None = None, *, smaller: 
     trained = round(trained * smaller)
     peak = peak_memory() + FLOAT * trained
     weights = sum(each.numel() for each in job.teacher.model.parameters())
-    return Teaching(found, peak, CHECKPOINTS * FLOAT * (1 + ADAM) * trained, weights)
+    notes = tuple(job.real.reading.notes(job.real.name))
+    return Teaching(found, peak, CHECKPOINTS * FLOAT * (1 + ADAM) * trained, weights, notes)
 
 
 def _step(job: Job, says: LiveTeacher) -> tuple[Spent, int]:

@@ -154,4 +154,5 @@ def with_teaching(made: Plan, asked: Options, job: Job | None, *, measured: bool
         made.timed(found.measured),
         peak_ram_bytes=max(made.peak_ram_bytes, found.peak),
         disk_bytes=made.disk_bytes + found.disk,
+        notes=tuple(dict.fromkeys([*made.notes, *found.notes])),
     )

@@ -17,8 +17,9 @@ import torch
 
 import llmshrink
 from llmshrink.calibration.activations import Batch, batches_of
+from llmshrink.calibration.reading import Reading
 from llmshrink.calibration.text import load_documents
-from llmshrink.calibration.tokens import TokenWindows, build_windows, window_shape
+from llmshrink.calibration.tokens import TokenWindows, beginning_for, build_windows, window_shape
 from llmshrink.checkpoint.index import CheckpointIndex, check_finite, not_finite
 from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_config, load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
@@ -269,8 +270,9 @@ def _windows(
             bos=options.bos, model_type=model_type,
         )  # fmt: skip
     ids = torch.zeros(samples + held_out, seq_len, dtype=torch.int64)
+    reading = Reading(beginning_for(tokenizer, model_type, options.bos, seq_len))
     every = [
-        TokenWindows(part, torch.ones_like(part, dtype=torch.bool), documents.name, "")
+        TokenWindows(part, torch.ones_like(part, dtype=torch.bool), documents.name, "", reading=reading)
         for part in (ids[:samples], ids[samples:])
     ]
     return every[0], every[1]

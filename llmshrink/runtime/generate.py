@@ -7,6 +7,7 @@ and on CUDA compile.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from llmshrink_eval.beginning import beginning_of
+from llmshrink_eval.beginning import LACKING, Bos, beginning_of
 from llmshrink_eval.templates import Refused, TemplateFault, chat_text
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from llmshrink.run import progress
 from llmshrink.run.asked import pick_device
 from llmshrink.run.report import size
 from llmshrink.runtime.load import PACKED, config_of, load
+
+logger = logging.getLogger("llmshrink")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ def generate(
     device: str | None,
     dtype: str | None,
     chat: bool | None,
+    bos: Bos,
     trust_remote_code: bool,
     on_text: Callable[[str], None] | None,
 ) -> Generation:
@@ -126,7 +130,7 @@ def generate(
     limit = model_limit(config)
     tokenizer: Any = load_tokenizer(source, trust_remote_code)
     templated = bool(tokenizer.chat_template) if chat is None else chat
-    ids = encode(tokenizer, prompt, chat=templated, name=source.name, model_type=config.model_type)
+    ids = encode(tokenizer, prompt, chat=templated, name=source.name, model_type=config.model_type, bos=bos)
     check_length(ids.shape[1], sampling.max_new_tokens, limit)
     loaded = load(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     ids = ids.to(loaded.device)
@@ -157,10 +161,18 @@ def generate(
     )
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool, name: str, model_type: str | None = None) -> Tensor:
-    """The prompt's tokens, int64 [1, tokens]; in the chat template where `chat`. They begin with BOS where the family
-    (of `model_type`) or the tokenizer needs it, and never with two."""
-    beginning = beginning_of(tokenizer, model_type)
+def encode(
+    tokenizer: Any, prompt: str, *, chat: bool, name: str, model_type: str | None = None, bos: Bos = "auto"
+) -> Tensor:
+    """The prompt's tokens, int64 [1, tokens]; in the chat template where `chat`. A plain prompt's begin with BOS where
+    the family (of `model_type`) or the tokenizer needs it, or as `bos` says, and never with two; a template's as it
+    writes them. Raises LlmshrinkError."""
+    try:
+        beginning = beginning_of(tokenizer, model_type, bos)
+    except ValueError as error:
+        raise LlmshrinkError(str(error)) from error
+    if beginning.lacking and not chat:
+        logger.warning("%s: the prompt is %s", name, LACKING)
     if chat:
         if not tokenizer.chat_template:
             raise LlmshrinkError(f"{name}: --chat, but its tokenizer has no chat template; leave --chat out")

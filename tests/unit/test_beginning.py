@@ -10,7 +10,7 @@ from helpers import given, with_bos
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from llmshrink_eval.beginning import Beginning, beginning_of
+from llmshrink_eval.beginning import LACKING, Beginning, beginning_of
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.protocol import build_windows as eval_windows
 from llmshrink_eval.tasks import _tokenizer_of_tasks, bos_of_tasks
@@ -20,7 +20,7 @@ from llmshrink.calibration.packing import begun
 from llmshrink.calibration.tokens import TokenWindows, build_windows
 from llmshrink.calibration.turns import encode
 from llmshrink.demo import language, tokenizer
-from llmshrink.errors import CalibrationError
+from llmshrink.errors import CalibrationError, LlmshrinkError
 from llmshrink.model.families import FAMILIES
 from llmshrink.runtime.generate import encode as prompt_ids
 
@@ -50,7 +50,8 @@ def windows(items: list[Any], using: Any = PUTS, **more: Any) -> tuple[TokenWind
 def test_family_and_tokenizer_decide_and_a_user_over_them(using: Any, model_type: Any, asked: Any, put: bool) -> None:
     found = beginning_of(using, model_type, asked)
     assert found.put is put
-    assert found.bos == (using.bos_token_id if put else None)
+    assert found.opening == ((using.bos_token_id,) if put else ())
+    assert found.lacking is (using.bos_token_id is None)
 
 
 def test_every_gemma_of_the_table_needs_it_and_no_other_family() -> None:
@@ -93,13 +94,13 @@ def test_a_document_that_begins_a_window_has_one_bos() -> None:
 @settings(max_examples=200, deadline=None)
 def test_laying_out_loses_no_token(ids: list[int], seq_len: int, wanted: int) -> None:
     bos = 3
-    laid, marks = begun(ids, [True] * len(ids), seq_len, bos, 10_000)
+    laid, marks = begun(ids, [True] * len(ids), seq_len, (bos,), 10_000)
     assert all(token == bos for token in laid[::seq_len])
     put = [place for place, mark in enumerate(marks) if not mark]
     assert [token for place, token in enumerate(laid) if place not in put] == ids
     assert all(place % seq_len == 0 for place in put)
-    assert begun(ids, [True] * len(ids), seq_len, bos, wanted)[0] == laid[:wanted]
-    assert begun(ids, [True] * len(ids), seq_len, None, wanted)[0] == ids[:wanted]
+    assert begun(ids, [True] * len(ids), seq_len, (bos,), wanted)[0] == laid[:wanted]
+    assert begun(ids, [True] * len(ids), seq_len, (), wanted)[0] == ids[:wanted]
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one() -> None:
@@ -184,8 +185,102 @@ def test_the_tokenizer_of_tasks_puts_bos_and_pads_with_what_the_model_has() -> N
 
 
 def test_the_ids_of_a_text_keep_their_own_when_nothing_is_put() -> None:
-    assert Beginning(3, put=False, added=False).of([3, 3, 1]) == [3, 3, 1]
-    assert Beginning(3, put=False, added=True).of([3, 3, 1]) == [3, 1]
-    assert Beginning(3, put=True, added=True).of([3, 3, 1]) == [3, 1]
-    assert Beginning(3, put=True, added=False).of([]) == [3]
+    assert Beginning((3,), put=False, added=False).of([3, 3, 1]) == [3, 3, 1]
+    assert Beginning((3,), put=False, added=True).of([3, 3, 1]) == [3, 1]
+    assert Beginning((3,), put=True, added=True).of([3, 3, 1]) == [3, 1]
+    assert Beginning((3,), put=True, added=False).of([]) == [3]
     assert Beginning().of([1]) == [1]
+    assert Beginning((3, 4), put=True, added=True).of([3, 4, 3, 4, 3, 1]) == [3, 4, 3, 1]
+    assert Beginning((3, 4), put=False, added=True).of([3, 4, 3, 4, 1]) == [3, 4, 1]
+
+
+# Several marks, none of which the tokenizer calls BOS, as GLM's.
+
+TWO = ("[gMASK]", "<sop>")
+
+
+def glm() -> Any:
+    """The demo's tokenizer, which puts two marks before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    made: Any = tokenizer.build(512)
+    made.add_special_tokens({"additional_special_tokens": list(TWO)})
+    marks = list(zip(TWO, made.convert_tokens_to_ids(list(TWO)), strict=True))
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{TWO[0]} {TWO[1]} $A", pair=None, special_tokens=marks
+    )
+    return made
+
+
+def test_every_window_begins_with_all_marks_that_the_tokenizer_puts() -> None:
+    made = glm()
+    marks = made.convert_tokens_to_ids(list(TWO))
+    text = "".join(language.text(1, 3000).split("\n"))
+    content = made(text, add_special_tokens=False)["input_ids"]
+    for single in (True, False):
+        found = torch.cat([part.input_ids for part in windows([text], made, single=single)])
+        assert (found[:, :2] == torch.tensor(marks)).all()
+        assert [part.reading.bos for part in windows([text], made, single=single)] == [True, True]
+        assert found[:, 2:].flatten().tolist() == content[: 5 * 6]
+    never, _ = windows([text], made, bos="never")
+    assert never.input_ids.flatten().tolist() == content[: 3 * 8]
+    read = eval_windows(Text("t", (text,)), made, protocol="gptq", limit=64, window=16)
+    count = len(content) // 14
+    assert read.bos and len(read) == count and (read.input_ids[:, :2] == torch.tensor(marks)).all()
+    assert read.input_ids[:, 2:].flatten().tolist() == content[: count * 14]
+    assert read.tokens == count * 14 and not read.scored[:, :2].any()
+    sliding = eval_windows(Text("t", (text,)), made, protocol="sliding", limit=64, window=16, stride=14)
+    scored = [row[mark].tolist() for row, mark in zip(sliding.input_ids, sliding.scored, strict=True)]
+    assert [token for row in scored for token in row] == content
+    assert (sliding.input_ids[:, :2] == torch.tensor(marks)).all() and sliding.bytes == len(text.encode())
+    assert prompt_ids(made, "Once", chat=False, name="m")[0].tolist() == [*marks, *encode(made, "Once", special=False)]
+
+
+@drawn(st.lists(st.sampled_from([(1,), (2,), (8, 9)]), max_size=30), st.integers(3, 9))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_marks_are_neither_doubled_nor_cut(parts: list[tuple[int, ...]], seq_len: int) -> None:
+    ids = [token for part in parts for token in part]
+    laid, _ = begun(ids, [True] * len(ids), seq_len, (8, 9), 10_000)
+    rows = [laid[start : start + seq_len] for start in range(0, len(laid), seq_len)]
+    assert all(row[:2] == [8, 9] and (len(row) < 3 or row[2] != 9) for row in rows)
+    assert [token for token in laid if token < 8] == [token for token in ids if token < 8]
+
+
+def test_windows_that_marks_would_fill_are_refused_in_a_line() -> None:
+    text = language.text(1, 3000)
+    with pytest.raises(CalibrationError, match=r"--seq-len 2: every window begins with the 2 marks .* at least 3"):
+        windows([text], glm(), seq_len=2)
+    asked: dict[str, Any] = {"limit": 64}
+    with pytest.raises(EvalError, match="--window 2: it begins with BOS, of 2 marks; at least 3"):
+        eval_windows(Text("t", (text,)), glm(), protocol="gptq", window=2, **asked)
+    with pytest.raises(EvalError, match="--stride 15: at most 14, since each window begins with BOS, of 2 marks"):
+        eval_windows(Text("t", (text,)), glm(), protocol="sliding", window=16, stride=15, **asked)
+
+
+def test_a_family_that_needs_bos_without_one_is_told_of_unless_it_is_meant() -> None:
+    plain: Any = tokenizer.build(512)
+    text = [language.text(1, 3000)]
+    found, _ = windows(text, plain, model_type="gemma2")
+    assert found.reading.notes("t") == [f"t: {LACKING}"] and not found.reading.bos
+    assert "bos_token" in LACKING and "--bos never" in LACKING
+    assert windows(text, plain, model_type="gemma2", bos="never")[0].reading.notes("t") == []
+    assert windows(text, plain, model_type="llama")[0].reading.notes("t") == []
+    assert windows(text, HAS, model_type="gemma2")[0].reading.notes("t") == []
+    read = eval_windows(Text("t", tuple(text)), plain, protocol="gptq", limit=64, model_type="gemma2")
+    assert read.lacks_bos and not read.bos
+
+
+def test_a_prompt_begins_as_is_asked(caplog: pytest.LogCaptureFixture) -> None:
+    def ids(using: Any, **more: Any) -> list[int]:
+        found: list[int] = prompt_ids(using, "Once", chat=False, name="m", **more)[0].tolist()
+        return found
+
+    bare = encode(HAS, "Once", special=False)
+    assert ids(HAS) == ids(PUTS, bos="never") == bare
+    assert ids(HAS, bos="always") == ids(PUTS) == [BOS, *bare]
+    plain: Any = tokenizer.build(512)
+    with pytest.raises(LlmshrinkError, match="--bos always: the tokenizer has no BOS token"):
+        ids(plain, bos="always")
+    assert not caplog.messages
+    ids(plain, model_type="gemma")
+    assert caplog.messages == [f"m: the prompt is {LACKING}"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from llmshrink_eval.beginning import Beginning
 
 from llmshrink.calibration.reading import Reading
 from llmshrink.calibration.tokens import TokenWindows
@@ -78,11 +79,13 @@ def test_a_damaged_file_is_written_again(damage: str, model: Any, real: TokenWin
 
 def test_what_the_teacher_writes_begins_with_bos_where_the_text_does(model: Any, tmp_path: Path) -> None:
     ids = torch.randint(2, 500, (10, LENGTH), generator=torch.Generator().manual_seed(0))
-    ids[:, 0] = 501
-    text = TokenWindows(ids, torch.ones_like(ids, dtype=torch.bool), "text", "fingerprint", reading=Reading(bos=True))
+    marks = (501, 502)
+    ids[:, :2] = torch.tensor(marks)
+    reading = Reading(Beginning(marks, put=True))
+    text = TokenWindows(ids, torch.ones_like(ids, dtype=torch.bool), "text", "fingerprint", reading=reading)
     found, _ = write(model, text, tmp_path, 12)
-    assert found.input_ids.shape == (12, LENGTH) and (found.input_ids[:, 0] == 501).all()
-    assert torch.equal(found.input_ids[:10, 1:5], ids[:, 1:5])
+    assert found.input_ids.shape == (12, LENGTH) and (found.input_ids[:, :2] == torch.tensor(marks)).all()
+    assert torch.equal(found.input_ids[:10, 2:5], ids[:, 2:5])
     assert found.reading.bos
 
 

@@ -53,11 +53,11 @@ def test_gptq_is_the_papers_own(story: Path) -> None:
     assert windows.stride == windows.window == 48
 
 
-def test_the_tokenizers_own_special_tokens_come_once(tmp_path: Path) -> None:
+def test_the_tokenizers_own_special_tokens_come_once_a_window(tmp_path: Path) -> None:
     tokenizer = with_bos(tmp_path)
     text = text_of("one two", "three four five")
     joined = build_windows(text, tokenizer, protocol="gptq", window=4, limit=LIMIT)
-    assert (joined.input_ids == tokenizer.eos_token_id).sum() == 1
+    assert (joined.input_ids == tokenizer.eos_token_id).sum() == len(joined) and joined.bos
     sliding = build_windows(text, tokenizer, protocol="sliding", window=100, limit=LIMIT)
     assert sliding.input_ids[:, 0].tolist() == [tokenizer.eos_token_id] * 2
     # The first real token of a document has something to be predicted from, and owns its own bytes.

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import llmshrink
+from llmshrink.checkpoint.source import resolve
 from llmshrink.cli import run
+from llmshrink.errors import SourceError
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"
@@ -60,6 +62,10 @@ def test_an_adapter_is_named_with_the_way_out(
         assert "merge_and_unload().save_pretrained('merged')" in said
     (folder / "adapter_config.json").write_text("[]")
     assert "of another model, not a whole model" in refused(capsys, ["inspect", str(folder)])
+    (folder / "adapter_config.json").unlink()
+    said = refused(capsys, ["generate", str(folder), "Once"])
+    assert "an adapter (LoRA or alike, adapter_model.safetensors) of another model, not a whole model; copy its" in said
+    assert "adapter_config.json there, which says of which model it is, and merge it into its base first" in said
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -72,6 +78,19 @@ def test_a_pointer_of_git_lfs_is_named_with_the_way_out(
         said = refused(capsys, words)
         assert f"{name} is a Git LFS pointer" in said
         assert f"run `git lfs pull` in {folder}" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "README.md", "LICENSES/MIT.txt", "additional_chat_templates/tools.jinja", "chat_template.jinja"]
+)
+def test_a_pointer_in_the_place_of_a_side_file_is_named_before_the_work(
+    name: str, model_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_of("llama"), tmp_path / "clone"))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(POINTER)
+    with pytest.raises(SourceError, match=f"{name} is a Git LFS pointer.* run `git lfs pull` in {folder}, and then"):
+        resolve(str(folder))
 
 
 def test_pointers_of_shards_are_counted(

@@ -131,10 +131,12 @@ def test_a_repository_of_pickles_is_refused_before_a_download(hub: Hub) -> None:
 
 
 def test_a_repository_with_an_adapter_alone_is_named_before_a_download(hub: Hub) -> None:
-    hub.files = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+    hub.files = ["adapter_model.safetensors", "tokenizer.json"]
+    assert "an adapter (LoRA or alike, adapter_model.safetensors)" in refused("owner/name")
+    hub.files.append("adapter_config.json")
     said = refused("owner/name")
     assert "an adapter (LoRA or alike, adapter_config.json)" in said and "from_pretrained('owner/name').merge_" in said
-    assert [call[0] for call in hub.calls] == ["info"]
+    assert [call[0] for call in hub.calls] == ["info", "info"]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ def _note(results: Results) -> str:
         )
     if results.text is not None:
         text, opened = results.text, ", BOS before each" if results.text.bos else ""
+        opened += ", without the BOS that this family needs" if text.lacks_bos else ""
         parts.append(
             f"Perplexity per token and KL divergence from the original over {numbers.count(text.tokens)} tokens of "
             f"{escaped(text.name)} ({text.protocol} protocol, window {text.window}, stride {text.stride}{opened})."
