@@ -8,7 +8,7 @@ A spec is one of four things:
   a conversation), in an order that the seed shuffles (`records.py`);
 - ``demo``: stories of the embedded demo language, drawn from the seed;
 - a ``datasets`` name ``name[:config][:split]``, streamed and shuffled by the seed within a buffer; name may be a
-  local folder that `datasets` reads (data files, or what ``save_to_disk`` wrote).
+  local folder that `datasets` reads (data files, or what ``save_to_disk`` wrote; `folders.py`).
 
 No spec at all means the demo language for the demo model, and for any other model a public mix of three streams taken
 in turn, one document each: web (fineweb-edu), encyclopedia (Wikipedia), code (codeparrot-clean). All three are plain
@@ -20,12 +20,14 @@ from __future__ import annotations
 import itertools
 import random
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmshrink_eval.leftout import Unusable, parquet_rows, parse_line
 
+from llmshrink.calibration.folders import DEFAULT_SPLIT, data_files, is_saved, saved_rows
 from llmshrink.calibration.records import (
     KEYS,
     PAIR_KEYS,
@@ -52,8 +54,6 @@ OTHER_WAYS = "give --calibration FILE.txt, .jsonl or .parquet, or --calibration 
 
 PIECE_CHARACTERS = 1 << 16
 SHUFFLE_BUFFER = 1000
-SAVED = ("dataset_dict.json", "state.json")
-"""What `datasets` leaves in a folder that it saved."""
 REACH_SECONDS = 20
 DEMO_SEED = 20_000
 """Far from the seeds of training and of the tests, so that calibration never repeats either."""
@@ -119,59 +119,101 @@ def _read_txt(path: Path, _seed: int) -> Iterator[Record]:
             ) from error
 
 
-def _read_jsonl(path: Path, seed: int) -> Iterator[Record]:
-    """Shuffle the lines' places, not the lines: a file of any size costs 24 bytes a record."""
-    with path.open("rb") as file:
-        offsets, numbers = array("Q"), array("Q")
+def _read_jsonl(paths: Sequence[Path], seed: int) -> Iterator[Record]:
+    """Shuffle the lines' places, not the lines: files of any size cost 32 bytes a record."""
+    files, offsets, numbers = array("Q"), array("Q"), array("Q")
+    for which, path in enumerate(paths):
         position = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                offsets.append(position)
-                numbers.append(number)
-            position += len(line)
-        order = array("Q", range(len(offsets)))
-        random.Random(seed).shuffle(order)
-        for record in order:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    files.append(which)
+                    offsets.append(position)
+                    numbers.append(number)
+                position += len(line)
+    order = array("Q", range(len(offsets)))
+    random.Random(seed).shuffle(order)
+    for record in order:
+        path = paths[files[record]]
+        with path.open("rb") as file:  # anew for each: a folder may hold more files than can be open
             file.seek(offsets[record])
             try:
                 found = parse_line(file.readline())
             except Unusable as error:
                 found = error
-            yield read_record(found, f"line {numbers[record]}")
+        yield read_record(found, f"{_within(path, paths)}line {numbers[record]}")
 
 
-def _read_parquet(path: Path, seed: int) -> Iterator[Record]:
+def _read_parquet(paths: Sequence[Path], seed: int) -> Iterator[Record]:
     """Shuffle the row groups, then the rows in each: one row group is in memory at a time."""
+    order = random.Random(seed)
+    places = [(path, group) for path in paths for group in range(_row_groups(path))]
+    order.shuffle(places)
+    for path, group in places:
+        numbered = _rows(path, group)
+        order.shuffle(numbered)
+        for number, row in numbered:
+            yield read_record(row, f"{_within(path, paths)}row {number}")
+
+
+def _row_groups(path: Path) -> int:
+    """How many a file has. Raises CalibrationError for one that isn't parquet or that holds nothing to read."""
     import pyarrow
     import pyarrow.parquet
 
-    order = random.Random(seed)
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise CalibrationError(f"--calibration {path}: not a parquet file ({_first_line(error)})") from error
     with file:
         names = file.schema_arrow.names
-        wanted = [key for key in KEYS if key in names]
-        if set(wanted) <= {PAIR_KEYS[0], TOOLS_KEY} or set(wanted) <= {PAIR_KEYS[1], TOOLS_KEY}:
+        wanted = {key for key in KEYS if key in names}
+        if wanted <= {PAIR_KEYS[0], TOOLS_KEY} or wanted <= {PAIR_KEYS[1], TOOLS_KEY}:
             raise CalibrationError(
                 f"--calibration {path}: has the columns {names}, none of them {', '.join(TEXT_KEYS)} or messages, "
                 f"nor both of {' and '.join(PAIR_KEYS)}; rename the one that holds the text to text, or {OTHER_WAYS}"
             )
-        groups = list(range(file.num_row_groups))
-        starts = [0, *itertools.accumulate(file.metadata.row_group(group).num_rows for group in groups)]
-        order.shuffle(groups)
-        for group in groups:
-            try:
-                rows = parquet_rows(file.read_row_group(group, columns=wanted))
-            except (pyarrow.ArrowException, OSError) as error:
-                raise CalibrationError(
-                    f"--calibration {path}: row group {group} can't be read ({_first_line(error)}); copy the file again"
-                ) from error
-            numbered = list(enumerate(rows, start=starts[group] + 1))
-            order.shuffle(numbered)
-            for number, row in numbered:
-                yield read_record(row, f"row {number}")
+        return int(file.num_row_groups)
+
+
+def _rows(path: Path, group: int) -> list[tuple[int, Any]]:
+    """A row group's rows, each with its number in the file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        wanted = [key for key in KEYS if key in file.schema_arrow.names]
+        before = sum(file.metadata.row_group(each).num_rows for each in range(group))
+        try:
+            rows = parquet_rows(file.read_row_group(group, columns=wanted))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise CalibrationError(
+                f"--calibration {path}: row group {group} can't be read ({_first_line(error)}); copy the file again"
+            ) from error
+    return list(enumerate(rows, start=before + 1))
+
+
+def _within(path: Path, paths: Sequence[Path]) -> str:
+    """What precedes a place of one file among several."""
+    return f"{path.name}, " if len(paths) > 1 else ""
+
+
+def _folder(folder: Path, config: str, split: str, seed: int) -> Iterator[Record]:
+    """The records of a local folder, in the order of the seed."""
+    import datasets
+
+    if is_saved(folder):
+        for row, place in saved_rows(folder, split, seed, SHUFFLE_BUFFER):
+            yield read_record(row, place)
+        return
+    paths = data_files(folder, config, split)
+    readers = {_SEVERAL.get(path.suffix.lower()) for path in paths}
+    reader = readers.pop() if len(readers) == 1 else None
+    if reader is not None:
+        yield from reader(paths, seed)
+        return
+    stream = datasets.load_dataset(str(folder), config or None, split=split or DEFAULT_SPLIT, streaming=True)
+    yield from _streamed(stream, seed)
 
 
 def _dataset(spec: str, seed: int, within: str = "") -> Iterator[Record]:
@@ -188,18 +230,15 @@ def _dataset(spec: str, seed: int, within: str = "") -> Iterator[Record]:
         ) from error
     try:
         folder = expanded(name)
-        if not folder.is_dir():
-            # One question first: offline, `datasets` itself would retry for half a minute and log each try.
-            huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
-        if folder.is_dir() and any((folder / saved).is_file() for saved in SAVED):
-            found = datasets.load_from_disk(str(folder))
-            kept = found if isinstance(found, datasets.Dataset) else found[split or "train"]
-            stream = kept.to_iterable_dataset()
-        else:
-            path = str(folder) if folder.is_dir() else name
-            stream = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-        for number, record in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), start=1):
-            yield read_record(record, f"{within}record {number} in the order of the seed")
+        if folder.is_dir():
+            yield from _folder(folder, config, split, seed)
+            return
+        # One question first: offline, `datasets` itself would retry for half a minute and log each try.
+        huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
+        stream = datasets.load_dataset(name, config or None, split=split or DEFAULT_SPLIT, streaming=True)
+        yield from _streamed(stream, seed, within)
+    except CalibrationError:
+        raise
     # The package and its transports raise dozens of unrelated types for a name that isn't there or no network.
     except Exception as error:
         verb = "read" if expanded(name).is_dir() else "fetched"
@@ -208,12 +247,23 @@ def _dataset(spec: str, seed: int, within: str = "") -> Iterator[Record]:
         ) from error
 
 
+def _streamed(stream: Any, seed: int, within: str = "") -> Iterator[Record]:
+    """Records as `datasets` gives them, shuffled within a buffer. within: what precedes a place."""
+    for number, record in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), start=1):
+        yield read_record(record, f"{within}record {number} in the order of the seed")
+
+
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")[:160]
 
 
-_READERS: dict[str, Callable[[Path, int], Iterator[Record]]] = {
-    ".txt": _read_txt,
+_SEVERAL: dict[str, Callable[[Sequence[Path], int], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+}
+"""What reads any number of files of a kind, as one."""
+_READERS: dict[str, Callable[[Path, int], Iterator[Record]]] = {
+    ".txt": _read_txt,
+    ".jsonl": lambda path, seed: _read_jsonl([path], seed),
+    ".parquet": lambda path, seed: _read_parquet([path], seed),
 }

@@ -282,3 +282,50 @@ def test_prompts_with_completions_are_read_from_files_and_folders(
 def test_text_comes_before_a_prompt_with_its_completion(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q", "completion": "A", "text": "T"}))
     assert read(tmp_path / "a.jsonl") == ["T"]
+
+
+def records_of(spec: Path | str, seed: int = 0) -> list[Record]:
+    return list(load_documents(str(spec)).stream(seed))
+
+
+def test_one_bad_line_of_a_folder_is_left_out_with_its_file_and_line(tmp_path: Path) -> None:
+    for part in "ab":
+        lines = [json.dumps({"text": f"{part}{i}"}) for i in range(5)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    with (tmp_path / "b.jsonl").open("ab") as file:
+        file.write(b'\n{"text": "cut\n{"text": "\xff"}\n')
+    found = records_of(tmp_path)
+    good = [record.document for record in found if record.document is not None]
+    assert sorted(map(str, good)) == [f"{part}{i}" for part in "ab" for i in range(5)] != good
+    bad = sorted(f"{record.place} {record.fault}" for record in found if record.document is None)
+    assert [said.partition(" (")[0] for said in bad] == ["b.jsonl, line 7 isn't JSON", "b.jsonl, line 8 isn't UTF-8"]
+    assert found == records_of(tmp_path) != records_of(tmp_path, 1)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "saved:default:test"])
+def test_one_bad_row_of_a_folder_is_left_out_with_its_place(kind: str, tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    bytes_of = [b"one", b"two", b"\xff", b"four"]
+    table = pyarrow.table({"text": pyarrow.array(bytes_of).cast("string", safe=False), "number": [1, 2, 3, 4]})
+    if kind == "parquet":
+        (tmp_path / "saved").mkdir()
+        for name in ("a", "b"):
+            pyarrow.parquet.write_table(table, tmp_path / "saved" / f"{name}.parquet", row_group_size=2)
+    else:
+        whole = datasets.Dataset(datasets.table.InMemoryTable(table))
+        (datasets.DatasetDict(test=whole) if ":" in kind else whole).save_to_disk(tmp_path / "saved")
+    found = records_of(tmp_path / kind.replace("parquet", "saved"))
+    places = ["a.parquet, row 3", "b.parquet, row 3"] if kind == "parquet" else ["row 3"]
+    assert sorted(record.place for record in found if record.document is None) == places
+    assert {record.document for record in found} == {"one", "two", "four", None}
+    assert len(found) == 4 * len(places)
+
+
+def test_what_a_folder_of_another_kind_or_without_such_a_split_says(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nno comma\n")
+    assert [record.document for record in records_of(tmp_path)] == ["no comma"]
+    with pytest.raises(CalibrationError, match=rf"has no split dev; there are: train: give {tmp_path}::train$"):
+        records_of(f"{tmp_path}::dev")
