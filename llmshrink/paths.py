@@ -1,16 +1,20 @@
-"""Paths as people write them: with a ~, or by a link that stands for a folder."""
+"""Paths as people write them: with a ~, by a link that stands for a folder, in any letters."""
 
 from __future__ import annotations
 
+import codecs
 import os
+import sys
 from pathlib import Path
 
 from llmshrink.errors import LlmshrinkError, OutputError, PathLike
 
 
 def expanded(path: PathLike) -> Path:
-    """The path, its ~ or ~user written out. Raises LlmshrinkError where no home folder of that user is known."""
+    """The path, its ~ or ~user written out. Raises LlmshrinkError where no home folder of that user is known, and as
+    `check_spelling` does."""
     text = os.fspath(path)
+    check_spelling(text)
     found = os.path.expanduser(text)
     if found == text and text.startswith("~") and not os.path.lexists(text):
         user = text[1:].partition(os.sep)[0]
@@ -25,12 +29,28 @@ def output_folder(path: PathLike) -> Path:
     Raises OutputError for a link that leads nowhere but to itself, LlmshrinkError as `expanded` does.
     """
     folder = expanded(path)
+    check_spelling(folder.absolute())
     if not folder.is_symlink():
         return folder
     target = Path(os.path.realpath(folder))
     if target.is_symlink():
         raise OutputError(f"output {folder} is a link that leads to itself; choose another folder with -o")
     return target
+
+
+def check_spelling(path: PathLike) -> None:
+    """Raise LlmshrinkError for a path of other letters than ASCII where Python's own names of files aren't UTF-8.
+
+    What a shell's locale makes of such a name, or a program's own text, can't be opened there, or not by the libraries
+    that read tokenizers. A command line begins anew in UTF-8 instead (`cli.surroundings`); a program can't.
+    """
+    encoding = sys.getfilesystemencoding()
+    if os.fspath(path).isascii() or codecs.lookup(encoding).name == "utf-8":
+        return
+    raise LlmshrinkError(
+        f"{as_text(os.fspath(path))}: this Python's names of files are {encoding}, for the locale isn't UTF-8: set "
+        "PYTHONUTF8=1 (or LC_ALL=C.UTF-8) before Python starts, or give a path in ASCII"
+    )
 
 
 def holds(folder: Path, path: Path) -> bool:

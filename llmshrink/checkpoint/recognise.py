@@ -13,6 +13,7 @@ from pathlib import Path
 from llmshrink.checkpoint.beside import belonging
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, is_lfs_pointer, read_weight_map
 from llmshrink.errors import CheckpointError, SourceError
+from llmshrink.paths import check_spelling
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -23,8 +24,9 @@ POINTER_LIMIT = 1024
 def refuse_unready(folder: Path, name: str) -> None:
     """Raise SourceError where `folder` holds an adapter without its model, or pointers in the place of its files.
 
-    name: what the user called it.
+    name: what the user called it. Raises LlmshrinkError as `paths.check_spelling` does.
     """
+    check_spelling(folder.absolute())
     files = {each.name for each in folder.iterdir()}
     if is_adapter(files):
         raise SourceError(adapter(name, files, base=_base(folder / ADAPTER), where=str(folder)))

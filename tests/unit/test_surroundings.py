@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from llmshrink_eval.cache import default_folder, private_folder
 
+from llmshrink import api
 from llmshrink.cli import run
 from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.paths import as_text, expanded, holds, output_folder
@@ -188,3 +189,28 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_text_can_be_written() -> None:
     assert as_text(os.fsdecode(b"mod\xffel")).encode() == "mod\N{REPLACEMENT CHARACTER}el".encode()
+
+
+@pytest.mark.parametrize("name", ["öut", "\udcc3\udcb6ut", "ö/out"])
+def test_a_program_whose_file_names_arent_utf_8_is_told_before_the_work(
+    name: str, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ö").mkdir()
+    monkeypatch.chdir(tmp_path / Path(name).parent)
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    name = Path(name).name  # of the last one it is the current folder that can't be spelt
+    (Path(name)).mkdir()
+    says = (
+        r"öut|ö/out: this Python's names of files are ascii, .* set PYTHONUTF8=1 \(or LC_ALL=C\.UTF-8\) before Python"
+    )
+    for act in (
+        lambda: api.quantize("demo", output=name, calibration=story),
+        lambda: api.plan("demo", output=name, calibration=story),
+        lambda: api.inspect(name),
+        lambda: api.generate(name, "Once"),
+        lambda: api.eval("demo", output=name, text=str(story)),
+    ):
+        with pytest.raises(LlmshrinkError, match=says) as caught:
+            act()
+        assert str(caught.value).isprintable()
+    assert not list(Path(name).iterdir())
