@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from helpers import contents
 from hub_server import READER, TOKEN, HubServer, use
 
-from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
 from llmshrink.checkpoint.source import resolve
 from llmshrink.cli import run
 from llmshrink.errors import CheckpointError, SourceError
@@ -99,6 +100,27 @@ def test_a_run_from_the_hub_is_the_run_from_the_folder(
     next(resolve("owner/name").folder.glob("model-*.safetensors")).unlink()
     with pytest.raises(SourceError, match=r"owner/name: the Hub can't be reached, .* lacks 1 of its 5 .*\(model-"):
         resolve("owner/name")
+
+
+def test_a_file_that_the_repository_hasnt_is_missed_by_who_needs_it(
+    hub: HubServer, sharded: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["weight_map"]["vision.weight"] = "gone.safetensors"
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    hub.publish("owner/name", folder)
+    source = resolve("owner/name", stream=True)
+    with CheckpointIndex.open(source.folder, source.arriving) as opened:
+        assert opened.absent == {"vision.weight": "gone.safetensors"}
+        with CheckpointIndex.open(sharded) as local:
+            assert opened.fingerprint() == local.fingerprint()
+    assert resolve("owner/name").folder == source.folder
+    for file in folder.glob("model-*.safetensors"):
+        file.unlink()
+    hub.publish("owner/none", folder)
+    with pytest.raises(SourceError, match=r"owner/none: the repository has no gone\.safetensors, where its weights"):
+        resolve("owner/none", stream=True)
 
 
 def test_a_shard_that_is_not_what_was_promised_is_refused(hub: HubServer, sharded: Path) -> None:

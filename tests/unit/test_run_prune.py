@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ def test_every_shipped_recipe_runs(model_of: Callable[..., Path], story: Path, t
         zeros = sum(size * (row.zeros or 0.0) for size, row in zip(sizes, report.sites, strict=True))
         assert zeros / sum(sizes) == pytest.approx(0.5, abs=0.002) if not asked.quantize else zeros / sum(sizes) >= 0.5
         assert asked.prune.pattern is None or all(two_of_four(tmp_path / recipe, row.name) for row in report.sites)
+
+
+def test_an_empty_quantization_config_doesnt_go_on(model_of: Callable[..., Path], story: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model_of("llama"), tmp_path / "model"))
+    config = {**json.loads((source / "config.json").read_text()), "quantization_config": {}}
+    (source / "config.json").write_text(json.dumps(config))
+    report = llmshrink.prune(
+        source, output=tmp_path / "out", recipe="magnitude-2of4", calibration=story, samples=6, seq_len=32
+    )
+    assert report.ok
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def two_of_four(folder: Path, site: str) -> bool:
