@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmshrink.distillation.objective import Objective
+from llmshrink.distillation.state import described
 from llmshrink.errors import LlmshrinkError
 from llmshrink.methods.bnb import require
 from llmshrink.paths import expanded
@@ -132,3 +133,9 @@ def check_optimizer(name: str, device: torch.device) -> None:
             optimizer.step()
     except Exception as error:  # each package and device has its own ways
         raise LlmshrinkError(f"--optim {name}: doesn't run here ({one_line(error)}); take adamw_torch") from error
+    try:
+        described(optimizer.state_dict(), [])
+    except TypeError as error:
+        raise LlmshrinkError(
+            f"--optim {name}: what it remembers can't be kept for a run that goes on ({error}); take adamw_torch"
+        ) from error

@@ -25,6 +25,7 @@ from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import write
 from llmshrink.run.card import complete
 from llmshrink.run.finish import left_out_of, serve_line
+from llmshrink.run.foreign import refuse_foreign_in
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import JOURNAL, TRAINING, Workspace
 from llmshrink.run.output import partial_folder
@@ -52,6 +53,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
             if options.student is None:
                 remove(options.output)
             return _report(job, options.output, read_record(options.output), started)
+        refuse_foreign_in(workspace.folder / TRAINING)
         for note in job.real.reading.notes(job.real.name):
             progress.note(f"note: {note}")
         training = _windows(job, workspace.folder / TRAINING, progress)
@@ -115,6 +117,7 @@ def _train_along(job: Job) -> None:
     if not (partial / JOURNAL).exists():
         return
     folder = partial / TRAINING
+    refuse_foreign_in(folder)
     training = _windows(job, folder, Silent())
     says, exact = _teachers(job, training, Silent())
     train(job, training, says, exact, folder, Silent())

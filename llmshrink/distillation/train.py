@@ -13,6 +13,7 @@ import torch
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.preflight import check_room
+from llmshrink.distillation import state
 from llmshrink.distillation.curves import Curves
 from llmshrink.distillation.judge import judge
 from llmshrink.distillation.match import HiddenMatch
@@ -76,7 +77,7 @@ def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, fold
             each for each in trainer.callback_handler.callbacks if type(each).__name__ == "PrinterCallback"
         ]:
             trainer.remove_callback(callback)
-        last = last_whole(folder)
+        last = last_whole(folder, job.processes.count)
         if last is not None:
             progress.note(f"resumed     at step {last.name.rpartition('-')[2]} of {options.steps}")
         with _with_room(module, folder, options.optim):
@@ -143,15 +144,17 @@ def _with_room(module: torch.nn.Module, folder: Path, optim: str) -> Iterator[No
         raise
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The Trainer's last checkpoint that it finished: it writes its state last of all."""
+def last_whole(folder: Path, processes: int) -> Path | None:
+    """The Trainer's last checkpoint that it finished: it writes its state last of all, and each process its own part."""
+    names = [state.MODEL, state.OPTIMIZER, state.SCHEDULE, *map(state.random_numbers, range(processes))]
     whole = []
     for checkpoint in folder.glob("checkpoint-*"):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        whole.append(checkpoint)
+        if all(state.is_there(checkpoint, name) for name in names):
+            whole.append(checkpoint)
     return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 

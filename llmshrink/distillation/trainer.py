@@ -1,5 +1,6 @@
-"""transformers' Trainer around the chunked loss: its loop, precision, accumulation, checkpoints and processes are used
-as they are; what is ours is the loss, which parameters learn at which rate, and what is said while it runs."""
+"""transformers' Trainer around the chunked loss: its loop, precision, accumulation and processes are used as they are;
+what is ours is the loss, which parameters learn at which rate, the files of its checkpoints (`state`: no pickles), and
+what is said while it runs."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmshrink.calibration.tokens import TokenWindows
+from llmshrink.distillation import state
 from llmshrink.distillation.chunked import Losses, Teacher, chunked_loss
 from llmshrink.distillation.match import HiddenMatch
 from llmshrink.distillation.objective import IGNORED, Objective
@@ -182,7 +184,7 @@ class DistillTrainer(Trainer):
         windows = inputs["window"].tolist()
         loss = super().training_step(model, inputs, *rest, **named)
         if not bool(torch.isfinite(loss)):
-            last = last_whole(Path(str(self.args.output_dir)))
+            last = last_whole(Path(str(self.args.output_dir)), self.args.world_size)
             kept = (
                 "no checkpoint is before it"
                 if last is None
@@ -193,6 +195,46 @@ class DistillTrainer(Trainer):
                 "the text there, or start anew with a lower --lr and --overwrite"
             )
         return loss
+
+    # A checkpoint, without the pickles that transformers would write and read.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None and self.model is not None
+        state.write(Path(output_dir), state.MODEL, dict(self.model.state_dict()))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        if self.args.should_save:
+            state.write(Path(output_dir), state.OPTIMIZER, self.optimizer.state_dict())
+            state.write(Path(output_dir), state.SCHEDULE, self.lr_scheduler.state_dict())
+
+    def _save_scaler(self, output_dir: str) -> None:
+        assert self.accelerator.scaler is None, "float16 is never trained in"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state.write(Path(output_dir), state.random_numbers(self.args.process_index), state.random_state())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self.model is not None
+        self.model.load_state_dict(state.read(Path(resume_from_checkpoint), state.MODEL))
+
+    def _load_best_model(self) -> None:
+        # Its name alone: the path that was written is of where the workspace was then.
+        best = Path(str(self.state.best_model_checkpoint)).name
+        self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / best))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            self.optimizer.load_state_dict(state.read(Path(checkpoint), state.OPTIMIZER))
+            self.lr_scheduler.load_state_dict(state.read(Path(checkpoint), state.SCHEDULE))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        assert self.accelerator.scaler is None, "float16 is never trained in"
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.set_random_state(state.read(Path(checkpoint), state.random_numbers(self.args.process_index)))
 
 
 class Held(TrainerCallback):

@@ -143,6 +143,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 
+def can_hold(dtype: torch.dtype) -> bool:
+    """Whether the files that are written here have a name for it."""
+    return dtype in _SAFETENSORS_NAMES
+
+
 def shard_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     """The safetensors header of tensors laid out in the mapping's order, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -36,6 +36,13 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
+def refuse_foreign_in(folder: Path) -> None:
+    """The same for a folder that a run reads back what it wrote from, and for all in it."""
+    refuse_foreign(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        refuse_foreign_in(path)
+
+
 def _owner_of_ours(folder: Path) -> int | None:
     """The user that files made by this process belong to, in a folder: some network disks have another."""
     try:
