@@ -17,12 +17,16 @@ from llmshrink.weights import round_cache, round_inputs
 class Decompressed:
     """A reader of a compressed checkpoint that answers with the dense names. dtype: of the dequantized weights.
 
+    index: of the folder, where there is one already.
+
     Where products are of 8 bits, or keys and values are cached in FP8, that isn't all: `round_too` is for the model
     that computes with the weights.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
-        self._index = CheckpointIndex.open(folder)
+    def __init__(
+        self, folder: Path, config: dict[str, Any], dtype: torch.dtype, index: CheckpointIndex | None = None
+    ) -> None:
+        self._index = CheckpointIndex.open(folder) if index is None else index
         self.why_not = self._index.why_not
         self._dtype = dtype
         self._schemes = stored.schemes(config.get("quantization_config"), self._index)

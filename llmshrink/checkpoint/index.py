@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -74,10 +75,10 @@ class CheckpointIndex:
         self._entries = {entry.key: entry for entry in entries}
         self._descriptors: dict[Path, int] = {}
         weakref.finalize(self, _close, self._descriptors)
-        self._opening = threading.Lock()
+        self._opening = threading.RLock()
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], arriving: Arriving | None = None) -> CheckpointIndex:
+    def open(cls, folder: str | os.PathLike[str], arriving: Arriving | None = None) -> Self:
         """Find and check the checkpoint in `folder`: `model.safetensors`, or the shards its index names.
 
         arriving: shards that aren't there yet; a read waits for the one that it needs. Raises SourceError when there
@@ -114,7 +115,7 @@ class CheckpointIndex:
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
-    def __enter__(self) -> CheckpointIndex:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -241,8 +242,7 @@ class CheckpointIndex:
                 with self._opening:  # a block may be read ahead, on a thread
                     descriptor = self._descriptors.get(entry.file)
                     if descriptor is None:
-                        descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
-                        self._descriptors[entry.file] = descriptor
+                        descriptor = self._open(entry.file)
             done = 0
             while done < len(into):
                 count = os.preadv(descriptor, [into[done:]], entry.offset + start + done)
@@ -253,6 +253,11 @@ class CheckpointIndex:
             raise CheckpointError(
                 f"{entry.file}: {entry.key} can't be read: {error.strerror or error}; check the disk, or copy it again"
             ) from error
+
+    def _open(self, file: Path) -> int:
+        """A descriptor of a shard, kept until `close`."""
+        descriptor = self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        return descriptor
 
 
 def _header(file: Path, arriving: Arriving | None) -> Header:

@@ -1,6 +1,6 @@
 """A teacher's word on disk: its k likeliest tokens at every position and the bucket of all others, for any student.
 
-    FOLDER/manifest.json             what it was made from, and each file's checksum
+    FOLDER/manifest.json             what it was made from (the teacher's checksums too), and each file's checksum
     FOLDER/windows-00000.safetensors ids [windows, length, k], logprobs float16 likewise, tail float16 [windows, length]
     FOLDER/held_out.safetensors      the teacher's hidden states on the held-out windows, and its output layer
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from llmshrink.calibration.activations import Batch
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.preflight import check_room
+from llmshrink.checkpoint.unchanged import Changed, Watched
 from llmshrink.distillation.chunked import Tail, chunk_rows
 from llmshrink.distillation.objective import TopK
 from llmshrink.distillation.teacher import SplitModel
@@ -41,6 +42,8 @@ LIKELIEST = 64
 """Tokens that are kept unless the user says otherwise."""
 FILE_BYTES = 1 << 25
 """Of a file, about."""
+NOTHING_READ: dict[str, Any] = {"files": {}, "sums": {}}
+"""Of its teacher, says a cache of before it was noted."""
 
 NARROW_IDS = 1 << 16
 """The largest vocabulary whose ids are 2 bytes."""
@@ -145,8 +148,8 @@ class HeldOutTeacher:
         return logits
 
 
-def is_whole(folder: Path, key: CacheKey) -> bool:
-    """Whether a folder holds all that `key` asks for, with the right checksums.
+def is_whole(folder: Path, key: CacheKey, teacher: Watched) -> bool:
+    """Whether a folder holds all that `key` asks for, with the right checksums. teacher: the files of its weights.
 
     Raises LlmshrinkError when it holds something else: another teacher's, another text's, or no cache at all.
     """
@@ -159,6 +162,13 @@ def is_whole(folder: Path, key: CacheKey) -> bool:
             f"{folder}: holds a teacher's outputs for another {SAID.get(differs, differs)} "
             f"({manifest['key'].get(differs)}, here {getattr(key, differs)}); name another folder with --teacher-cache"
         )
+    try:
+        teacher.go_on_from(manifest.get("read", NOTHING_READ))
+    except Changed as error:
+        raise LlmshrinkError(
+            f"{folder}: holds the outputs of a teacher that changed since: {error.file}: {error.what}; put back what "
+            "was there, or name another folder with --teacher-cache"
+        ) from error
     wanted = [_file(number) for number in range(manifest["files"])] + [HELD_OUT]
     for name in wanted:
         if name not in manifest["sha256"]:
@@ -170,10 +180,18 @@ def is_whole(folder: Path, key: CacheKey) -> bool:
 
 
 def make(
-    folder: Path, key: CacheKey, split: SplitModel, windows: TokenWindows, held_out: Sequence[Batch], progress: Progress
+    folder: Path,
+    key: CacheKey,
+    split: SplitModel,
+    windows: TokenWindows,
+    held_out: Sequence[Batch],
+    progress: Progress,
+    *,
+    read: Watched,
 ) -> None:
     """Ask the teacher about all windows and write it down, or what of it isn't there yet.
 
+    read: the files that the teacher was read from.
     key: of an absent, empty or unfinished cache (see `is_whole`). Each file appears whole, the manifest after it.
     Raises OutputError where the disk has no room for it.
     """
@@ -186,6 +204,7 @@ def make(
     a_file = max(key.batch_size, FILE_BYTES // each // length // key.batch_size * key.batch_size)
     count = -(-len(windows.input_ids) // a_file)
     manifest: dict[str, Any] = {"key": vars(key), "windows_a_file": a_file, "files": count, "sha256": {}}
+    manifest["read"] = read.seen()
     if (folder / MANIFEST).is_file():
         manifest = _read_manifest(folder)
         a_file, count = manifest["windows_a_file"], manifest["files"]
@@ -255,6 +274,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         assert isinstance(manifest["key"], dict)
         assert isinstance(manifest["sha256"], dict)
+        assert all(isinstance(manifest.get("read", NOTHING_READ)[part], dict) for part in NOTHING_READ)
         assert manifest["windows_a_file"] > 0
         assert manifest["files"] > 0
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:

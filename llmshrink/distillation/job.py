@@ -16,9 +16,9 @@ from llmshrink.calibration.activations import Batch, batches_of
 from llmshrink.calibration.text import load_documents
 from llmshrink.calibration.tokens import TokenWindows, build_windows, tokenizer_hash
 from llmshrink.checkpoint.beside import check_side_files
-from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.distillation.asked import check_cache, check_optimizer, check_places, objective_of
 from llmshrink.distillation.cache import LIKELIEST, CacheKey
 from llmshrink.distillation.made import check_room_for, student_folder
@@ -111,6 +111,10 @@ class Job:
     @cached_property
     def teacher(self) -> SplitModel:
         """The teacher in memory, read when it's first asked for: a whole cache needs none."""
+        if self.processes.first:
+            # From the disk to the system's memory once: what transformers reads next comes from there.
+            self.teacher_index.sum_rest()
+            self.teacher_index.close()
         trusted = self.options.trust_remote_code
         if self.options.teacher_quant is not None:
             model = load_narrow(self.teacher_source, self.options.teacher_quant, self.device, trusted)
@@ -145,10 +149,14 @@ class Job:
         return matched_blocks(blocks[0], blocks[1], structure)
 
     @cached_property
+    def teacher_index(self) -> Watched:
+        """Of the teacher's weights, to see whether they change; it is transformers that loads them."""
+        return Watched.open(self.teacher_source.folder)
+
+    @cached_property
     def teacher_fingerprint(self) -> str:
         """Of the teacher's weights."""
-        with CheckpointIndex.open(self.teacher_source.folder) as index:
-            return index.fingerprint()
+        return self.teacher_index.fingerprint()
 
     @property
     def likeliest(self) -> int:

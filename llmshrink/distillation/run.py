@@ -47,7 +47,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
     started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         check_room(options.output, max(0, weight_bytes(job.student.source.folder) - workspace.finished_bytes()))
-        parts = workspace.begin(job.identity())
+        parts = workspace.begin(job.identity(), {"teacher": job.teacher_index, "student": job.student.index})
         if parts is None:
             job.processes.wait(job.device)
             if options.student is None:
@@ -58,6 +58,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
             progress.note(f"note: {note}")
         training = _windows(job, workspace.folder / TRAINING, progress)
         says, exact = _teachers(job, training, progress)
+        workspace.note_sources()
         job.processes.wait(job.device)
         before = judge(job.split, exact, job.batches, job.held_out.labels)
         progress.note(f"before      KL {before.kl_mean:.5f} on {before.tokens} held-out tokens")
@@ -148,8 +149,8 @@ def _teachers(job: Job, training: TokenWindows, progress: Progress) -> tuple[Say
     if folder is None:
         return LiveTeacher(job.teacher, job.dtype), LiveTeacher(job.teacher)
     key = job.cache_key(training)
-    if not cache.is_whole(folder / "outputs", key):
-        cache.make(folder / "outputs", key, job.teacher, training, job.batches, progress)
+    if not cache.is_whole(folder / "outputs", key, job.teacher_index):
+        cache.make(folder / "outputs", key, job.teacher, training, job.batches, progress, read=job.teacher_index)
     return cache.CachedTeacher(folder / "outputs", job.device), cache.HeldOutTeacher.open(
         folder / "outputs", job.device
     )

@@ -3,9 +3,9 @@
     NAME.safetensors  the tensors, numbered
     NAME.json         the sha256 of that file, and the value with each tensor's number in its place
 
-A state is a tree of dicts, lists and tuples whose leaves are tensors, numbers, text and None: the parameters that learn,
-an optimizer's and a schedule's state dict, the states of random numbers. In the JSON a dict is its pairs, since its keys
-may be numbers; the arguments of a training are kept nowhere, as the command has them.
+A state is a tree of dicts, lists and tuples whose leaves are tensors, numbers, text and None: the parameters that
+learn, an optimizer's and a schedule's state dict, the states of random numbers. In the JSON a dict is its pairs, since
+its keys may be numbers. The arguments of a training are kept nowhere: the command has them.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from llmshrink.checkpoint.decompressed import Decompressed
-from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
+from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.errors import CheckpointError, SourceError
 from llmshrink.formats import kv_cache, stored
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
@@ -47,7 +47,7 @@ class Student:
     """
 
     source: Source
-    index: CheckpointIndex
+    index: Watched
     model: Any
     key_of: dict[str, str]
     schemes: dict[str, Scheme]
@@ -130,8 +130,8 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
     train: None is `scales` for a quantized checkpoint, else `weights`. Raises SourceError for scales that aren't there.
     """
     raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    index = CheckpointIndex.open(source.folder)
-    with Decompressed(source.folder, raw, torch.float32) as reader:
+    index = Watched.open(source.folder)
+    with Decompressed(source.folder, raw, torch.float32, index) as reader:
         skeleton = Skeleton(config, reader, device=device, dtype=torch.float32)
         skeleton.load("")
     schemes = schemes_of(source)

@@ -145,7 +145,7 @@ def _with_room(module: torch.nn.Module, folder: Path, optim: str) -> Iterator[No
 
 
 def last_whole(folder: Path, processes: int) -> Path | None:
-    """The Trainer's last checkpoint that it finished: it writes its state last of all, and each process its own part."""
+    """The Trainer's last checkpoint that it finished: it writes its state last, and each process its part."""
     names = [state.MODEL, state.OPTIMIZER, state.SCHEDULE, *map(state.random_numbers, range(processes))]
     whole = []
     for checkpoint in folder.glob("checkpoint-*"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmshrink.checkpoint.beside import NOTHING, LeftBehind, check_side_files
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
 from llmshrink.checkpoint.preflight import check_room
+from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.errors import CheckpointError, SourceError
 from llmshrink.formats import kv_cache, stored
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
@@ -89,11 +90,12 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
     """
     started = time.perf_counter()
     record, config = check(source, output, format)
-    with CheckpointIndex.open(source) as index, Workspace(output, overwrite=overwrite) as workspace:
+    with Watched.open(source) as index, Workspace(output, overwrite=overwrite) as workspace:
         plan = Conversion.of(record, config, index, format)
         done = workspace.finished_bytes()
         check_room(output, max(0, plan.nbytes() - done))
-        parts = workspace.begin({"convert": index.fingerprint(), "record": record["identity"], "format": format})
+        identity = {"convert": index.fingerprint(), "record": record["identity"], "format": format}
+        parts = workspace.begin(identity, {"model": index})
         if parts is None:
             folder = output
         else:

@@ -23,6 +23,7 @@ from llmshrink.calibration.tokens import TokenWindows, beginning_for, build_wind
 from llmshrink.checkpoint.index import CheckpointIndex, check_finite, not_finite
 from llmshrink.checkpoint.preflight import check_dtypes, check_source, load_config, load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source, resolve
+from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.errors import CheckpointError, RecipeError
 from llmshrink.formats.servable import FP8_CACHE, FP8_CACHE_CUT, FP8_CACHE_NEEDS, attention
 from llmshrink.formats.stored import Format, Scheme
@@ -223,7 +224,7 @@ def prepare(options: Options) -> Job:
     source = resolve(options.model, trust_remote_code=options.trust_remote_code, stream=True)
     check_apart(options.output, (("the model", source.folder),))
     check_source(source, trust_remote_code=options.trust_remote_code)
-    index = CheckpointIndex.open(source.folder, source.arriving)
+    index = Watched.open(source.folder, source.arriving)
     index.verify_blobs()
 
     def survey(chain: Chain, calibration: TokenWindows) -> list[list[Stage]]:

@@ -1,10 +1,11 @@
 """The state of a run is its finished shards; the journal says which they are and what they were made from.
 
 `OUT.partial/journal.jsonl`: the first line is the run's identity (everything that bit-identity depends on: source,
-recipe, calibration, versions, device, instruction set, dtype, threads) and how many parts the last start kept; each
-further line is one finished part with its shards' checksums and what the report will say of it. A line is appended only
-after its shards are durable. On a restart the identity must be equal and the shards are verified; the parts that hold
-are kept, and the run goes on at the first that doesn't.
+recipe, calibration, versions, device, instruction set, dtype, threads), how many parts the last start kept, and what
+was read of the sources; each further line is one finished part with its shards' checksums and what the report will say
+of it, or what was read of the sources since. A line is appended only after its shards are durable. On a restart the
+identity must be equal, the sources must be what was read (`checkpoint.unchanged`), and the shards are verified; the
+parts that hold are kept, and the run goes on at the first that doesn't.
 
 The checkpoint grows in `OUT.partial/checkpoint`, which the last step renames to `OUT`. The journal goes after that: a
 crash in between leaves a journal beside a complete `OUT`, and the next start only tidies up.
@@ -17,11 +18,13 @@ import os
 import shutil
 import stat
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink.checkpoint.unchanged import Changed, Watched
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
 from llmshrink.run.arithmetic import processor
@@ -69,6 +72,8 @@ class Workspace:
         self.checkpoint = self.folder / CHECKPOINT
         self.overwrite = overwrite
         self.parts: list[Part] = []
+        self._sources: Mapping[str, Watched] = {}
+        self._noted: dict[str, int] = {}
         self._lock = Lock(self.folder)
         self._made: list[Path] = []
 
@@ -107,15 +112,18 @@ class Workspace:
             return 0
         return sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
 
-    def begin(self, identity: dict[str, Any]) -> list[Part] | None:
+    def begin(self, identity: dict[str, Any], sources: Mapping[str, Watched] | None = None) -> list[Part] | None:
         """Open the journal for a run of this identity; returns the finished parts that still hold.
+
+        sources: what is read meanwhile, by what it is for; each is held to what the run has read of it before.
 
         What a training run of this identity left in `training` stays; it is the Trainer's to check.
 
         None: this very run was already published and only its journal was left; it is now tidied up.
         Raises OutputError when the folder holds another run's unfinished state, or the output exists, and
-        `overwrite` isn't set.
+        `overwrite` isn't set; Changed, then too, when a source isn't what was read of it.
         """
+        self._sources = sources or {}
         if self._aside.exists() and not self.output.exists():
             os.replace(self._aside, self.output)  # a crash in the middle of `publish`
         if (self.folder / PUBLISHING).exists():
@@ -127,10 +135,21 @@ class Workspace:
                 raise
             lines = []
         differs = _first_difference(lines[0].get("identity", {}), identity) if lines else None
+        seen = _seen(lines)
+        if differs is not None and not self.overwrite:
+            # The same folder with other weights is better told as what it is.
+            self._go_on_from({name: said for name, said in seen.items() if self._is_of(name, said)})
         if lines and differs is None and not self.checkpoint.exists() and is_ours(self.output):
             self._tidy()
             return None
         check_output(self.output, overwrite=self.overwrite)
+        if differs is None:
+            try:
+                self._go_on_from(seen)
+            except Changed as error:
+                if not self.overwrite:
+                    raise
+                differs = str(error)
         if differs is not None and not self.overwrite:
             raise OutputError(f"{self.folder} holds an unfinished run {differs}, or start anew with --overwrite")
         self._rehearse()
@@ -140,9 +159,11 @@ class Workspace:
         known = {name for part in self.parts for name in part.shards}
         stays = {LOCK, JOURNAL, CHECKPOINT} | ({TRAINING} if lines and differs is None else set())
         rest = [path for path in self.folder.iterdir() if path.name not in stays]
+        said = {name: source.seen() for name, source in self._sources.items()}
+        self._noted = {name: len(each["sums"]) for name, each in said.items()}
         for path in [*rest, *(p for p in self.checkpoint.iterdir() if p.name not in known)]:
             _remove(path)  # leftovers of a crash
-        head = {"identity": identity, "kept": len(self.parts)}
+        head = {"identity": identity, "kept": len(self.parts), "sources": said}
         kept = [_line(head), *(_line(vars(part)) for part in self.parts)]
         disk.write_text(self.journal, "\n".join(kept) + "\n")
         return self.parts
@@ -158,6 +179,8 @@ class Workspace:
         """The longest run of parts from the start whose shards are there with the right bytes."""
         held: list[Part] = []
         for line in lines:
+            if "name" not in line:
+                continue  # of what was read
             part = Part(line["name"], line["shards"], line["rows"])
             for name, shard in part.shards.items():
                 path = self.checkpoint / name
@@ -170,17 +193,44 @@ class Workspace:
             held.append(part)
         return held
 
+    def _is_of(self, name: str, said: Mapping[str, Any]) -> bool:
+        source = self._sources.get(name)
+        return source is not None and source.seen()["folder"] == said["folder"]
+
+    def _go_on_from(self, seen: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, said in seen.items():
+            if name in self._sources:
+                self._sources[name].go_on_from(said)
+
+    def note_sources(self) -> None:
+        """Write down what was read of the sources since that was last done."""
+        new = {}
+        for name, source in self._sources.items():
+            said, noted = source.seen(), self._noted[name]
+            if len(said["sums"]) > noted:
+                new[name] = {**said, "sums": dict(list(said["sums"].items())[noted:])}
+                self._noted[name] = len(said["sums"])
+        if new:
+            disk.append_line(self.journal, _line({"sources": new}))
+
     def finish_part(self, part: Part) -> None:
+        self.note_sources()
         disk.append_line(self.journal, _line(vars(part)))
         self.parts.append(part)
+
+    def check_sources(self) -> None:
+        """Raise Changed where a source isn't what was read of it any more."""
+        for source in self._sources.values():
+            source.check_unchanged()
 
     def publish(self) -> None:
         """Give the checkpoint its final name: the last step of a run.
 
         An older output of ours is moved aside first and deleted after, so that `output` is absent for a moment but
         never mixed. Where it can't be renamed, its files are, one by one, the record last. Raises OutputError, with
-        all that was done kept, where somebody put files there meanwhile.
+        all that was done kept, where somebody put files there meanwhile, and Changed where a source did.
         """
+        self.check_sources()
         check_output(self.output, overwrite=self.overwrite)
         disk.fsync_folder(self.checkpoint)
         if in_place(self.output):
@@ -274,6 +324,16 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             f"{path} {why}, so that its run can't go on; start anew with --overwrite, which deletes what was finished"
         )
     return lines
+
+
+def _seen(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the lines say was read of each source, all together."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        for name, said in line.get("sources", {}).items():
+            before = found.get(name, {"sums": {}})
+            found[name] = {**said, "sums": {**before["sums"], **said["sums"]}}
+    return found
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

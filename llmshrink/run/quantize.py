@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
+from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.model.sites import sites_of
 from llmshrink.run import disk, heldout
 from llmshrink.run.asked import Options, check_apart, dtype_name, stored_dtype
@@ -44,7 +45,9 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         stack.callback(job.index.close)
         give_back()
         memory = check_fits(job, workspace.folder, already=workspace.finished_bytes())
-        parts = workspace.begin(job.identity())
+        assert isinstance(job.index, Watched), "a plan's reads nothing, and isn't run"
+        job.index.check_unchanged()  # while it was analysed
+        parts = workspace.begin(job.identity(), {"model": job.index})
         if parts is None:
             return reread(job, seconds=time.perf_counter() - started)
         if job.arithmetic.dtype != dtype_name(stored_dtype(job.index)):

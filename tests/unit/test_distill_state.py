@@ -1,4 +1,4 @@
-"""What a training leaves to go on from: no pickle is written or read, and what comes back is what was kept, to the bit."""
+"""What a training leaves to go on from: no pickle is written or read, and what comes back is what was kept."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_a_state_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, 
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("leaf", [{1, 2}, b"bytes", torch.nn.Linear(1, 1), torch.ones(1).to_sparse(), 1j, random.Random()])
+@pytest.mark.parametrize(
+    "leaf", [{1, 2}, b"bytes", torch.nn.Linear(1, 1), torch.ones(1).to_sparse(), 1j, random.Random()]
+)
 def test_what_is_no_plain_value_is_not_kept(leaf: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         state.write(tmp_path, "any", {"leaf": [leaf]})

@@ -91,13 +91,13 @@ def test_each_source_tensor_is_read_at_most_twice(
     model_of: Callable[..., Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[CheckpointIndex] = []
-    open_index = CheckpointIndex.open
+    open_index = jobs.Watched.open
 
     def remember(folder: Path, *arriving: Any) -> CheckpointIndex:
         opened.append(open_index(folder, *arriving))
         return opened[-1]
 
-    monkeypatch.setattr(jobs.CheckpointIndex, "open", remember)
+    monkeypatch.setattr(jobs.Watched, "open", remember)
     llmshrink.quantize(model_of("llama"), output=tmp_path / "out", calibration=story, **SMALL)
     assert opened[0].folder == model_of("llama").resolve()
     assert set(opened[0].reads) == set(opened[0].keys())
