@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+from llmshrink_eval.inert import escaped
+
 from llmshrink.run.heldout import Quality
 
 TABLE = "distillation.csv"
@@ -98,15 +100,15 @@ def section(record: Mapping[str, Any]) -> str:
     """The end of README.md: how the student was taught, in words, in a picture and by its evaluations."""
     made = record["distill"]
     before, after = Quality(**made["before"]), Quality(**record["quality"])
-    revision = f" (revision {made['revision']})" if made["revision"] else ""
+    revision = f" (revision {escaped(made['revision'])})" if made["revision"] else ""
     windows, length = made["windows"]
     lines = [
         "## How it was taught",
         "",
-        f"- Teacher: {made['teacher']}{revision}.",
-        f"- Data: {windows:,} windows of {length:,} tokens of {made['data']}; {made['learned']}.",
+        f"- Teacher: {escaped(made['teacher'])}{revision}.",
+        f"- Data: {windows:,} windows of {length:,} tokens of {escaped(made['data'])}; {escaped(made['learned'])}.",
         f"- Training: {made['steps']:,} steps of {made['step_windows']:,} windows; trained: "
-        f"{', '.join(made['trained'])}.",
+        f"{escaped(', '.join(made['trained']))}.",
         f"- Loss: {_loss(made)}.",
         f"- KL from the teacher on {after.tokens:,} held-out tokens: {before.kl_mean:.5f} before, "
         f"{after.kl_mean:.5f} after (standard error {after.kl_stderr:.5f}).",

@@ -22,6 +22,7 @@ def evaluation_of(report: Path, folder: Path, original: str) -> Evaluation:
     """
     from llmshrink_eval.cache import default_folder
     from llmshrink_eval.fingerprint import fingerprint_folder
+    from llmshrink_eval.inert import escaped
     from llmshrink_eval.report.summary import findings
     from llmshrink_eval.report.table import markdown
     from llmshrink_eval.results import Results
@@ -46,8 +47,8 @@ def evaluation_of(report: Path, folder: Path, original: str) -> Evaluation:
     if base is not None:
         shown.insert(0, base.model_copy(update={"name": original, "path": original}))
     part = results.model_copy(update={"models": tuple(shown), "requirements": ()})
-    said = [f"- {finding.text}" for finding in findings(part) if finding.model in (THIS, None)]
-    on = f"On {results.device}, with {found.engine} in {found.dtype}, seed {results.seed}."
+    said = [f"- {escaped(finding.text)}" for finding in findings(part) if finding.model in (THIS, None)]
+    on = escaped(f"On {results.device}, with {found.engine} in {found.dtype}, seed {results.seed}.")
     return Evaluation((*markdown(part).rstrip().splitlines(), "", *said, "", on), tuple(_figures(results, found)))
 
 

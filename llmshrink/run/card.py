@@ -1,5 +1,9 @@
 """The model card: what this checkpoint is, what it cost, and how to use it, in the Hub's metadata and in words.
 
+Names come from models, folders, texts and records that anybody may have made, and a card is rendered on someone's
+site: in the metadata they are quoted by YAML, in the text they are escaped (`inert`), and a link is made of an id of
+the Hub's alone.
+
 It is made from the folder alone (the record, the recipe, the seal, the original's licence), so that the same folder has
 the same card to the byte, and no path of a machine is in it. What only others know is handed in: what was evaluated,
 and under which name it is published.
@@ -13,15 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.inert import code, escaped, fenced
+
+from llmshrink.errors import CheckpointError
 from llmshrink.run import disk
 from llmshrink.run.inspect import InspectReport, inspect
-from llmshrink.run.licence import licence_of
+from llmshrink.run.licence import Licence, licence_of
 from llmshrink.run.report import SiteRow, VerifyReport, changes, size
 from llmshrink.run.seal import known_files, note_files, read_seal, seal_of, weight_bytes, write_seal
 from llmshrink.run.storage import format_of
 from llmshrink.run.verify import read_record
 
 CARD = "README.md"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 HERE = "<this folder>"
 INTERVAL = 1.96
 """Standard errors to either side of a mean, for 95 %."""
@@ -73,6 +81,24 @@ def beyond(folder: Path) -> str | None:
     return text.removeprefix(own) if text.startswith(own) else None
 
 
+@dataclass(frozen=True)
+class Subject:
+    """All that a card is made of. recipe: recipe.yaml, where there is one; weights: bytes of their files."""
+
+    record: dict[str, Any]
+    made: InspectReport
+    licence: Licence
+    recipe: str | None
+    weights: int
+
+    @classmethod
+    def of(cls, folder: Path) -> Subject:
+        """What a checkpoint's folder says of it. Raises SourceError when it isn't an output."""
+        file = folder / "recipe.yaml"
+        recipe = file.read_text(encoding="utf-8", errors="replace").rstrip() if file.is_file() else None
+        return cls(read_record(folder), inspect(folder), licence_of(folder), recipe, weight_bytes(folder))
+
+
 def card(
     folder: Path,
     *,
@@ -81,27 +107,37 @@ def card(
     seal: Mapping[str, Any] | None = None,
 ) -> str:
     """The text. name: the repository that it is published as; None: not yet. seal: None: the one in the folder."""
-    record, made = read_record(folder), inspect(folder)
+    return compose(Subject.of(folder), name=name, evaluation=evaluation, seal=seal or read_seal(folder))
+
+
+def compose(
+    about: Subject,
+    *,
+    name: str | None = None,
+    evaluation: Evaluation | None = None,
+    seal: Mapping[str, Any] | None = None,
+) -> str:
+    """The text, from what it is made of. Raises CheckpointError for a recipe.yaml that is none."""
+    record = about.record
     title = name.rpartition("/")[2] if name else f"{record['model']}, {record['recipe']}"
     parts = (
-        ["---", *_metadata(folder, record, made, title, evaluation), "---", "", f"# {title}", ""],
-        _what(folder, record, made),
-        _quality(folder, record, made, evaluation),
-        _recipe(folder, record, made),
+        ["---", *_metadata(about, title, evaluation), "---", "", f"# {escaped(title)}", ""],
+        _what(about),
+        _quality(about, evaluation),
+        _recipe(about),
         _use(record, name or HERE),
-        _layers(made),
-        _origin(record, seal or read_seal(folder)),
+        _layers(about.made),
+        _origin(record, seal),
         _limits(record, evaluation),
     )
     return "\n".join(line for part in parts for line in part)
 
 
-def _metadata(
-    folder: Path, record: dict[str, Any], made: InspectReport, title: str, evaluation: Evaluation | None
-) -> list[str]:
+def _metadata(about: Subject, title: str, evaluation: Evaluation | None) -> list[str]:
     """The Hub's front matter, through its own classes, which refuse what it wouldn't read."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    record = about.record
     figures = [*(evaluation.figures if evaluation else ()), *_figures(record)]
     results = [
         EvalResult(
@@ -114,18 +150,23 @@ def _metadata(
         )
         for figure in figures
     ]
-    stated: dict[str, Any] = dict(licence_of(folder).front_matter())
-    if record["revision"]:
-        stated = {"base_model": record["model"], "base_model_relation": _relation(made.sites), **stated}
+    stated: dict[str, Any] = dict(about.licence.front_matter())
+    if _on_the_hub(record):
+        stated = {"base_model": record["model"], "base_model_relation": _relation(about.made.sites), **stated}
     data = ModelCardData(
         **stated,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=_tags(record, made),
+        tags=_tags(record, about.made),
         model_name=title,
         eval_results=results,
     )
     return data.to_yaml().splitlines()
+
+
+def _on_the_hub(record: Mapping[str, Any]) -> bool:
+    """Whether the original has a page there."""
+    return bool(record["revision"]) and _HUB_ID.fullmatch(record["model"]) is not None
 
 
 def _figures(record: dict[str, Any]) -> list[Figure]:
@@ -155,7 +196,8 @@ def _tags(record: dict[str, Any], made: InspectReport) -> list[str]:
     return [*found, *(["pruned"] if pruned else []), *(["distilled"] if "distill" in record else [])]
 
 
-def _what(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str]:
+def _what(about: Subject) -> list[str]:
+    record, made, licence = about.record, about.made, about.licence
     quantized = [row for row in made.sites if row.bits is not None]
     schemes = "; ".join(sorted({_scheme(row) for row in quantized}))
     format = format_of(record)
@@ -163,23 +205,26 @@ def _what(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str
     names = {None: "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
     formats = ", ".join(f"`{names[kind]}`" for kind in dict.fromkeys(row.activations for row in quantized))
     layout = "plain safetensors, in the original's dtype" if plain else LAYOUTS[format].format(formats=formats)
-    base = f"[{record['model']}](https://huggingface.co/{record['model']})" if record["revision"] else record["model"]
-    revision = f" at revision `{record['revision']}`" if record["revision"] else ""
+    base = escaped(record["model"])
+    if _on_the_hub(record):
+        base = f"[{base}](https://huggingface.co/{record['model']})"
+    revision = f" at revision {code(record['revision'])}" if record["revision"] else ""
     others = "embeddings and the head are as they were" if "distill" in record else "all else is as it was"
-    licence = licence_of(folder)
-    by = f" (says the original's {licence.said_by.removeprefix('SOURCE_')})" if licence.said_by else ""
+    by = f" (says the original's {escaped(licence.said_by.removeprefix('SOURCE_'))})" if licence.said_by else ""
     return [
-        f"{base}{revision}, made smaller by llmshrink {record['identity']['versions']['llmshrink']} "
-        f"with the recipe `{record['recipe']}`.",
+        f"{base}{revision}, made smaller by llmshrink {escaped(record['identity']['versions']['llmshrink'])} "
+        f"with the recipe {code(record['recipe'])}.",
         "",
-        *([f"- Shape: {made.structure}; its config.json says so."] if made.structure else []),
-        f"- Weights: of {len(made.sites)} linear layers in the blocks {changes(made.sites)}"
-        + (f" ({schemes})" if schemes else "")
+        *([f"- Shape: {escaped(made.structure)}; its config.json says so."] if made.structure else []),
+        f"- Weights: of {len(made.sites)} linear layers in the blocks {escaped(changes(made.sites))}"
+        + (f" ({escaped(schemes)})" if schemes else "")
         + f"; {others}.",
-        *([f"- Keys and values are cached in {made.kv_cache}."] if made.kv_cache else []),
+        *([f"- Keys and values are cached in {escaped(made.kv_cache)}."] if made.kv_cache else []),
         *_distilled(record),
         f"- Format: {layout}.",
-        f"- Licence: {licence}{by}." if licence.id else "- Licence: the original names none that llmshrink finds.",
+        f"- Licence: {escaped(str(licence))}{by}."
+        if licence.id
+        else "- Licence: the original names none that llmshrink finds.",
         "",
     ]
 
@@ -190,8 +235,8 @@ def _distilled(record: dict[str, Any]) -> list[str]:
         return []
     made = record["distill"]
     return [
-        f"- Distilled from {made['teacher']}: {made['steps']:,} steps on {made['data']}; KL on held-out text "
-        f"{made['before']['kl_mean']:.5f} before, {record['quality']['kl_mean']:.5f} after."
+        f"- Distilled from {escaped(made['teacher'])}: {made['steps']:,} steps on {escaped(made['data'])}; "
+        f"KL on held-out text {made['before']['kl_mean']:.5f} before, {record['quality']['kl_mean']:.5f} after."
     ]
 
 
@@ -204,7 +249,8 @@ def _scheme(row: SiteRow) -> str:
     return f"{row.bits}-bit, groups of {row.group_size}" + (f", {method}" if method else "")
 
 
-def _quality(folder: Path, record: dict[str, Any], made: InspectReport, evaluation: Evaluation | None) -> list[str]:
+def _quality(about: Subject, evaluation: Evaluation | None) -> list[str]:
+    record, made = about.record, about.made
     quality = record["quality"]
     return [
         "## What it costs",
@@ -216,48 +262,48 @@ def _quality(folder: Path, record: dict[str, Any], made: InspectReport, evaluati
         ),
         "| | original | this checkpoint |",
         "|---|---:|---:|",
-        f"| weights on disk | {size(record['bytes_before'])} | {size(weight_bytes(folder))} |",
+        f"| weights on disk | {size(record['bytes_before'])} | {size(about.weights)} |",
         f"| bits per weight, all | | {made.bits_per_weight:.2f} |",
         f"| bits per weight, linear layers of the blocks | | {made.linear_bits_per_weight:.2f} |",
         f"| perplexity | {quality['ppl_before']:.3f} | {quality['ppl_after']:.3f} |",
         f"| KL from the original, nats/token | | {quality['kl_mean']:.5f} ± {INTERVAL * quality['kl_stderr']:.5f} |",
         f"| same likeliest next token | | {quality['top1_agreement']:.1%} |",
         "",
-        f"Perplexity and KL are of {quality['tokens']:,} tokens of {record['held_out']} that the run held out "
+        f"Perplexity and KL are of {quality['tokens']:,} tokens of {escaped(record['held_out'])} that the run held out "
         "(± is a 95 % interval): a first look, on text like that which it was calibrated on.",
         "",
     ]
 
 
-def _recipe(folder: Path, record: dict[str, Any], made: InspectReport) -> list[str]:
-    calibration, file = record["calibration"], folder / "recipe.yaml"
-    text = file.read_text(encoding="utf-8").rstrip() if file.is_file() else None
+def _recipe(about: Subject) -> list[str]:
+    calibration = about.record["calibration"]
     return [
         "## Recipe",
         "",
-        *_steps(text),
-        f"It was calibrated on {calibration['tokens']:,} tokens of {calibration['name']}"
+        *_steps(about.recipe),
+        f"It was calibrated on {calibration['tokens']:,} tokens of {escaped(calibration['name'])}"
         f"{', each window beginning with BOS' if calibration.get('bos') else ''}.",
         "",
-        *(["```yaml", *text.splitlines(), "```", ""] if text else []),
+        *([*fenced(about.recipe, "yaml"), ""] if about.recipe else []),
     ]
 
 
 def _steps(text: str | None) -> list[str]:
-    """Each step as a sentence."""
+    """Each step as a sentence. Raises CheckpointError where the text isn't a recipe's."""
     import yaml
 
-    recipe = yaml.safe_load(text) if text else {}
-    found = [f"{recipe['summary']}.", ""] if recipe.get("summary") else []
-    for number, step in enumerate(recipe.get("steps", []), 1):
-        for verb, fields in step.items():
-            told = [_told(key, value) for key, value in fields.items() if value is not None]
-            found.append(f"{number}. {verb}: {', '.join(told)}.")
-    overrides = [override.get("match") for override in recipe.get("overrides", [])]
-    if overrides:
-        found.append(
-            f"{len(recipe['steps']) + 1}. otherwise for {', '.join(f'`{match}`' for match in overrides)}, see below."
-        )
+    try:
+        recipe = yaml.safe_load(text) if text else {}
+        found = [f"{escaped(recipe['summary'])}.", ""] if recipe.get("summary") else []
+        for number, step in enumerate(recipe.get("steps", []), 1):
+            for verb, fields in step.items():
+                told = [_told(key, value) for key, value in fields.items() if value is not None]
+                found.append(f"{number}. {escaped(verb)}: {escaped(', '.join(told))}.")
+        overrides = [code(override["match"]) for override in recipe.get("overrides", [])]
+        if overrides:
+            found.append(f"{len(recipe['steps']) + 1}. otherwise for {', '.join(overrides)}, see below.")
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError("recipe.yaml: isn't the recipe of a run: it is damaged; copy the folder again") from error
     return [*found, *([""] if found else [])]
 
 
@@ -301,12 +347,17 @@ def _layers(made: InspectReport) -> list[str]:
     lines = ["| layer | shape | bits | group | pruned | bytes | error |", "|---|---|---:|---:|---|---:|---:|"]
     for row in made.sites:
         error = "" if row.error is None else f"{row.error:.3g}"
-        pruned = "" if row.pruned is None else row.pruned + ("" if row.zeros is None else f" ({row.zeros:.0%} zeros)")
+        pruned = (
+            ""
+            if row.pruned is None
+            else escaped(row.pruned) + ("" if row.zeros is None else f" ({row.zeros:.0%} zeros)")
+        )
         bits, group = (
             (row.bits, row.group_size) if row.bits is not None else ("as it was" if not row.pruned else "", "")
         )
         lines.append(
-            f"| {row.name} | {row.shape[0]} x {row.shape[1]} | {bits} | {group} | {pruned} | {row.bytes:,} | {error} |"
+            f"| {escaped(row.name)} | {row.shape[0]} x {row.shape[1]} | {bits} | {group} | {pruned} "
+            f"| {row.bytes:,} | {error} |"
         )
     return [
         "<details>",
@@ -329,7 +380,8 @@ def _origin(record: dict[str, Any], seal: Mapping[str, Any] | None) -> list[str]
         return [*lines, "- Not verified: the run was told not to reload what it wrote.", ""]
     return [
         *lines,
-        f"- Verified on {_machine(seal['with'])}: {seal['by']}, against {seal['against']}, on {seal['positions']:,} "
+        f"- Verified on {_machine(seal['with'])}: {escaped(seal['by'])}, against {escaped(seal['against'])}, on "
+        f"{seal['positions']:,} "
         f"next-token log-probabilities (mean difference of at most {seal['tolerance']:g} nats).",
         f"- `verify/` holds those tokens and log-probabilities: `llmshrink verify {HERE}` does it again anywhere.",
         "",
@@ -341,7 +393,8 @@ def _machine(identity: dict[str, Any]) -> str:
     where = (
         f"CPU ({identity['instructions']}, {threads} thread{'s' if threads > 1 else ''})" if device == "cpu" else device
     )
-    return f"{where} with {', '.join(f'{name} {version}' for name, version in identity['versions'].items())}"
+    versions = ", ".join(f"{name} {version}" for name, version in identity["versions"].items())
+    return escaped(f"{where} with {versions}")
 
 
 def _begun(note: str) -> str:
@@ -353,9 +406,10 @@ def _limits(record: dict[str, Any], evaluation: Evaluation | None) -> list[str]:
     # A record of before they were kept has none.
     on_cpus = record.get("cpu_notes", []) if format_of(record) == "compressed-tensors" else []
     notes: Sequence[str] = [*record["notes"], *on_cpus]
-    found = [f"- {_begun(note).rstrip('.')}." for note in notes]
+    found = [f"- {escaped(_begun(note).rstrip('.'))}." for note in notes]
     found.append(
-        f"- It was held to the original on text like {record['held_out']}: on text unlike that it may lose more."
+        f"- It was held to the original on text like {escaped(record['held_out'])}: on text unlike that it may lose "
+        "more."
     )
     if evaluation is None or not any("task" in figure.title.lower() for figure in evaluation.figures):
         found.append("- No tasks were run on it: what it lost there isn't known.")

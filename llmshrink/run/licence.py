@@ -1,5 +1,8 @@
 """Under which licence the original came, and whether it lets a changed copy be passed on.
 
+A card is somebody's text. Of its front matter what counts here is taken as text and nothing else: no tag of YAML's
+makes anything of it, a licence that is no id is somebody's own words, and a link is one of the web or a file beside it.
+
 The licence is what the original's card says in its front matter, else what its LICENSE file is recognised as. What is
 said of one here is no legal advice: it decides whether a push goes on by itself (known to allow changed copies), says a
 warning (nothing known), or wants the user to have looked (terms on redistribution, no commercial use, gated).
@@ -12,6 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.inert import plain
+
+from llmshrink.checkpoint.beside import TERMS
+
+HEAD = 1 << 18
+"""Bytes of a card that are looked at: its front matter comes first."""
+BEGINNING = 20_000
+"""Characters of a licence that are looked at."""
+LONGEST = 200
+"""Characters of a name that are told."""
+_ID = re.compile(r"[a-z0-9][a-z0-9.+_-]{0,63}")
+_LINK = re.compile(r"https?://[^\s<>\"'`{}|\\^\[\]]{1,2000}", re.IGNORECASE)
 CARDS = ("SOURCE_README.md", "README.md")
 """The original's card as an output keeps it; or where it lies in the original itself."""
 FREE = frozenset(
@@ -117,33 +132,51 @@ def licence_of(folder: Path) -> Licence:
     for card in CARDS:
         head = front_matter(folder / card)
         gated = any(key.startswith("extra_gated") for key in head)
-        stated = head.get("license")
-        if stated:
-            words = [str(one) for one in (stated if isinstance(stated, list) else [stated])]
-            name, link = (str(head[key]) if head.get(key) else None for key in ("license_name", "license_link"))
-            return Licence(words[0].lower(), name, link, card, gated)
+        id, name = _text(head.get("license")), _text(head.get("license_name"))
+        if id is not None and _ID.fullmatch(id.lower()):
+            return Licence(id.lower(), name, _link(head, folder), card, gated)
+        if id is not None:
+            return Licence("other", name or id, _link(head, folder), card, gated)
         if gated or (folder / card).is_file():
             return _by_file(folder, gated)
     return _by_file(folder, False)
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The metadata at the head of a card; empty where there is none that can be read."""
+    """The metadata at the head of a card, every scalar as text; empty where there is none that can be read."""
     import yaml
 
     try:
-        text = card.read_text(encoding="utf-8", errors="replace")
+        with card.open("rb") as file:
+            text = file.read(HEAD).decode("utf-8-sig", errors="replace")
         match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", text, re.DOTALL)
-        found = yaml.safe_load(match[1]) if match else None
-    except (OSError, yaml.YAMLError):
+        found = yaml.load(match[1], Loader=yaml.BaseLoader) if match else None
+    except (OSError, yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    """What is said, on one line: of a list the first; None where nothing is."""
+    first = value[0] if isinstance(value, list) and value else value
+    said = plain(first)[:LONGEST].strip() if isinstance(first, str) else ""
+    return None if said.lower() in ("", "null", "~") else said
+
+
+def _link(head: dict[str, Any], folder: Path) -> str | None:
+    """Where the licence can be read: an address of the web, or a file that goes on with the model."""
+    link = head.get("license_link")
+    if not isinstance(link, str):
+        return None
+    beside = TERMS.fullmatch(link) is not None and (folder / link).is_file()
+    return link if beside or _LINK.fullmatch(link) else None
 
 
 def _by_file(folder: Path, gated: bool) -> Licence:
     files = sorted(path for pattern in ("LICENSE*", "LICENCE*") for path in folder.glob(pattern) if path.is_file())
     for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace")[:20_000]
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            text = stream.read(BEGINNING)
         known = next((id for pattern, id in _FILES if re.search(pattern, text)), "other")
         return Licence(known, None, None, file.name, gated)
     return Licence(gated=gated)

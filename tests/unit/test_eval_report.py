@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from eval_example import example, samples_of
 from eval_hostile import EVIL, hostile, hostile_samples
+from llmshrink_eval.inert import escaped
 from llmshrink_eval.report import numbers, sites, write_report
-from llmshrink_eval.report.table import escaped, markdown
+from llmshrink_eval.report.table import markdown
 from llmshrink_eval.report.write import render
 from llmshrink_eval.results import ModelResult, Results
 
@@ -197,7 +198,7 @@ def test_texts_from_outside_are_only_ever_text(tmp_path: Path) -> None:
 
 
 def test_a_markdown_cell_is_only_ever_text() -> None:
-    assert escaped("a|b\n*c* <d> `e` [f](g) $h$") == r"a\|b \*c\* \<d\> \`e\` \[f\]\(g\) \$h\$"
+    assert escaped("a|b\n*c* <d> `e` [f](g) $h$") == r"a\|b \*c\* \<d\> \`e\` \[f\](g) \$h\$"
     lines = markdown(hostile()).splitlines()
     columns = len(re.findall(r"(?<!\\)\|", lines[0]))
     assert [len(re.findall(r"(?<!\\)\|", line)) for line in lines[:6]] == [columns] * 6

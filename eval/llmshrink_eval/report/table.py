@@ -6,20 +6,13 @@ Nothing in it is interpreted as Markdown or HTML: names come from users, and a c
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 
+from llmshrink_eval.inert import escaped
 from llmshrink_eval.report import inference, numbers
 from llmshrink_eval.report.scores import task_score
 from llmshrink_eval.results import ModelResult, Results
-
-_MARKED = re.compile(r"([\\`*_{}\[\]()<>|$~#!&])")
-
-
-def escaped(text: str) -> str:
-    """The text as Markdown shows it as it is, on one line, inside a cell of a table too."""
-    return _MARKED.sub(r"\\\1", " ".join(text.split()))
 
 
 def perplexity_decimals(results: Results) -> int:
