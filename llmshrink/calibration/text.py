@@ -40,7 +40,7 @@ from llmshrink.calibration.records import (
     read_record,
 )
 from llmshrink.errors import CalibrationError
-from llmshrink.paths import expanded
+from llmshrink.paths import as_text, expanded
 
 __all__ = ["Completion", "Document", "Documents", "Messages", "Record", "load_documents"]
 
@@ -91,10 +91,10 @@ def load_documents(spec: str | None, *, source_kind: str = "hub") -> Documents:
     if reader is not None and not path.is_file():
         raise CalibrationError(f"--calibration {spec}: no such file; {OTHER_WAYS}")
     if reader is not None:
-        return Documents(path.name, lambda seed: reader(path, seed), single=path.suffix.lower() == ".txt")
+        return Documents(as_text(path.name), lambda seed: reader(path, seed), single=path.suffix.lower() == ".txt")
     folder = expanded(spec.partition(":")[0])
     name = folder.resolve().name + spec[len(spec.partition(":")[0]) :] if folder.is_dir() else spec
-    return Documents(name, lambda seed: _dataset(spec, seed))
+    return Documents(as_text(name), lambda seed: _dataset(spec, seed))
 
 
 def _demo(seed: int) -> Iterator[Record]:

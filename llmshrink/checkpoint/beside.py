@@ -98,7 +98,12 @@ NOTHING = LeftBehind()
 
 
 def belongs(name: str) -> bool:
-    """Whether a file of this name, a path within the folder, belongs to a model; weights, config.json, code apart."""
+    """Whether a file of this name, a path within the folder, belongs to a model; weights, config.json, code apart.
+
+    A name that isn't text is none that a record could have.
+    """
+    if as_text(name) != name:
+        return False
     if name == SOURCE_CARD:
         return True
     return TERMS.fullmatch(name) is not None or any(
@@ -119,13 +124,20 @@ def side_files(
     README.md becomes SOURCE_README.md, unless there is one already (the source is then an output of ours, and its card
     is about itself). besides: folders that aren't part of the model though they lie in it. Raises CheckpointError for a
     link that leads out of the folder, but into the cache that the folder itself is of: what it leads to isn't the
-    model's, and might be anything that this user can read.
+    model's, and might be anything that this user can read. So it does for a name that isn't text, and for a file that
+    can't be read.
     """
     code = own_code(source) if trust_remote_code else frozenset()
     for path in _candidates(source):
         name = path.relative_to(source).as_posix()
-        if not (belongs(name) or name in code) or not path.is_file() or _within(path, besides) or _is_pickle(path):
+        told = as_text(name)
+        if not (belongs(told) or name in code) or not path.is_file() or _within(path, besides) or _is_pickle(path):
             continue
+        if told != name:
+            raise CheckpointError(
+                f"{as_text(str(path))}: its name isn't UTF-8, so that no record could have it; rename the file if it "
+                "is the model's, else remove it"
+            )
         if path.is_symlink() and not _own_link(path, source):
             raise CheckpointError(
                 f"{as_text(str(path))} is a link to {as_text(str(_real(path)))}, out of the model's folder: "
@@ -226,8 +238,14 @@ def _own_link(path: Path, source: Path) -> bool:
 
 
 def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4).startswith(_PICKLE)
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith(_PICKLE)
+    except OSError as error:
+        raise CheckpointError(
+            f"{as_text(str(path))}: can't be read: {(error.strerror or str(error)).lower()}; let this user read it, or "
+            "remove it if it isn't the model's"
+        ) from error
 
 
 def _readable(path: Path) -> bool:

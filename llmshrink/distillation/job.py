@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -39,6 +40,7 @@ from llmshrink.run.asked import DTYPES, check_vocabulary, pick_device
 from llmshrink.run.job import here
 from llmshrink.run.output import RECORD
 from llmshrink.run.progress import Progress
+from llmshrink.run.rehearse import config_bytes
 from llmshrink.runtime.load import config_of, load
 
 HELD_OUT_TOKENS = 8192
@@ -86,7 +88,9 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """objective: the loss. split: the student, in two steps. real: windows of the text; held_out: others, as `batches`.
+    """objective: the loss. config_json: the student's, as it was read. split: the student, in two steps.
+
+    real: windows of the text; held_out: others, as `batches`.
 
     arithmetic: what forwards and backwards compute in, and why. processes: how many share a step.
     """
@@ -94,6 +98,7 @@ class Job:
     options: Options
     objective: Objective
     teacher_source: Source
+    config_json: bytes
     student: Student
     split: SplitModel
     real: TokenWindows
@@ -187,6 +192,8 @@ class Job:
             "distill": {**asked, "dtype": str(self.dtype), "cached": self.likeliest if cached else None},
             "teacher": self.teacher_fingerprint,
             "student": self.student.index.fingerprint(),
+            "config": hashlib.sha256(self.config_json).hexdigest(),
+            "teacher_config": hashlib.sha256((self.teacher_source.folder / "config.json").read_bytes()).hexdigest(),
             "data": self.real.fingerprint,
             "held_out": self.held_out.fingerprint,
             "bos": self.real.reading.bos,
@@ -220,6 +227,7 @@ def prepare(options: Options, progress: Progress) -> Job:
         schemes_of(source)
     check_side_files(source.folder, trust_remote_code=trusted, besides=(options.output,))
     config, teacher_config = (config_of(each, trusted) for each in (source, teacher_source))
+    raw = config_bytes(source.folder)
     tokenizer, other = (load_tokenizer(each, trusted) for each in (source, teacher_source))
     sizes = [each.get_text_config().vocab_size for each in (config, teacher_config)]
     if tokenizer_hash(tokenizer) != tokenizer_hash(other) or sizes[0] != sizes[1]:
@@ -240,7 +248,7 @@ def prepare(options: Options, progress: Progress) -> Job:
         )
         processes.wait(device)
         source = resolve(str(student_folder(options.output)))
-        config = config_of(source, trusted)
+        config, raw = config_of(source, trusted), config_bytes(source.folder)
     if options.teacher_cache is None:
         check_memory(teacher_source, source, device=options.device, quant=options.teacher_quant)
     student = open_student(source, train=options.train, device=device, config=config)
@@ -248,6 +256,7 @@ def prepare(options: Options, progress: Progress) -> Job:
         options=options,
         objective=objective,
         teacher_source=teacher_source,
+        config_json=raw,
         student=student,
         split=SplitModel(student.model, source.name),
         real=real,

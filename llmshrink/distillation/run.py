@@ -22,7 +22,7 @@ from llmshrink.distillation.report import DistillReport
 from llmshrink.distillation.teacher import LiveTeacher, TeacherRows
 from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
-from llmshrink.distillation.write import write
+from llmshrink.distillation.write import carry, planned, recipe_of, write
 from llmshrink.run.card import complete
 from llmshrink.run.finish import left_out_of, serve_line
 from llmshrink.run.foreign import refuse_foreign_in
@@ -30,6 +30,7 @@ from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import JOURNAL, TRAINING, Workspace
 from llmshrink.run.output import partial_folder
 from llmshrink.run.progress import Progress, Silent, peak_memory
+from llmshrink.run.rehearse import rehearse
 from llmshrink.run.seal import weight_bytes
 from llmshrink.run.verify import read_record, verify_reload
 
@@ -47,6 +48,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
     started = time.perf_counter()
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         check_room(options.output, max(0, weight_bytes(job.student.source.folder) - workspace.finished_bytes()))
+        rehearse(planned(job), job.student.source.folder, recipe_of(job))
         parts = workspace.begin(job.identity(), {"teacher": job.teacher_index, "student": job.student.index})
         if parts is None:
             job.processes.wait(job.device)
@@ -54,6 +56,7 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
                 remove(options.output)
             return _report(job, options.output, read_record(options.output), started)
         refuse_foreign_in(workspace.folder / TRAINING)
+        carry(job, workspace)
         for note in job.real.reading.notes(job.real.name):
             progress.note(f"note: {note}")
         training = _windows(job, workspace.folder / TRAINING, progress)

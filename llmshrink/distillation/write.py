@@ -15,10 +15,11 @@ from llmshrink.errors import SourceError
 from llmshrink.paths import as_text
 from llmshrink.run import disk
 from llmshrink.run.card import write_card
-from llmshrink.run.finish import copy_side_files, pieces
+from llmshrink.run.finish import RECIPE, copy_side_files
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import Workspace
 from llmshrink.run.output import RECORD
+from llmshrink.run.rehearse import UNKNOWN
 from llmshrink.run.report import SiteRow, rows_of
 from llmshrink.run.seal import shard_sums
 from llmshrink.run.shards import write_part
@@ -29,7 +30,28 @@ if TYPE_CHECKING:
 
 WHOLE = 1 << 62
 """A limit on shards that none reaches: files stay as they are cut."""
-CARRIED = ("recipe.yaml",)
+
+
+def carry(job: Job, workspace: Workspace) -> None:
+    """What of the student's folder stays as it is, beside its weights, which is the first that a run writes."""
+    folder, source = workspace.checkpoint, job.student.source.folder
+    trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
+    copy_side_files(source, folder, trust_remote_code=trusted, besides=besides)
+    disk.write_file(folder / "config.json", [job.config_json], len(job.config_json))
+    recipe = recipe_of(job)
+    if recipe is not None:
+        disk.write_text(folder / RECIPE, recipe)
+
+
+def recipe_of(job: Job) -> str | None:
+    """The recipe that the student was made by, as YAML, where there is one."""
+    file = job.student.source.folder / RECIPE
+    return file.read_bytes().decode(errors="replace") if file.is_file() else None
+
+
+def planned(job: Job) -> dict[str, Any]:
+    """The record, as far as it is known before the training."""
+    return _record(job, job.real, UNKNOWN, UNKNOWN, Curves((), ()))
 
 
 def write(
@@ -41,8 +63,8 @@ def write(
     reference: dict[str, Tensor],
     curves: Curves,
 ) -> dict[str, Any]:
-    """Everything of the new folder, in the workspace; returns its record."""
-    folder, source, index = workspace.checkpoint, job.student.source.folder, job.student.index
+    """Everything of the new folder but what was carried over, in the workspace; returns its record."""
+    folder, index = workspace.checkpoint, job.student.index
     changed = {key: tensor for _, tensors in job.student.changed() for key, tensor in tensors.items()}
     done = {part.name for part in workspace.parts}
     for file in index.files():
@@ -58,12 +80,6 @@ def write(
         stem = file.stem.removeprefix("model-") if file.stem.startswith("model-") else "weights"
         workspace.finish_part(write_part(folder, file.name, stem, layout, bytes_of, limit=WHOLE, rows=[]))
     _write_index(job, workspace)
-    trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
-    copy_side_files(source, folder, trust_remote_code=trusted, besides=besides)
-    disk.write_file(folder / "config.json", pieces(source / "config.json"), (source / "config.json").stat().st_size)
-    for name in CARRIED:
-        if (source / name).is_file():
-            disk.write_file(folder / name, pieces(source / name), (source / name).stat().st_size)
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
     record = _record(job, training, before, quality, curves)

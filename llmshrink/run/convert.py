@@ -32,6 +32,7 @@ from llmshrink.run.card import beyond, complete
 from llmshrink.run.finish import TIMING, left_out_of, pieces, published, serve_line
 from llmshrink.run.journal import Workspace
 from llmshrink.run.output import RECORD, partial_folder
+from llmshrink.run.rehearse import config_bytes, rehearse
 from llmshrink.run.report import VerifyReport, rows_of, size, summary_of
 from llmshrink.run.seal import files_of, known_files, read_seal, shard_sums, weight_bytes
 from llmshrink.run.shards import layout_of, open_shards, write_part
@@ -94,7 +95,8 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
         plan = Conversion.of(record, config, index, format)
         done = workspace.finished_bytes()
         check_room(output, max(0, plan.nbytes() - done))
-        identity = {"convert": index.fingerprint(), "record": record["identity"], "format": format}
+        sums = {name: disk.sha256_of(source / name) for name in ("config.json", RECORD)}
+        identity = {"convert": index.fingerprint(), **sums, "record": record["identity"], "format": format}
         parts = workspace.begin(identity, {"model": index})
         if parts is None:
             folder = output
@@ -130,7 +132,10 @@ def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], d
         raise SourceError(f"{source}: is stored as {format} already; name the other format with --format")
     check_apart(output, (("the model", source),))
     check_side_files(source, trust_remote_code=True, besides=(output, partial_folder(output)))
-    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    data = config_bytes(source)
+    config: dict[str, Any] = json.loads(data)
+    recipe = source / "recipe.yaml"
+    rehearse(record, source, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None)
     return record, config
 
 
@@ -243,6 +248,9 @@ def _write(
 ) -> None:
     """Everything of the new folder, in the workspace."""
     folder = workspace.checkpoint
+    for name in _carried(source, record):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        disk.write_file(folder / name, pieces(source / name), (source / name).stat().st_size)
     finished = {part.name for part in workspace.parts}
     for file in plan.index.files():
         if file.name not in finished:
@@ -252,9 +260,6 @@ def _write(
         total = written.nbytes()
         sizes = {n: sum(written.entry(k).nbytes for k in stored.names(n, s)) for n, s in plan.after.items()}
     disk.write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-    for name in _carried(source, record):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        disk.write_file(folder / name, pieces(source / name), (source / name).stat().st_size)
     disk.write_json(folder / "config.json", _config(plan, record, config))
     new = {**_record(plan, record, sizes), "shards": shard_sums(workspace.parts)}
     disk.write_json(folder / RECORD, new)

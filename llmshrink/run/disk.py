@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,12 @@ _SAFETENSORS_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+
+
+NAME = 255
+"""Bytes of a file's name, at most."""
+NESTED = 100
+"""Levels of a JSON file that is written here, at most."""
 
 
 def write(fd: int, data: memoryview | bytes) -> None:
@@ -64,6 +71,8 @@ def write_file(path: Path, pieces: Iterable[memoryview | bytes], size: int) -> s
     Raises OutputError when the medium is full; what was there under `path` before stays.
     """
     temporary = path.with_name(path.name + ".tmp")
+    if len(os.fsencode(temporary.name)) > NAME:
+        temporary = path.with_name(hashlib.sha256(os.fsencode(path.name)).hexdigest() + ".tmp")
     digest = hashlib.sha256()
     try:
         fd = create(temporary, os.O_WRONLY | os.O_TRUNC)
@@ -117,6 +126,33 @@ def write_json(path: Path, value: Any) -> str:
 def json_text(value: Any) -> str:
     """A JSON file as `write_json` writes it."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def unwritable(value: Any) -> str | None:
+    """What of a value `json_text` couldn't write, by its place; None where it can write all of it."""
+    return _fault("", value, 0)
+
+
+def _fault(place: str, value: Any, level: int) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{place} is {value}"
+    if isinstance(value, str):
+        return None if _is_text(value) else f"{place} has half of a character ({value!r})"
+    if not isinstance(value, dict | list | tuple):
+        return None
+    if level > NESTED:
+        return f"{place[:40]}... is nested more than {NESTED} deep"
+    if not isinstance(value, dict):
+        parts = [(f"{place}[{i}]", each) for i, each in enumerate(value)]
+    elif all(map(_is_text, value)):
+        parts = [(f"{place}.{key}".lstrip("."), each) for key, each in value.items()]
+    else:
+        return f"{place or 'it'} has a name with half of a character ({next(k for k in value if not _is_text(k))!r})"
+    return next((fault for name, each in parts if (fault := _fault(name, each, level + 1))), None)
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -1,4 +1,7 @@
-"""The end of a run: index, config, side files, record, card; then verified from disk; then given its name."""
+"""The end of a run: index, config, record, card; then verified from disk; then given its name.
+
+What of it is known before the first block is written or tried there: side files (`carry`), record and card (`planned`).
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ from llmshrink.run import disk
 from llmshrink.run.card import complete
 from llmshrink.run.heldout import Quality
 from llmshrink.run.job import Job
-from llmshrink.run.journal import Workspace
+from llmshrink.run.journal import Part, Workspace
 from llmshrink.run.output import RECORD, is_ours
 from llmshrink.run.progress import Progress, peak_memory
+from llmshrink.run.rehearse import UNKNOWN
 from llmshrink.run.report import QuantizeReport, SiteRow, cache_of, fallen_notes, rows_of, summary_of
 from llmshrink.run.seal import SEAL, shard_sums, weight_bytes
 from llmshrink.run.shards import open_shards
@@ -59,15 +63,16 @@ def finish(
     rows = [row for part in workspace.parts if part.of_block for row in rows_of(part.rows)]
     _write_index(job, work, workspace)
     trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
-    copy_side_files(job.source.folder, folder, trust_remote_code=trusted, besides=besides)
-    config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(job.config_json)
     if config.get("quantization_config") == {}:  # which transformers and vLLM take for a method without a name
         del config["quantization_config"]
     disk.write_json(folder / "config.json", work.config(config))
     disk.write_text(folder / RECIPE, to_yaml(job.recipe))
     (folder / REFERENCE).parent.mkdir(exist_ok=True)
     disk.write_tensors(folder / REFERENCE, reference)
-    record = _record(job, work, workspace, quality, rows)
+    record = _record(
+        job, quality, rows, structure=work.structure, caches=_cache_scales(job, workspace), shards=workspace.parts
+    )
     disk.write_json(folder / RECORD, record)
     verification = verify_reload(folder) if job.options.verify else None
     report = QuantizeReport(
@@ -99,6 +104,26 @@ def finish(
     disk.fsync_folder(folder)
     workspace.publish()
     return report
+
+
+def planned(job: Job) -> dict[str, Any]:
+    """The record, as far as it is known before the work."""
+    rows = [
+        SiteRow(site.name, (site.out_features, site.in_features), None, None, None, 0, None, None, note, ())
+        for site in job.sites
+        for note in [job.assigned[site.name].note]
+    ]
+    return _record(job, UNKNOWN, rows, structure=None, caches=None, shards=())
+
+
+def carry(job: Job, workspace: Workspace) -> None:
+    """The source's side files into the output, which is the first that a run writes."""
+    copy_side_files(
+        job.source.folder,
+        workspace.checkpoint,
+        trust_remote_code=job.options.trust_remote_code,
+        besides=(workspace.folder, workspace.output),
+    )
 
 
 def reread(job: Job, *, seconds: float) -> QuantizeReport:
@@ -199,7 +224,15 @@ def pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: list[SiteRow]) -> dict[str, Any]:
+def _record(
+    job: Job,
+    quality: Quality,
+    rows: list[SiteRow],
+    *,
+    structure: dict[str, Any] | None,
+    caches: dict[str, list[float]] | None,
+    shards: Sequence[Part],
+) -> dict[str, Any]:
     identity = job.identity()
     notes = fallen_notes(rows) + job.notes
     widest = max((site.in_features for site in job.sites), default=0)
@@ -229,10 +262,10 @@ def _record(job: Job, work: Work, workspace: Workspace, quality: Quality, rows: 
         "format_notes": job.format_notes,
         "cpu_notes": job.cpu_notes,
         "other_linears": job.other_linears,
-        "structure": work.structure,
-        "kv_cache": _cache_scales(job, workspace),
+        "structure": structure,
+        "kv_cache": caches,
         "left_out": {**job.index.left_out, **dict.fromkeys(job.index.absent, "in no file")},
-        "shards": shard_sums(workspace.parts),
+        "shards": shard_sums(shards),
         "sites": [asdict(row) for row in rows],
     }
 

@@ -50,6 +50,7 @@ from llmshrink.run.asked import (
     pick_device,
     stored_dtype,
 )
+from llmshrink.run.rehearse import config_bytes
 from llmshrink.run.smooth import Smoothing, smoothed_taps
 from llmshrink.run.storage import (
     as_sparse24,
@@ -72,7 +73,9 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """arithmetic: what the model is computed in meanwhile, and why. stages: of each block. assigned: by site name.
+    """config_json: of the original, as it was read. arithmetic: what the model is computed in meanwhile, and why.
+
+    stages: of each block. assigned: by site name.
 
     calibration, held_out: windows; batches: of both, in order.
 
@@ -85,6 +88,7 @@ class Job:
     options: Options
     source: Source
     index: CheckpointIndex
+    config_json: bytes
     recipe: Recipe
     chain: Chain
     arithmetic: Arithmetic
@@ -183,7 +187,7 @@ class Job:
             "model": self.source.name if self.source.kind == "hub" else self.source.kind,
             "revision": self.source.revision,
             "checkpoint": self.index.fingerprint(),
-            "config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
+            "config": hashlib.sha256(self.config_json).hexdigest(),
             "format": self.format,
             "recipe": recipe_hash(self.recipe),
             "sites": _hash({name: None if a.spec is None else asdict(a.spec) for name, a in self.assigned.items()}),
@@ -289,6 +293,7 @@ def _decided(
     *,
     text_here: bool = True,
 ) -> Job:
+    raw = config_bytes(source.folder)
     config = load_config(source, options.trust_remote_code)
     samples, seq_len = window_shape(options.samples, options.seq_len, limit=model_limit(config))
     check_work_dir(options.work_dir)
@@ -332,6 +337,7 @@ def _decided(
         options=options,
         source=source,
         index=index,
+        config_json=raw,
         recipe=recipe,
         chain=chain,
         arithmetic=arithmetic,

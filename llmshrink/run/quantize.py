@@ -15,10 +15,11 @@ from llmshrink.calibration.activations import Stream
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.model.sites import sites_of
+from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk, heldout
 from llmshrink.run.asked import Options, check_apart, dtype_name, stored_dtype
 from llmshrink.run.depth import DepthWork
-from llmshrink.run.finish import finish, reread
+from llmshrink.run.finish import carry, finish, planned, reread
 from llmshrink.run.fits import check_memory, on_one_disk
 from llmshrink.run.footprint import Footprint, footprint
 from llmshrink.run.foreign import refuse_foreign
@@ -28,6 +29,7 @@ from llmshrink.run.memory import free_memory, give_back, holding
 from llmshrink.run.narrow import NarrowWork
 from llmshrink.run.progress import Progress, duration
 from llmshrink.run.ratios import RatioWork
+from llmshrink.run.rehearse import rehearse
 from llmshrink.run.report import QuantizeReport
 from llmshrink.run.shards import Overlay, layout_of, open_shards, write_part
 from llmshrink.run.sizes import OUTSIDE, outside_keys, sizes_of
@@ -47,6 +49,7 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         memory = check_fits(job, workspace.folder, already=workspace.finished_bytes())
         assert isinstance(job.index, Watched), "a plan's reads nothing, and isn't run"
         job.index.check_unchanged()  # while it was analysed
+        rehearse(planned(job), job.source.folder, to_yaml(job.recipe))
         parts = workspace.begin(job.identity(), {"model": job.index})
         if parts is None:
             return reread(job, seconds=time.perf_counter() - started)
@@ -96,6 +99,7 @@ class _Run:
     def all(self) -> QuantizeReport:
         job, chain = self.job, self.job.chain
         work = work_of(job, self.workspace.checkpoint)
+        carry(job, self.workspace)
         if not self.workspace.parts:
             self._copy_outside(work)
         # From here on embedding and head come from the output: nothing of the source is read more than twice.
