@@ -10,6 +10,8 @@ bytes are refused. Where they didn't, the file is taken to be the same. A CRC fi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,6 +80,11 @@ class Watched(CheckpointIndex):
             if not left:
                 self._hold(entry, found)
             yield piece
+
+    def digest(self) -> str:
+        """A sha256 of the sums of all tensors. Each must have been read."""
+        assert self.sums.keys() == set(self), "not read yet"
+        return hashlib.sha256(json.dumps(sorted(self.sums.items())).encode()).hexdigest()
 
     def seen(self) -> dict[str, Any]:
         """What a later process needs to tell whether this still is the checkpoint that was read, for JSON."""

@@ -162,13 +162,7 @@ def is_whole(folder: Path, key: CacheKey, teacher: Watched) -> bool:
             f"{folder}: holds a teacher's outputs for another {SAID.get(differs, differs)} "
             f"({manifest['key'].get(differs)}, here {getattr(key, differs)}); name another folder with --teacher-cache"
         )
-    try:
-        teacher.go_on_from(manifest.get("read", NOTHING_READ))
-    except Changed as error:
-        raise LlmshrinkError(
-            f"{folder}: holds the outputs of a teacher that changed since: {error.file}: {error.what}; put back what "
-            "was there, or name another folder with --teacher-cache"
-        ) from error
+    _hold(folder, manifest.get("read", NOTHING_READ), teacher)
     wanted = [_file(number) for number in range(manifest["files"])] + [HELD_OUT]
     for name in wanted:
         if name not in manifest["sha256"]:
@@ -177,6 +171,26 @@ def is_whole(folder: Path, key: CacheKey, teacher: Watched) -> bool:
         if not path.is_file() or disk.sha256_of(path) != manifest["sha256"][name]:
             raise LlmshrinkError(f"{path}: isn't what was written there: remove {folder} and let it be made again")
     return True
+
+
+def go_on_from(folder: Path, noted: Path, teacher: Watched) -> None:
+    """Hold a teacher to what `noted` says was read of it when what is in `folder` was made. Raises LlmshrinkError."""
+    try:
+        seen = json.loads(noted.read_bytes())
+        assert all(isinstance(seen[part], dict) for part in NOTHING_READ)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise LlmshrinkError(f"{noted}: is damaged; remove {folder} and let it be made again") from error
+    _hold(folder, seen, teacher)
+
+
+def _hold(folder: Path, seen: dict[str, Any], teacher: Watched) -> None:
+    try:
+        teacher.go_on_from(seen)
+    except Changed as error:
+        raise LlmshrinkError(
+            f"{folder}: holds the outputs of a teacher that changed since: {error.file}: {error.what}; put back what "
+            "was there, or name another folder with --teacher-cache"
+        ) from error
 
 
 def make(

@@ -23,6 +23,7 @@ from llmshrink.distillation.teacher import LiveTeacher, TeacherRows
 from llmshrink.distillation.train import train
 from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import carry, planned, recipe_of, write
+from llmshrink.run import disk
 from llmshrink.run.card import complete
 from llmshrink.run.finish import left_out_of, serve_line
 from llmshrink.run.foreign import refuse_foreign_in
@@ -134,8 +135,19 @@ def _windows(job: Job, folder: Path, progress: Progress) -> TokenWindows:
         return job.real
     # Beside the teacher's outputs where those are kept, so that the next student finds both.
     folder = (options.teacher_cache or folder) / "generated"
+    noted = folder / f"teacher-{job.teacher_fingerprint[:16]}.json"
+    if noted.is_file():
+        cache.go_on_from(folder, noted, job.teacher_index)
+
+    def teacher() -> Any:
+        model = job.teacher.model
+        if not noted.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            disk.write_json(noted, job.teacher_index.seen())
+        return model
+
     generated = generate_windows(
-        lambda: job.teacher.model,
+        teacher,
         job.real,
         options.generated_tokens,
         teacher=f"{job.teacher_fingerprint} {options.teacher_quant}",

@@ -147,15 +147,16 @@ def _with_room(module: torch.nn.Module, folder: Path, optim: str) -> Iterator[No
 def last_whole(folder: Path, processes: int) -> Path | None:
     """The Trainer's last checkpoint that it finished: it writes its state last, and each process its part."""
     names = [state.MODEL, state.OPTIMIZER, state.SCHEDULE, *map(state.random_numbers, range(processes))]
-    whole = []
+    whole = {}
     for checkpoint in folder.glob("checkpoint-*"):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            said = json.loads((checkpoint / "trainer_state.json").read_bytes())
+            step = int(said["global_step"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-        if all(state.is_there(checkpoint, name) for name in names):
-            whole.append(checkpoint)
-    return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+        if checkpoint.name == f"checkpoint-{step}" and all(state.is_there(checkpoint, name) for name in names):
+            whole[step] = checkpoint
+    return whole[max(whole)] if whole else None
 
 
 class _Lines:

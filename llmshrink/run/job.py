@@ -183,10 +183,12 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """Everything that a bit-identical result depends on, in words that a person can compare."""
+        assert isinstance(self.index, Watched), "a plan has read nothing"
         return {
             "model": self.source.name if self.source.kind == "hub" else self.source.kind,
             "revision": self.source.revision,
             "checkpoint": self.index.fingerprint(),
+            "weights": self.index.digest(),
             "config": hashlib.sha256(self.config_json).hexdigest(),
             "format": self.format,
             "recipe": recipe_hash(self.recipe),

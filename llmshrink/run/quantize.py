@@ -47,7 +47,7 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         stack.callback(job.index.close)
         give_back()
         memory = check_fits(job, workspace.folder, already=workspace.finished_bytes())
-        assert isinstance(job.index, Watched), "a plan's reads nothing, and isn't run"
+        assert isinstance(job.index, Watched), "a plan's isn't run"
         job.index.check_unchanged()  # while it was analysed
         rehearse(planned(job), job.source.folder, to_yaml(job.recipe))
         parts = workspace.begin(job.identity(), {"model": job.index})

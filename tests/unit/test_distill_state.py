@@ -193,8 +193,11 @@ def test_a_checkpoint_that_is_not_whole_is_not_the_last(tmp_path: Path) -> None:
     for step in (2, 4):
         for name in ("model", "optimizer", "schedule", "random-0", "random-1"):
             state.write(tmp_path / f"checkpoint-{step}", name, {})
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     assert last_whole(tmp_path, 2) == tmp_path / "checkpoint-4"
     (tmp_path / "checkpoint-4" / "random-1.json").unlink()
     assert last_whole(tmp_path, 2) == tmp_path / "checkpoint-2"
     assert last_whole(tmp_path, 3) is None
+    for text in ("", "[]", "{}", '{"global_step": "x"}', '{"global_step": 8}', "[" * 100_000):
+        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(text)
+        assert last_whole(tmp_path, 2) is None

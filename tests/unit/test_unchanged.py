@@ -252,7 +252,7 @@ def test_a_conversion_goes_on_from_the_same_bytes_alone(
     def run() -> Any:
         return llmshrink.convert(made, output=tmp_path / "out", format="llmshrink")
 
-    stopped(monkeypatch, converting, "_carried", run)
+    stopped(monkeypatch, converting, "_config", run)
     file = flip(made, "model.embed_tokens.weight")  # copied by a part that is finished
     with pytest.raises(Changed, match=f"^{file}: .*embed_tokens"):
         run()
@@ -281,17 +281,46 @@ def test_a_distillation_goes_on_with_the_same_bytes_alone(
     assert run().ok
 
 
-def test_a_cache_of_a_teacher_that_changed_is_refused(source: Path, story: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["outputs", "generated"])
+def test_a_cache_of_a_teacher_that_changed_is_refused(kept: str, source: Path, story: Path, tmp_path: Path) -> None:
     teacher = make_model(tmp_path / "teacher", seed=3)
     settings = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_steps": 2, "warmup": 1}
 
     def run(out: str) -> Any:
-        cache = {"teacher_cache": tmp_path / "cache"}
+        cache = {"teacher_cache": tmp_path / "cache", "generated_tokens": 64 if kept == "generated" else 0}
         return llmshrink.distill(teacher, source, output=tmp_path / out, data=story, **settings, **cache)
 
     run("first")
+    if kept == "generated":
+        shutil.rmtree(tmp_path / "cache" / "outputs")
     flip(teacher, "model.layers.0.mlp.up_proj.weight")
     with pytest.raises(LlmshrinkError, match=r"holds the outputs of a teacher that changed since: .*--teacher-cache"):
         run("second")
     flip(teacher, "model.layers.0.mlp.up_proj.weight")
     assert run("second").ok
+
+
+def test_a_student_made_of_other_weights_is_made_again(
+    source: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmshrink.distillation import compress as compressing
+
+    (tmp_path / "recipe.yaml").write_text("name: mine\nsteps:\n- quantize: {group_size: 32}\n- distill: {steps: 1}\n")
+    said: list[str] = []
+
+    class Listen(Silent):
+        def note(self, line: str) -> None:
+            said.append(line)
+
+    def run() -> None:
+        llmshrink.compress(
+            source, output=tmp_path / "out", recipe=tmp_path / "recipe.yaml", calibration=story, samples=4, seq_len=32,
+            progress=Listen(),
+        )  # fmt: skip
+
+    for change, there in ((False, False), (False, True), (True, False)):
+        if change:
+            flip(source, "model.layers.0.mlp.up_proj.weight")
+        said.clear()
+        stopped(monkeypatch, compressing, "distill", run)
+        assert any("is there, from an earlier run" in line for line in said) == there
