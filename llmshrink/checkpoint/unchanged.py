@@ -122,8 +122,8 @@ class Watched(CheckpointIndex):
                 continue  # nothing was read of it
             try:
                 same = state_of(file) == self._states[file]
-            except OSError as error:
-                raise Changed(file, (error.strerror or str(error)).lower()) from error
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise Changed(file, "it is gone") from error
             if not same:
                 self._compare(file)
 

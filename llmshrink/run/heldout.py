@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
+from llmshrink.errors import CheckpointError
 
 TOP = 8
+LARGEST_LOSS = 700.0
+"""Nats a token: exp of more is no number in float64."""
+WAYS_OUT = {
+    "original": "it is damaged, or not for such text: download it again, or give text of its kind",
+    "result": "nothing is left of the model: give more bits, or take less away",
+}
 LOGITS = 1 << 22
 """Logits in memory at a time, for each model: 16 MB of float32, whatever the vocabulary."""
 
@@ -34,7 +41,17 @@ class Quality:
 
     @classmethod
     def over(cls, before: Tensor, after: Tensor, kl: Tensor, same_top: Tensor) -> Quality:
-        """before, after: log-probabilities of the next token; kl, same_top: by position; all float64 [tokens]."""
+        """before, after: log-probabilities of the next token; kl, same_top: by position; all float64 [tokens].
+
+        Raises CheckpointError for a loss whose perplexity is no number.
+        """
+        for model, logprobs in (("original", before), ("result", after)):
+            loss = -float(logprobs.mean())
+            if not loss < LARGEST_LOSS:
+                raise CheckpointError(
+                    f"the {model}'s loss on the held-out text is {loss:.4g} nats a token, where a model has a few: "
+                    f"{WAYS_OUT[model]}"
+                )
         n = kl.numel()
         stderr = float(kl.std() / math.sqrt(n)) if n > 1 else 0.0
         return cls(

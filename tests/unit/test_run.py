@@ -542,6 +542,15 @@ def test_weights_that_overflow_stop_the_run_by_name(story: Path, tmp_path: Path)
         llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
 
 
+def test_a_model_whose_loss_has_no_perplexity_ends_in_a_line(story: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tie_word_embeddings=False)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the original's loss on the held-out text is .* nats a token"):
+        llmshrink.quantize(source, output=tmp_path / "out", calibration=story, **SMALL)
+
+
 def test_an_output_inside_the_model_s_folder_is_no_side_file(story: Path, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model")
     for name in ("w4", "w4-again"):
