@@ -22,6 +22,7 @@ from llmshrink_eval.cache import Cache
 from llmshrink_eval.cost import stored_cost
 from llmshrink_eval.engines import open_engine
 from llmshrink_eval.errors import EvalFailed
+from llmshrink_eval.fingerprint import fingerprint_folder
 from llmshrink_eval.options import ModelSpec, Options
 from llmshrink_eval.outcome import Evaluation, Samples, now, tell
 from llmshrink_eval.progress import Progress, Silent
@@ -156,6 +157,17 @@ class _Measuring:
         run = {**self._prepared.run_key(self._engine.dtype), **how}
         return {"model": self._subject.fingerprint, "run": run, **more}
 
+    def _filed(self, part: str, key: dict[str, object], entry: dict[str, Any]) -> None:
+        """Keep what was measured. Raises EvalFailed, and keeps nothing, where the model isn't what it was before."""
+        spec = self._subject.spec
+        if fingerprint_folder(spec.folder, self._options.cache) != self._subject.fingerprint:
+            self._cache.drop_folder(part, key)
+            raise EvalFailed(
+                f"{spec.folder} changed while it was measured, so that the figures are of no model; run again when "
+                "whoever writes it has finished"
+            )
+        self._cache.put(part, key, entry)
+
     def _kept(self, part: str, key: dict[str, object], measure: Callable[[], Any], label: str) -> Any:
         """A part's value from the cache, or measured and kept, with the seconds it took."""
         self._parts.append(part)
@@ -165,7 +177,7 @@ class _Measuring:
             started = time.perf_counter()
             entry = {"value": measure()}
             entry["seconds"] = time.perf_counter() - started
-            self._cache.put(part, key, entry)
+            self._filed(part, key, entry)
         else:
             self._cached.append(part)
         self._seconds += entry["seconds"]
@@ -206,7 +218,7 @@ class _Measuring:
             started = time.perf_counter()
             found = self._engine.read(windows, keep=keep, against=against, folder=folder, progress=self._progress)
             seconds = time.perf_counter() - started
-            self._cache.put("reading", key, {"seconds": seconds})
+            self._filed("reading", key, {"seconds": seconds})
         else:
             self._cached.append("text")
             seconds = (self._cache.get("reading", key) or {"seconds": 0.0})["seconds"]

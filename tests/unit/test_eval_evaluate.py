@@ -211,6 +211,29 @@ def test_nan_names_the_model_and_the_place_and_keeps_nothing_of_it(
         evaluate(spec(here.original), [spec(broken)], here.options(**kind))
 
 
+@pytest.mark.parametrize(("kind", "part"), [({"tasks": ()}, "read"), ({"text": False}, "tasks")])
+def test_a_model_that_changes_while_it_is_measured_has_no_figures(
+    kind: dict[str, Any], part: str, here: Small, near: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = getattr(engines.TransformersEngine, part)
+    weights = near / "model.safetensors"
+    before = weights.read_bytes()
+
+    def change(self: Any, *arguments: Any, **named: Any) -> Any:
+        found = measure(self, *arguments, **named)
+        weights.write_bytes(before[:-5000] + bytes([before[-5000] ^ 1]) + before[-4999:])
+        return found
+
+    monkeypatch.setattr(engines.TransformersEngine, part, change)
+    with pytest.raises(EvalFailed, match=f"^near: {near} changed while it was measured, .*run again when"):
+        evaluate(None, [spec(near)], here.options(**kind))
+    monkeypatch.undo()
+    weights.write_bytes(before)
+    work = watched(monkeypatch)
+    evaluate(None, [spec(near)], here.options(**kind))
+    assert (part, "near") in work.done  # nothing of it was kept
+
+
 def test_the_mean_recovery_is_not_that_of_the_tasks_that_have_one(here: Small, near: Path) -> None:
     options = here.options(text=False)
     results = evaluate(spec(here.original), [spec(near)], options).results
