@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmshrink_eval.bounded import read_json
 from llmshrink_eval.errors import EvalError, EvalFailed
 from llmshrink_eval.head import Head, Tail
 from llmshrink_eval.protocol import Windows
@@ -213,7 +214,7 @@ def intact(folder: Path, windows: Windows) -> bool:
 def _read_header(folder: Path) -> Header | None:
     """None where there is none, or it or the head isn't what was written."""
     try:
-        made: dict[str, Any] = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+        made: dict[str, Any] = read_json(folder / "header.json")
         if made.pop("crc32") != _header_crc32(made) or made["version"] != VERSION:
             return None
         header = Header(**{**made, "tail": Tail(**made["tail"])})

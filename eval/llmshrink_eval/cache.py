@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.bounded import read_json
 from llmshrink_eval.errors import EvalError
 
 Key = Mapping[str, object]
@@ -68,7 +69,7 @@ class Cache:
     def get(self, part: str, key: Key) -> Any | None:
         """What `put` kept, or None."""
         try:
-            entry = json.loads(self._file(part, key).read_text(encoding="utf-8"))
+            entry = read_json(self._file(part, key))
             whole = entry["sha256"] == _digest(entry["value"]) and entry["key"] == json.loads(_canonical(key))
         except (OSError, ValueError, KeyError, TypeError):
             return None

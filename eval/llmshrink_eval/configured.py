@@ -9,8 +9,13 @@ never changed by it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmshrink_eval.bounded import shown
+from llmshrink_eval.configfile import TEXT_PARTS, WAY_OUT, read_config
+from llmshrink_eval.errors import EvalError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +33,30 @@ OURS = {
 """What holds while a model runs, where its config has such a field."""
 
 
+ROPE_TYPES = ("axial", "default", "mrope", "su", "xdrope")
+"""Kinds of rotary positions that classes make into one of transformers' own, beside those."""
+
+
 def running_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The config of the model in `folder`, as transformers reads it, settled as `settle` does.
 
-    Raises whatever transformers, or the repository's own code, does.
+    Raises EvalError, in one line, as `configfile.read_config` does, and for whatever transformers or the repository's
+    own code makes of a field.
     """
+    folder = Path(folder)
+    read_config(folder)
+    try:
+        return _running_config(folder, trust_remote_code)
+    except EvalError:
+        raise
+    except Exception as error:  # transformers raises whatever the field at fault leads to
+        raise EvalError(
+            f"{folder / 'config.json'}: transformers can't read it: {one_line(error)}; upgrade transformers, or "
+            "correct the file"
+        ) from error
+
+
+def _running_config(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -44,10 +68,37 @@ def running_config(folder: str | Path, *, trust_remote_code: bool = False) -> An
     if own or not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True, **given)
         return settle(config)
+    for part in (found, *(found[name] for name in TEXT_PARTS if found.get(name))):
+        _check_names(folder, part)
     known: Any = CONFIG_MAPPING[kind]
     # What is ours whatever is written there needn't be of a type that transformers takes.
     written = {key: OURS.get(key, value) for key, value in found.items() if not _computed(known, key)}
+    if written.get("auto_map", ()) is None:
+        del written["auto_map"]
     return settle(known.from_dict(written, **given))
+
+
+def _check_names(folder: Path, found: Mapping[str, Any]) -> None:
+    """Raise EvalError for an activation or a kind of rotary positions that transformers hasn't: its classes say the
+    name alone. found: as `read_config` has checked it."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for field in ("hidden_act", "hidden_activation", "activation_function"):
+        name = found.get(field)
+        if name is not None and name not in ACT2FN:
+            raise EvalError(
+                f"{folder / 'config.json'}: {field} is {shown(name)}, which transformers doesn't know; {WAY_OUT}"
+            )
+    for field in ("rope_parameters", "rope_scaling"):
+        settings = found.get(field) or {}
+        for each in (settings, *(part for part in settings.values() if isinstance(part, dict))):
+            name = each.get("rope_type") or each.get("type")
+            if name is not None and name not in {*ROPE_INIT_FUNCTIONS, *ROPE_TYPES}:
+                raise EvalError(
+                    f"{folder / 'config.json'}: {field}: rope_type is {shown(name)}, which transformers doesn't know; "
+                    f"{WAY_OUT}"
+                )
 
 
 def multiply_in(config: Any, dtype: torch.dtype) -> Any:
@@ -65,7 +116,7 @@ def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
     try:
         config = running_config(folder, trust_remote_code=trust_remote_code)
-    except Exception:  # whoever builds the model says what is wrong with it
+    except EvalError:  # whoever builds the model says what is wrong with it
         config = None
     return AutoTokenizer.from_pretrained(
         folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmshrink_eval.errors import EvalError
+from llmshrink_eval.errors import EvalError, one_line
 from llmshrink_eval.weightfiles import StoredTensor, read_header, weight_files
 
 if TYPE_CHECKING:
@@ -84,8 +84,10 @@ def architecture(folder: Path, *, trust_remote_code: bool = False) -> Architectu
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except EvalError:
+        raise
     except Exception as error:  # of whatever type the model's own code raises
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise EvalError(f"{folder}: transformers can't build the model of its config.json: {reason}") from error
     blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
     return Architecture(

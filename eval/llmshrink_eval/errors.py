@@ -18,6 +18,14 @@ class EvalFailed(RuntimeError):
     """It ran, and what came out is no measurement: str(error) is one line that says what and where."""
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What another library raised, on one line of at most `limit` characters; never empty."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if isinstance(error, KeyError):  # whose message is the key alone
+        text = f"it knows no {text}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def raised_by_model(error: BaseException) -> str | None:
     """One line for what the code of a model's own class raised, in transformers or in its repository; None for else.
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from llmshrink_eval.bounded import read_json
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.weightfiles import INDEX_FILE, weight_files
 
@@ -93,7 +94,7 @@ def _state(real: Path) -> tuple[str, int, int, int, int, int]:
 def _recall(memo: Path, state: tuple[object, ...]) -> str | None:
     """The remembered digest, or None. A damaged memory is none: the file is read again."""
     try:
-        said = json.loads(memo.read_bytes())
+        said = read_json(memo)
         if said["file"] == list(state) and _DIGEST.fullmatch(said["sha256"]):
             return str(said["sha256"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -6,18 +6,17 @@ whose first records can be used is another matter: it isn't read to its end.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmshrink_eval.bounded import DEEPEST, Unreadable, parse_json
+
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """What JSON can spell and UTF-8 can't: no tokenizer takes it."""
 HOPELESS = 1000
 """Records without a usable one among them, after which no more are read."""
-DEEPEST = 100
-"""Levels of a record: no conversation has as many, and code that goes down them ends at a thousand."""
 NAMED = 100
 SHOWN = 3
 
@@ -74,11 +73,11 @@ class Tally:
 def parse_line(line: bytes) -> Any:
     """The JSON of one line. Raises Unusable."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise Unusable(f"isn't UTF-8 ({error.reason} at its byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise Unusable(f"isn't JSON ({_first_line(error)}); one object a line is read") from error
+    except Unreadable as error:
+        raise Unusable(f"{error}; one object a line is read") from error
 
 
 def parquet_rows(table: Any) -> list[Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from llmshrink_eval.configfile import read_config
 from llmshrink_eval.configured import multiply_in, running_config
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.weightfiles import strays, weight_files
@@ -197,11 +197,5 @@ def _settled(model: Any) -> Any:
 
 def _quantization(path: Path) -> str | None:
     """The method that config.json names, if the checkpoint is a compressed one."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvalError(f"{path}: no readable config.json ({error}); give a model's folder") from error
-    settings = config.get("quantization_config")
-    if not settings:
-        return None
-    return str(settings.get("quant_method", "quantized")) if isinstance(settings, dict) else "quantized"
+    settings = read_config(path).get("quantization_config")
+    return str(settings.get("quant_method", "quantized")) if settings else None

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llmshrink_eval.bounded import parse_json
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.progress import Progress
 from llmshrink_eval.results import ModelResult, Results
@@ -58,7 +59,7 @@ class Evaluation:
         try:
             before = Results.read(folder / RESULTS_FILE)
             there = {name: (folder / name).read_text(encoding="utf-8") for name in (*PAGES, *self.samples)}
-            rows = {name: [json.loads(line) for line in there[name].split("\n")[:-1]] for name in self.samples}
+            rows = {name: [parse_json(line) for line in there[name].split("\n")[:-1]] for name in self.samples}
         except (OSError, ValueError):
             return None
         same = _said(before) == _said(self.results) and rows == json.loads(json.dumps(self.samples))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from llmshrink_eval import require
 from llmshrink_eval.beginning import LACKING, Bos, beginning_of
 from llmshrink_eval.comparable import refuse_other_tokenizers, refuse_other_vocabularies
+from llmshrink_eval.configfile import read_config
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.fingerprint import fingerprint_folder
 from llmshrink_eval.leftout import LONE_SURROGATE, LeftOut
@@ -225,17 +225,8 @@ def _config(spec: ModelSpec, trust_remote_code: bool) -> Any:
     from llmshrink_eval.configured import running_config
     from llmshrink_eval.model import quiet
 
-    if not (spec.folder / "config.json").is_file():
-        raise EvalError(f"{spec.name}: no config.json in {spec.folder}; name a model's folder")
     with quiet():
-        try:
-            return running_config(spec.folder, trust_remote_code=trust_remote_code)
-        # Of whatever type transformers or the model's own code raises.
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise EvalError(
-                f"{spec.name}: transformers can't read its config.json ({type(error).__name__}: {reason})"
-            ) from error
+        return running_config(spec.folder, trust_remote_code=trust_remote_code)
 
 
 def _refuse_chat_templates(specs: Sequence[ModelSpec], tokenizers: Sequence[Any]) -> None:
@@ -326,7 +317,7 @@ def _is_original(compares: bool, number: int, spec: ModelSpec) -> bool:
     """The first of a comparison; else, where nothing is compared, whatever nobody has compressed."""
     if compares:
         return number == 0
-    config = json.loads((spec.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(spec.folder)
     return not config.get("quantization_config") and not (spec.folder / "llmshrink.json").is_file()
 
 

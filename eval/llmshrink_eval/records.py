@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from llmshrink_eval.bounded import parse_json
 from llmshrink_eval.divergence import Disagreement, WindowDivergence
 
 
@@ -46,7 +47,7 @@ class CheckedLines:
             checksum, _, body = line.partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
                 break
-            found.append(json.loads(body))
+            found.append(parse_json(body))
             good += len(line)
         if good < len(data):
             with self._path.open("r+b") as file:

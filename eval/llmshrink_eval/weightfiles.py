@@ -7,7 +7,6 @@ A file is `<u64 little-endian: n><n bytes of JSON><data>`; the JSON maps each te
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -15,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeGuard
 
+from llmshrink_eval.bounded import Unreadable, parse_json, read_json, shown
 from llmshrink_eval.errors import EvalError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors library's own limit."""
+MOST_DIMENSIONS = 64
+"""Of a tensor's shape, as in torch: the product of a million sizes would take minutes."""
 
 ITEM_BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -100,11 +102,11 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
             if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
                 raise _broken(file, f"it claims {length:,} bytes and the file has {size:,}")
             text = stream.read(length)
-        described = json.loads(text)
+        described = parse_json(text)
     except OSError as error:
         raise EvalError(f"{file}: can't be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _broken(file, "it isn't JSON") from error
+    except Unreadable as error:
+        raise _broken(file, f"it {error}") from error
     if not isinstance(described, dict):
         raise _broken(file, "it isn't a JSON object")
     room = size - 8 - length
@@ -117,14 +119,17 @@ def _tensor(file: Path, key: str, value: object, room: int) -> StoredTensor:
     dtype, shape, span = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     bits = ITEM_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise _broken(file, f"{key} has the unknown dtype {dtype!r}")
+        raise _broken(file, f"{key} has the unknown dtype {shown(dtype)}")
     if not _sizes(shape):
-        raise _broken(file, f"{key} has the shape {shape!r}, which isn't a list of sizes")
+        raise _broken(file, f"{key} has the shape {shown(shape)}, which isn't a list of sizes")
+    if len(shape) > MOST_DIMENSIONS:
+        raise _broken(file, f"{key} has {len(shape):,} dimensions, and a tensor has {MOST_DIMENSIONS} at most")
     if not _sizes(span) or len(span) != 2 or not span[0] <= span[1] <= room:
-        raise _broken(file, f"{key} lies at {span!r}, which isn't within the {room:,} bytes of data")
+        raise _broken(file, f"{key} lies at {shown(span)}, which isn't within the {room:,} bytes of data")
     nbytes = math.prod(shape) * bits // 8
     if span[1] - span[0] != nbytes:
-        raise _broken(file, f"{key}, {dtype} {shape}, takes {nbytes:,} bytes and claims {span[1] - span[0]:,}")
+        claimed = span[1] - span[0]
+        raise _broken(file, f"{key}, {dtype} {shown(shape)}, takes {shown(nbytes)} bytes and claims {claimed:,}")
     return StoredTensor(key, str(dtype), tuple(shape), nbytes)
 
 
@@ -136,16 +141,16 @@ def weight_map_of(index: Path) -> dict[str, str]:
     """Key -> the name of its file, as an index file has it. Raises EvalError for one that can't be read or that leaves
     the folder."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvalError(f"{index}: broken index: no weight_map to read; download or copy it again") from error
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _stays_inside(name):
             raise EvalError(
-                f"{index}: {key} is said to lie in {name!r}, outside the model's folder: refused; an index names files"
-                " beside it"
+                f"{index}: {key:.200} is said to lie in {shown(name)}, outside the model's folder: "
+                "refused; an index names files beside it"
             )
     return weight_map
 

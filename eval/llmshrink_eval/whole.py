@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.bounded import read_json
+from llmshrink_eval.configfile import check_fits
 from llmshrink_eval.errors import EvalError
-from llmshrink_eval.weightfiles import INDEX_FILE, SINGLE_FILE, Strays, strays, weight_map_of
+from llmshrink_eval.weightfiles import INDEX_FILE, SINGLE_FILE, Strays, read_header, strays, weight_files, weight_map_of
 
 COPY_AGAIN = "download or copy it again"
 
@@ -32,6 +34,9 @@ def pretrained(path: Path, config: Any, *, trust_remote_code: bool = False, **se
 
     absent = _absent(path)
     _refuse_needed(path, config, absent, trust_remote_code=trust_remote_code)
+    if not absent:
+        held = [tensor for file in weight_files(path) for tensor in read_header(file)]
+        check_fits(config, tensors=len(held), nbytes=sum(tensor.nbytes for tensor in held))
     with _readable(path, absent, settings.get("offload_folder")) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -108,7 +113,7 @@ def _readable(path: Path, absent: dict[str, str], offload: str | None) -> Iterat
     if (path / SINGLE_FILE).is_file() or not index.is_file():
         yield path
         return
-    described = json.loads(index.read_bytes())
+    described = read_json(index)
     if not absent and isinstance(described.get("metadata"), dict):
         yield path
         return

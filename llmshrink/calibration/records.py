@@ -8,11 +8,11 @@ those.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
+from llmshrink_eval.bounded import Unreadable, parse_json
 from llmshrink_eval.leftout import Tally, Unusable, check_characters, present
 
 from llmshrink.errors import CalibrationError
@@ -184,8 +184,8 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     """The tools of a record: a list, or, as some files keep it, the JSON of one. Raises Unusable."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except Unreadable as error:
             raise Unusable("has tools that are neither a list nor the JSON of one") from error
     if not value:
         return ()

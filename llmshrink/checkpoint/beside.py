@@ -9,7 +9,6 @@ and is counted.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -17,6 +16,8 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from llmshrink_eval.bounded import read_json
 
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from llmshrink.errors import CheckpointError
@@ -197,7 +198,7 @@ def own_code(source: Path) -> frozenset[str]:
 def _modules(config: Path) -> Iterator[str]:
     """The modules of a config's auto_map; those of another repository (`owner/name--module.Class`) aren't here."""
     try:
-        auto_map = json.loads(config.read_bytes()).get("auto_map")
+        auto_map = read_json(config).get("auto_map")
     except (OSError, ValueError, AttributeError, RecursionError):
         return
     for value in auto_map.values() if isinstance(auto_map, dict) else ():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-from llmshrink.errors import CheckpointError
+from llmshrink_eval import configfile
+from llmshrink_eval.bounded import read_json, shown
+from llmshrink_eval.errors import EvalError
+
+from llmshrink.errors import CheckpointError, SourceError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -16,19 +20,30 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(b"version https://git-lfs")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model's folder, its fields held to what they can be, whoever reads it.
+
+    Raises SourceError, in one line, where there is none, it can't be read, or a field isn't what one of its name is.
+    """
+    try:
+        return configfile.read_config(folder)
+    except EvalError as error:
+        raise SourceError(str(error)) from error
+
+
 def read_weight_map(index: Path) -> dict[str, str]:
     """Key -> shard, as an index file has it. Raises CheckpointError for one that can't be read or leaves the folder."""
     try:
-        described = json.loads(index.read_bytes())
+        described = read_json(index)
         weight_map = described["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: broken index: no weight_map to read; download or copy it again") from error
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _stays_inside(name):
             raise CheckpointError(
-                f"{index}: {key} is said to lie in {name!r}, outside the model's folder: refused; "
+                f"{index}: {key:.200} is said to lie in {shown(name)}, outside the model's folder: refused; "
                 "an index names files beside it"
             )
     return weight_map

@@ -9,7 +9,6 @@ anything, so each of these is checked here, once, and everything behind this mod
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 import torch
+from llmshrink_eval.bounded import Unreadable, parse_json, shown
 
 from llmshrink.checkpoint.files import is_lfs_pointer
 from llmshrink.errors import CheckpointError
@@ -44,6 +44,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors library's own limit."""
+MOST_DIMENSIONS = 64
+"""Of a tensor's shape, as in torch: the product of a million sizes would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,9 @@ def _parse(file: Path, text: bytes) -> dict[str, object]:
         return found
 
     try:
-        described = json.loads(text, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _broken(file, "the header isn't JSON") from error
+        described = parse_json(text, hook=unique)
+    except Unreadable as error:
+        raise _broken(file, f"the header {error}") from error
     if not isinstance(described, dict):
         raise _broken(file, "the header isn't a JSON object")
     return described
@@ -130,16 +132,19 @@ def _entry(file: Path, key: str, value: object, data_start: int) -> TensorEntry:
         raise _broken(file, f"{key}: not described by an object")
     dtype = DTYPES.get(str(value.get("dtype")))
     if dtype is None:
-        raise _broken(file, f"{key}: unknown dtype {value.get('dtype')!r}")
+        raise _broken(file, f"{key}: unknown dtype {shown(value.get('dtype'))}")
     shape, span = value.get("shape"), value.get("data_offsets")
     if not _counts(shape):
-        raise _broken(file, f"{key}: shape {shape!r} isn't a list of sizes")
+        raise _broken(file, f"{key}: shape {shown(shape)} isn't a list of sizes")
+    if len(shape) > MOST_DIMENSIONS:
+        raise _broken(file, f"{key}: a shape of {len(shape):,} dimensions, and a tensor has {MOST_DIMENSIONS} at most")
     if not _counts(span) or len(span) != 2 or span[0] > span[1]:
-        raise _broken(file, f"{key}: data_offsets {span!r} aren't a begin and an end")
+        raise _broken(file, f"{key}: data_offsets {shown(span)} aren't a begin and an end")
     nbytes = math.prod(shape) * dtype.itemsize
     if span[1] - span[0] != nbytes:
+        claimed = span[1] - span[0]
         raise _broken(
-            file, f"{key}: {value['dtype']} {shape} takes {nbytes:,} bytes, not the {span[1] - span[0]:,} it claims"
+            file, f"{key}: {value['dtype']} {shown(shape)} takes {shown(nbytes)} bytes, not the {claimed:,} it claims"
         )
     return TensorEntry(key, file, dtype, tuple(shape), data_start + span[0], nbytes)
 

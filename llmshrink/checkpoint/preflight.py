@@ -7,7 +7,6 @@ own code, before it came to the point.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from llmshrink_eval.errors import EvalError, one_line
 
+from llmshrink.checkpoint.files import read_config
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import OutputError, SourceError
@@ -43,7 +44,7 @@ def check_source(source: Source, *, trust_remote_code: bool = False) -> None:
     Raises SourceError: no config.json or a broken one, code of its own that isn't trusted, not a causal language
     model, already quantized, no tokenizer. Weights are checked by CheckpointIndex.open.
     """
-    config = _read_config(source)
+    config = read_config(source.folder)
     unknown = unknown_type(config)
     if unknown is not None and (config.get("architectures") or "model_type" in config):
         raise SourceError(f"{source.name}: config.json {unknown}; correct it if it's misspelt, or upgrade transformers")
@@ -69,11 +70,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PretrainedCo
 
     try:
         config = running_config(source.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises whatever the field at fault leads to
-        raise SourceError(
-            f"{source.name}: transformers can't read its config.json: {_one_line(error)}; "
-            "upgrade transformers, or correct the file"
-        ) from error
+    except EvalError as error:
+        raise SourceError(str(error)) from error
     assert isinstance(config, PretrainedConfig)
     if getattr(config, "is_encoder_decoder", False):
         raise _not_causal(source, f"{type(config).__name__.removesuffix('Config')} (it has an encoder)")
@@ -104,7 +102,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         tokenizer = read_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
-            f"{source.name}: its tokenizer can't be read: {_one_line(error)}; "
+            f"{source.name}: its tokenizer can't be read: {one_line(error)}; "
             "copy the tokenizer's files of the original model again"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -129,21 +127,6 @@ def check_room(folder: Path, needed: int, what: str = "the output") -> None:
             f"{folder}: no space left for {what}: {needed:,} bytes needed, {free:,} free; "
             "free some, or name a folder on another disk"
         )
-
-
-def _read_config(source: Source) -> dict[str, Any]:
-    file = source.folder / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise SourceError(
-            f"{source.name}: no config.json in {source.folder}; name a folder that holds a model"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: can't be read as JSON; download or copy it again") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{file}: not a JSON object; download or copy it again")
-    return config
 
 
 def _needs_own_code(config: dict[str, Any]) -> bool:
@@ -208,8 +191,3 @@ def _refuse_quantized(source: Source, config: dict[str, Any]) -> None:
         f"{source.name}: already quantized ({method}{detail}); start from the original 16-bit model "
         "(its card names it as base_model), or dequantize this one first"
     )
-
-
-def _one_line(error: Exception) -> str:
-    """All that another library says, on one line: what it says last is often what helps."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -6,9 +6,10 @@ before any library's own message about a key that isn't there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from llmshrink_eval.bounded import read_json
 
 from llmshrink.checkpoint.beside import belonging
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, is_lfs_pointer, read_weight_map
@@ -58,7 +59,7 @@ def adapter(name: str, files: Collection[str], *, base: str | None, where: str) 
 
 def _base(file: Path) -> str | None:
     try:
-        found = json.loads(file.read_bytes()).get("base_model_name_or_path")
+        found = read_json(file).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return " ".join(found.split())[:200] if isinstance(found, str) and found.strip() else None

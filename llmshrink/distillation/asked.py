@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from llmshrink_eval.errors import one_line
 
 from llmshrink.distillation.objective import Objective
 from llmshrink.distillation.state import described
@@ -17,7 +18,6 @@ from llmshrink.methods.bnb import require
 from llmshrink.paths import expanded
 from llmshrink.run.asked import check_apart
 from llmshrink.run.output import partial_folder
-from llmshrink.runtime.load import one_line
 
 if TYPE_CHECKING:
     from llmshrink.distillation.job import Options

@@ -16,13 +16,13 @@ refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_eval.bounded import read_json
 from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
@@ -176,7 +176,7 @@ def is_whole(folder: Path, key: CacheKey, teacher: Watched) -> bool:
 def go_on_from(folder: Path, noted: Path, teacher: Watched) -> None:
     """Hold a teacher to what `noted` says was read of it when what is in `folder` was made. Raises LlmshrinkError."""
     try:
-        seen = json.loads(noted.read_bytes())
+        seen = read_json(noted)
         assert all(isinstance(seen[part], dict) for part in NOTHING_READ)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise LlmshrinkError(f"{noted}: is damaged; remove {folder} and let it be made again") from error
@@ -285,7 +285,7 @@ def _file(number: int) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
         assert isinstance(manifest["key"], dict)
         assert isinstance(manifest["sha256"], dict)
         assert all(isinstance(manifest.get("read", NOTHING_READ)[part], dict) for part in NOTHING_READ)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from llmshrink_eval.beginning import Bos
+from llmshrink_eval.bounded import read_json
 
 from llmshrink.calibration.activations import Batch, batches_of
 from llmshrink.calibration.text import load_documents
@@ -150,7 +150,7 @@ class Job:
         """The teacher's block that each of the student's is held to, where their hidden states are."""
         blocks = [len(find_blocks(model)[1]) for model in (self.student.model, self.teacher.model)]
         record = self.student.source.folder / RECORD
-        structure = json.loads(record.read_text(encoding="utf-8")).get("structure") if record.is_file() else None
+        structure = read_json(record).get("structure") if record.is_file() else None
         return matched_blocks(blocks[0], blocks[1], structure)
 
     @cached_property

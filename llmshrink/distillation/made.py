@@ -8,6 +8,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from llmshrink_eval.bounded import read_json
+
 from llmshrink.errors import LlmshrinkError
 from llmshrink.run.asked import Options
 from llmshrink.run.job import prepare
@@ -32,7 +34,7 @@ def made(options: Options, progress: Progress) -> QuantizeReport | None:
     """Carry the options out, or find that an earlier run did: then None. A run that was stopped goes on."""
     record = options.output / RECORD
     if record.is_file():
-        there = json.loads(record.read_text(encoding="utf-8"))["identity"]
+        there = read_json(record)["identity"]
         if there == json.loads(json.dumps(prepare(options).identity())):
             progress.note(f"student     {options.output} is there, from an earlier run of this command")
             return None

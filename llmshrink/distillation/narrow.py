@@ -10,6 +10,7 @@ import logging
 from typing import Any, Literal, get_args
 
 import torch
+from llmshrink_eval.errors import one_line
 
 from llmshrink.checkpoint.source import Source
 from llmshrink.distillation.quiet import quiet
@@ -17,7 +18,7 @@ from llmshrink.errors import LlmshrinkError, SourceError
 from llmshrink.methods.bnb import require
 from llmshrink.run.arithmetic import automatic_training
 from llmshrink.run.asked import DTYPES
-from llmshrink.runtime.load import choose_dtype, config_of, one_line, quantization_of
+from llmshrink.runtime.load import choose_dtype, config_of, quantization_of
 
 TeacherQuant = Literal["nf4", "int8"]
 QUANTS: tuple[TeacherQuant, ...] = get_args(TeacherQuant)

@@ -10,13 +10,13 @@ its keys may be numbers. The arguments of a training are kept nowhere: the comma
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from llmshrink_eval.bounded import read_json
 from torch import Tensor
 
 from llmshrink.checkpoint.header import read_header
@@ -50,7 +50,7 @@ def read(folder: Path, name: str) -> Any:
     """The state, its tensors on the CPU. Raises CheckpointError where it isn't what was written there."""
     file = folder / f"{name}.safetensors"
     try:
-        said = json.loads((folder / f"{name}.json").read_bytes())
+        said = read_json(folder / f"{name}.json")
         if said["sha256"] != disk.sha256_of(file):
             raise ValueError
         with CheckpointIndex(folder, read_header(file).entries) as index:

@@ -14,7 +14,6 @@ Embeddings and the output layer stay as they are: the text at hand shows a small
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.checkpoint.files import read_config
 from llmshrink.checkpoint.source import Source
 from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.errors import CheckpointError, SourceError
@@ -102,7 +102,7 @@ class Student:
 
 def schemes_of(source: Source) -> dict[str, Scheme]:
     """How the linears of a checkpoint are stored. Raises SourceError for a form that can't be trained."""
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(source.folder)
     try:
         found = dict(stored.schemes(config.get("quantization_config")))
     except CheckpointError as error:
@@ -129,7 +129,7 @@ def open_student(source: Source, *, train: Train | None, device: torch.device, c
 
     train: None is `scales` for a quantized checkpoint, else `weights`. Raises SourceError for scales that aren't there.
     """
-    raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_config(source.folder)
     index = Watched.open(source.folder)
     with Decompressed(source.folder, raw, torch.float32, index) as reader:
         skeleton = Skeleton(config, reader, device=device, dtype=torch.float32)

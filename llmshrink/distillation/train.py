@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from llmshrink_eval.bounded import read_json
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.preflight import check_room
@@ -150,7 +150,7 @@ def last_whole(folder: Path, processes: int) -> Path | None:
     whole = {}
     for checkpoint in folder.glob("checkpoint-*"):
         try:
-            said = json.loads((checkpoint / "trainer_state.json").read_bytes())
+            said = read_json(checkpoint / "trainer_state.json")
             step = int(said["global_step"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.checkpoint.files import read_config
 from llmshrink.errors import CheckpointError
 from llmshrink.formats import compressed_tensors, kv_cache, sparse24
 from llmshrink.formats.eight_bit import EightBitScheme
@@ -78,7 +79,7 @@ def needed(folder: Path) -> bool:
 def _quantization(folder: Path) -> dict[str, Any]:
     """What config.json says of the quantization; empty where it says nothing, or isn't there: others refuse that."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        found = read_config(folder).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -170,7 +171,7 @@ def _opened(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> tup
     """The dense model's config and a reader that answers with its tensors."""
     from llmshrink_eval.configured import running_config
 
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_config(folder)
     config = running_config(folder, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmshrink_eval.bounded import read_json
 
 from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
@@ -112,7 +113,7 @@ def check_report_folder(folder: Path) -> None:
 
 def _refuse_foreign_results(written: Path) -> None:
     try:
-        schema = json.loads(written.read_text(encoding="utf-8"))["schema_version"]
+        schema = read_json(written)["schema_version"]
     except (OSError, ValueError, KeyError, TypeError):
         schema = None
     if not isinstance(schema, int):
@@ -240,7 +241,7 @@ def _site_errors(folder: Path) -> tuple[SiteError, ...]:
     from llmshrink_eval.results import SiteError
 
     try:
-        sites: list[dict[str, Any]] = json.loads((folder / "llmshrink.json").read_text(encoding="utf-8"))["sites"]
+        sites: list[dict[str, Any]] = read_json(folder / "llmshrink.json")["sites"]
         return tuple(SiteError(name=site["name"], bits=site["bits"], error=site["error"]) for site in sites)
     except (OSError, ValueError, KeyError, TypeError):
         return ()

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from llmshrink_eval.bounded import parse_json, shown
 from torch import Tensor
 
 from llmshrink.errors import CheckpointError
@@ -160,17 +161,17 @@ def _read_state(
     """(shape, the original's dtype, the offset of double quantization) from a quant_state."""
     raw = get(key)
     try:
-        state = json.loads(bytes(raw.tolist()))
+        state = parse_json(bytes(raw.tolist()))
         shape, dtype, offset = state["shape"], DTYPES[state["dtype"]], state.get("nested_offset")
         rows, columns = (int(each) for each in shape)
         assert rows > 0 and columns > 0 and (offset is None or isinstance(offset, float)), state
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError, OverflowError) as error:
         raise CheckpointError(f"{key}: isn't a quant_state of bitsandbytes; the checkpoint is damaged") from error
     asked = ("nf4", BLOCK, *((NESTED_BLOCK, "float32") if scheme.double else (None, None)))
     found = tuple(state.get(name) for name in ("quant_type", "blocksize", "nested_blocksize", "nested_dtype"))
     if found != asked or (offset is None) == scheme.double:
         raise CheckpointError(
-            f"{key}: says {state}; only NF4 in blocks of {BLOCK}, nested as config.json says, can be read here"
+            f"{key}: says {shown(state)}; only NF4 in blocks of {BLOCK}, nested as config.json says, can be read here"
         )
     return (rows, columns), dtype, offset
 

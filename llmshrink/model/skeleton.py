@@ -13,6 +13,8 @@ from functools import wraps
 from typing import Any, Protocol
 
 import torch
+from llmshrink_eval.configfile import check_fits
+from llmshrink_eval.errors import EvalError, one_line
 from torch import Tensor, nn
 
 from llmshrink.checkpoint.names import map_names
@@ -81,14 +83,17 @@ class Skeleton:
     ) -> None:
         from transformers import AutoModelForCausalLM
 
+        keys = list(reader.keys())
         try:
+            check_fits(config, tensors=len(keys))
             with _parameters_on_meta():
                 model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except EvalError as error:
+            raise CheckpointError(str(error)) from error
         except Exception as error:  # of whatever type the model's own code raises
-            said = " ".join(str(error).split()).rstrip(".")
             raise CheckpointError(
-                f"config.json: no model can be built from it ({type(error).__name__}: {said}); correct it, or download "
-                "it again"
+                f"config.json: no model can be built from it ({type(error).__name__}: {one_line(error)}); correct it, "
+                "or download it again"
             ) from error
         self.model: Any = model.eval()
         self.model.config.use_cache = False
@@ -103,7 +108,7 @@ class Skeleton:
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         self.key_of = map_names(
             [name for name, _ in self.model.named_parameters(remove_duplicate=False)],
-            list(reader.keys()),
+            keys,
             base_prefix=self.model.base_model_prefix,
             tied=self.tied,
             why_not=getattr(reader, "why_not", None),

@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from llmshrink_eval.errors import EvalError
 from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
@@ -50,6 +51,8 @@ def token_logprobs(folder: Path, scheme: BitsAndBytesScheme, windows: Sequence[B
         with redirect_stderr(StringIO()), torch.no_grad():
             model = pretrained(folder, running_config(folder), device_map={"": device})
             rows = [model(window.input_ids.to(device)).logits for window in windows]
+    except EvalError as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # of every type: a missing file, a shape, an unknown class
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(

@@ -7,7 +7,6 @@ original was, before it gets its name. A conversion that was killed goes on from
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace

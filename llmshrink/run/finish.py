@@ -5,7 +5,6 @@ What of it is known before the first block is written or tried there: side files
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.bounded import read_json
 from torch import Tensor
 
 from llmshrink.checkpoint.beside import LeftBehind, belongs, left_behind, side_files
@@ -129,8 +129,8 @@ def carry(job: Job, workspace: Workspace) -> None:
 def reread(job: Job, *, seconds: float) -> QuantizeReport:
     """The summary of an output that an earlier process published just before it died."""
     output = job.options.output
-    record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    timing = json.loads((output / TIMING).read_text(encoding="utf-8"))
+    record = read_json(output / RECORD)
+    timing = read_json(output / TIMING)
     rows = rows_of(record["sites"])
     return QuantizeReport(
         output=output,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink.checkpoint.files import read_config
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.formats import kv_cache, stored
 from llmshrink.run.report import SiteRow, cache_of, rows_of, size, summary_of
@@ -85,7 +85,7 @@ def inspect(folder: Path) -> InspectReport:
     record = read_record(folder)
     rows = tuple(rows_of(record["sites"]))
     with CheckpointIndex.open(folder) as index:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         schemes = stored.schemes(config.get("quantization_config"), index)
         packed = {key for name, scheme in schemes.items() for key in stored.names(name, scheme)}
         packed |= {key for name in record.get("kv_cache") or () for key in kv_cache.keys_of(name)}

@@ -248,7 +248,7 @@ class Workspace:
 
     def _move_in(self) -> None:
         """Move the files of an older output aside and the checkpoint's in, one by one; goes on where it was stopped."""
-        moved = json.loads((self.folder / PUBLISHING).read_text(encoding="utf-8"))
+        moved = read_json(self.folder / PUBLISHING)
         self._aside.mkdir(exist_ok=True)
         for name in moved["old"]:
             if os.path.lexists(self.output / name) and not os.path.lexists(self._aside / name):
@@ -317,7 +317,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         checksum, _, body = each.removesuffix(b"\n").partition(b" ")
         if not each.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
             break
-        lines.append(json.loads(body))
+        lines.append(parse_json(body))
     if raw and not lines:
         why = "is of an earlier llmshrink" if raw[0].startswith(b"{") else "is damaged"
         raise OutputError(

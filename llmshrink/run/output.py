@@ -7,9 +7,10 @@ hidden folder inside OUT, on the same medium, and its files are moved one by one
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path, PurePosixPath
+
+from llmshrink_eval.bounded import read_json
 
 from llmshrink.checkpoint.beside import WANTED, belongs
 from llmshrink.errors import OutputError
@@ -37,7 +38,7 @@ def strangers(folder: Path) -> list[str]:
     before it named files: what belongs to a model by its name is taken for ours.
     """
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = read_json(folder / RECORD)
         named = record.get("files")
         known = {RECORD, *WRITTEN_LATER, *record.get("shards", {}), *(named or ())}
     except (OSError, ValueError, AttributeError, TypeError):  # a damaged record names nothing

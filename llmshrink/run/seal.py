@@ -9,10 +9,11 @@ Which files those are the record says (`files`): what somebody puts beside them 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from llmshrink_eval.bounded import read_json
 
 from llmshrink.run import disk
 from llmshrink.run.journal import Part
@@ -73,7 +74,7 @@ def write_seal(folder: Path, seal: Mapping[str, Any]) -> None:
 def read_seal(folder: Path) -> dict[str, Any] | None:
     """The seal, or None where there is none that can be read."""
     try:
-        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        seal = read_json(folder / SEAL)
         return seal if isinstance(seal["files"], dict) and isinstance(seal["with"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

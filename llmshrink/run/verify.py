@@ -8,17 +8,19 @@ wrong dtype shows here, before anyone serves it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_eval.bounded import read_json
+from llmshrink_eval.errors import EvalError
 from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
 from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.checkpoint.files import read_config
 from llmshrink.checkpoint.header import read_header
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import unknown_type
@@ -49,10 +51,9 @@ of that: SmolLM2-135M in 4 bits differs by .031 where another CPU computes it in
 def read_record(folder: Path) -> dict[str, Any]:
     """llmshrink.json of an output. Raises SourceError when the folder isn't one."""
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(folder / RECORD)
         identity = record["identity"]
-        whole = isinstance(config, dict) and {"quality", "notes", "model", "recipe"} <= record.keys()
+        whole = {"quality", "notes", "model", "recipe"} <= record.keys()
         dtype = getattr(torch, identity["dtype"].removeprefix("torch."))
         rows_of(record["sites"])
         whole = whole and isinstance(dtype, torch.dtype) and isinstance(identity["device"], str)
@@ -61,11 +62,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise _no_output(folder) from error
     if not whole:
         raise _no_output(folder)
+    read_config(folder)
     return record
 
 
 def _no_output(folder: Path) -> SourceError:
-    return SourceError(f"{folder}: no readable {RECORD} and config.json there; name a folder that llmshrink wrote")
+    return SourceError(f"{folder}: no readable {RECORD} there; name a folder that llmshrink wrote")
 
 
 def read_reference(folder: Path) -> dict[str, Tensor]:
@@ -123,7 +125,7 @@ def chain_of(folder: Path, record: dict[str, Any], device: torch.device) -> Iter
     from llmshrink_eval.configured import running_config
 
     dtype = DTYPES[arithmetic_of(record, device).dtype]
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_config(folder)
     unknown = unknown_type(raw)
     if unknown is not None:
         raise CheckpointError(f"{folder / 'config.json'}: {unknown}: it is damaged; copy it again")
@@ -148,6 +150,8 @@ def _said_of(folder: Path) -> Iterator[None]:
         if str(folder) in str(error):
             raise
         raise type(error)(f"{folder}: {error}") from error
+    except EvalError as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}: it is damaged") from error
     except Exception as error:  # whatever the field at fault leads to, in transformers' own code
         said = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(
@@ -165,9 +169,7 @@ def verify(folder: Path) -> VerifyReport:
     if not own.ok or format_of(record) != "bitsandbytes":
         return own
     reference = read_reference(folder)
-    scheme = bitsandbytes.scheme_of(
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    )
+    scheme = bitsandbytes.scheme_of(read_config(folder)["quantization_config"])
     found = by_transformers.token_logprobs(folder, scheme, held_out_batches(reference, 1), device_of(record))
     return compare(
         folder, reference, found, tolerance=by_transformers.TOLERANCE[scheme.kind], engine=by_transformers.library()
@@ -262,7 +264,7 @@ def verify_vllm(folder: Path) -> VerifyReport:
         if not _four_bits(folder):
             ways += ", or quantize again as vLLM serves it (--bits 4, and the notes of `llmshrink inspect`)"
         raise EngineError(f"{str(error).rstrip('. ')}; {ways}") from error
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     as_decoded = " as llmshrink decodes it" if only_we_read(config) or cut_cache(config) else ""
     if cut_cache(config):
         as_decoded += (
@@ -284,7 +286,7 @@ def verify_vllm(folder: Path) -> VerifyReport:
 
 def _four_bits(folder: Path) -> bool:
     """Whether all that a checkpoint has quantized are weights of 4 bits, which vLLM serves best."""
-    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    quantization = read_config(folder).get("quantization_config") or {}
     groups = (quantization.get("config_groups") or {}).values()
     return bool(groups) and all((group.get("weights") or {}).get("num_bits") == 4 for group in groups)
 

@@ -8,7 +8,6 @@ tensor on its way; no weight is ever dense. A checkpoint that isn't compressed l
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmshrink_eval.errors import EvalError
+from llmshrink_eval.errors import EvalError, one_line
 from llmshrink_eval.model import quiet
 from llmshrink_eval.whole import pretrained
 from llmshrink_kernels.device import runs_triton
@@ -25,6 +24,7 @@ from llmshrink_kernels.wna16 import prepack
 from llmshrink_kernels.wna16.cpu import group_for
 from torch import Tensor, nn
 
+from llmshrink.checkpoint.files import read_config
 from llmshrink.checkpoint.index import CheckpointIndex
 from llmshrink.checkpoint.preflight import load_config
 from llmshrink.checkpoint.source import Source
@@ -106,14 +106,7 @@ def load(
 
 def quantization_of(source: Source) -> dict[str, Any] | None:
     """The quantization_config of config.json, or None. Raises SourceError when there is no config.json to read."""
-    file = source.folder / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-        assert isinstance(config, dict)
-    except FileNotFoundError:
-        raise SourceError(f"{source.name}: no config.json in {source.folder}; name a model's folder") from None
-    except (OSError, ValueError, AssertionError, RecursionError) as error:
-        raise SourceError(f"{file}: can't be read as a JSON object; download or copy it again") from error
+    config = read_config(source.folder)
     text = config.get("text_config")
     found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     return found if isinstance(found, dict) and found else None
@@ -158,8 +151,8 @@ def config_of(source: Source, trust_remote_code: bool) -> Any:
 
     try:
         config = running_config(source.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises whatever the field at fault leads to
-        raise SourceError(f"{source.name}: transformers can't read its config.json: {one_line(error)}") from error
+    except EvalError as error:
+        raise SourceError(str(error)) from error
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -345,11 +338,3 @@ def _unsaved(folder: Path) -> Any:
         raise LlmshrinkError(f"a model of packed weights isn't saved by transformers; copy {folder}, which it is")
 
     return save_pretrained
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, made one short line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError):  # whose message is the key alone
-        text = f"it knows no {text}"
-    return text if len(text) <= 200 else text[:200] + "..."

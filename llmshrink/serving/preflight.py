@@ -10,7 +10,6 @@ left to vLLM, and a note says so.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,8 +18,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from llmshrink.checkpoint import files
 from llmshrink.checkpoint.index import CheckpointIndex
-from llmshrink.errors import CheckpointError, LlmshrinkError
+from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
 from llmshrink.formats import bitsandbytes, compressed_tensors, kv_cache, sparse24
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
 from llmshrink.formats.eight_bit import EightBitScheme
@@ -127,16 +127,11 @@ def check(checkpoint: Path, asked: EngineOptions) -> Passed:
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of a folder; ServeError where there is none."""
+    """config.json of a folder, as `files.read_config` reads it; ServeError where it can't be."""
     try:
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ServeError(
-            f"{checkpoint}: no readable config.json there; name a checkpoint's folder (hf download gets one)"
-        ) from error
-    if not isinstance(config, dict):
-        raise ServeError(f"{checkpoint / 'config.json'}: no mapping; copy the folder again")
-    return config
+        return files.read_config(checkpoint)
+    except SourceError as error:
+        raise ServeError(f"{error} (hf download gets one)") from error
 
 
 def engine_here() -> tuple[Installed, str]:

@@ -94,10 +94,10 @@ def test_fused_experts_are_streamed_by_transformers_own_way(model_of: Callable[.
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, model_of: Callable[..., Path]) -> None:
-    with pytest.raises(EvalError, match=r"no readable config\.json"):
+    with pytest.raises(EvalError, match=r"no config\.json there; name a model"):
         load_model(tmp_path, LoadOptions())
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
-    with pytest.raises(EvalError, match="transformers can't load it") as caught:
+    with pytest.raises(EvalError, match="transformers can't read it") as caught:
         load_model(tmp_path, LoadOptions())
     assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')

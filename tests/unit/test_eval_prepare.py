@@ -139,9 +139,9 @@ def test_models_of_other_vocabularies_are_refused(here: Small, model_of: Callabl
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (None, r"odd: no config.json in .*; name a model's folder"),
-        ("{", r"odd: transformers can't read its config.json \(.*not a valid JSON file"),
-        ('{"model_type": "nonesuch"}', r"odd: transformers can't read its config.json \(.*nonesuch"),
+        (None, r"odd: no config.json there; name a model's folder"),
+        ("{", r"odd/config.json: can't be read as JSON: it isn't JSON"),
+        ('{"model_type": "nonesuch"}', r"odd/config.json: transformers can't read it: .*nonesuch"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(config: str | None, says: str, here: Small, tmp_path: Path) -> None:

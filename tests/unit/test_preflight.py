@@ -60,9 +60,9 @@ def test_a_causal_model_passes(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, "pack-quantized"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "already quantized (fp8)"),
         ({"model_type": "newest"}, "config.json has model_type 'newest', which transformers"),
-        ({"model_type": ["llama"]}, "has model_type ['llama'], which transformers"),
+        ({"model_type": ["llama"]}, "model_type is ['llama'], and has to be text"),
         ({"model_type": None}, "config.json names no model_type"),
-        ({"hidden_size": "wide"}, "transformers can't read its config.json"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide', and has to be a whole number from 1 to 1,048,576"),
         ({"model_type": "newest", "auto_map": {"AutoConfig": "code.Config"}}, "--trust-remote-code"),
     ],
 )

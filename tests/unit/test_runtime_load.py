@@ -257,7 +257,7 @@ def test_no_model_there(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no config\.json"):
         llmshrink.load(tmp_path)
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(SourceError, match="can't be read as a JSON object"):
+    with pytest.raises(SourceError, match="can't be read as JSON: it isn't JSON"):
         llmshrink.load(tmp_path)
 
 

@@ -67,7 +67,7 @@ GOOD = b'{"text": "fine"}'
     ("line", "says"),
     [
         (b"{broken", "isn't JSON (Expecting property name enclosed in double quotes"),
-        (b"[" * 100_000, "isn't JSON"),
+        (b"[" * 100_000, "is nested more than 100 deep"),
         (b'{"text": "\xff"}', "isn't UTF-8 (invalid start byte at its byte 10)"),
         (b'{"body": "x"}', "has ['body']; read are a string under text"),
         (b'{"prompt": "Q"}', "has ['prompt']; read are a string under text"),

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.configfile import read_config
 from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
 from llmshrink_eval.options import ModelSpec, Running
 
@@ -61,7 +62,7 @@ def import_if_there(name: str) -> None:
 
 
 def _compressed(folder: Path) -> bool:
-    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+    return bool(read_config(folder).get("quantization_config"))
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:

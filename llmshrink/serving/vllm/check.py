@@ -12,7 +12,6 @@ nat are its arithmetic, and cost 1e-5 to 1e-4 nats of KL at most. A weight that 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.checkpoint.decompressed import Decompressed
+from llmshrink.checkpoint.files import read_config
 from llmshrink.formats import kv_cache, sparse24
 from llmshrink.formats.bitpack import WORD
 from llmshrink.serving.launch import installed
@@ -80,7 +80,7 @@ def compare_with_transformers(
     """
     result = engine_logprobs(checkpoint, prompts, max_tokens=max_tokens, dtype=dtype)
     if tolerance is None:
-        tolerance = tolerance_of(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+        tolerance = tolerance_of(read_config(checkpoint))
     return compare(result, prompts, transformers_logits(checkpoint), tolerance=tolerance)
 
 
@@ -103,7 +103,7 @@ def transformers_logits(checkpoint: Path) -> Reference:
     from llmshrink_eval.whole import pretrained
 
     with redirect_stderr(StringIO()), torch.no_grad():  # progress bars of three libraries; what goes wrong is raised
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        config = read_config(checkpoint)
         if only_we_read(config) or cut_cache(config):
             model = _decompressed(checkpoint, cut=cut_cache(config))
         else:
@@ -148,7 +148,7 @@ def _decompressed(checkpoint: Path, *, cut: bool = False) -> Any:
     from llmshrink_eval.configured import running_config
     from transformers import AutoModelForCausalLM
 
-    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    raw = read_config(checkpoint)
     config = running_config(checkpoint)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()

@@ -20,8 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
 
+from llmshrink_eval.bounded import read_json
 from llmshrink_eval.engines.child import ours, python
 
+from llmshrink.checkpoint.files import read_config
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import bitsandbytes, compressed_tensors, sparse24
 from llmshrink.formats.compressed_tensors import GroupedIntScheme
@@ -130,7 +132,7 @@ def engine_logprobs(
 
 def _config(checkpoint: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_config(checkpoint)
     except (OSError, ValueError) as error:
         raise EngineError(f"{checkpoint}: no readable config.json there; name a checkpoint's folder") from error
     return config
@@ -212,7 +214,7 @@ def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[
             raise EngineError(
                 f"vLLM {engine.version} ended with status {status} for {request['model']}: {_last_line(log)}"
             )
-        said = json.loads(answer.read_text(encoding="utf-8"))
+        said = read_json(answer)
     if "error" in said:
         raise EngineError(f"vLLM {engine.version} doesn't serve {request['model']}: {said['error']}")
     generations: list[_Said] = said["generations"]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.bounded import read_json
 from llmshrink_eval.engines.child import end_with_input
 
 LONGEST_ERROR = 600
@@ -50,7 +51,7 @@ def _plain(completion: Any) -> dict[str, object]:
 def main(question: Path, answer: Path) -> None:
     """Answer the question; whatever the engine raises is the answer too, since no one else is there to hear it."""
     try:
-        said: dict[str, object] = {"generations": generate(json.loads(question.read_text(encoding="utf-8")))}
+        said: dict[str, object] = {"generations": generate(read_json(question))}
     except Exception as error:
         line = " ".join(str(error).split())
         said = {"error": f"{type(error).__name__}: {line}"[:LONGEST_ERROR]}

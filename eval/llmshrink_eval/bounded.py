@@ -1,0 +1,94 @@
+"""JSON that anybody may have written, read within stated limits: bytes, depth, digits.
+
+Python's parser takes what no program of ours can hold: levels until the stack ends, and each error of it is of another
+type. Here all of them are one, `Unreadable`, whose text is what follows the file's name in a line.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+JSON_LIMIT = 100_000_000
+"""Bytes of a file of JSON: what the safetensors library allows a header, and ten times the largest index there is."""
+DEEPEST = 100
+"""Levels of nesting: no config and no conversation has as many, and code that goes down them ends at a thousand."""
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write out a number of more than 4300 digits."""
+        return repr(x) if x.bit_length() <= 256 else f"a number of {x.bit_length():,} bits"
+
+
+class Unreadable(ValueError):
+    """Why JSON can't be read."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes it, cut to a few words where it is long."""
+    return _Short().repr(value)
+
+
+def parse_json(text: bytes | str, *, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value. hook: makes an object of its pairs (json.loads' object_pairs_hook), and may raise what it likes.
+
+    Raises Unreadable for what isn't UTF-8 or JSON, is nested more than DEEPEST deep, or has a number of more digits
+    than Python takes (4300).
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=hook)
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"isn't UTF-8 ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise Unreadable(f"is nested more than {DEEPEST} deep") from error
+    except json.JSONDecodeError as error:
+        raise Unreadable(f"isn't JSON ({_first_line(error)})") from error
+    except ValueError as error:
+        # The parser's own for a number; a hook's error is the caller's.
+        if type(error) is not ValueError:
+            raise
+        raise Unreadable(f"isn't JSON ({_first_line(error).partition(':')[0]})") from error
+    if too_deep(found):
+        raise Unreadable(f"is nested more than {DEEPEST} deep")
+    return found
+
+
+def read_json(path: Path, *, limit: int = JSON_LIMIT) -> Any:
+    """The value in a file. Raises OSError as opening it does, Unreadable as `parse_json` does, and for a file of more
+    than `limit` bytes or one that isn't a regular file (a pipe never ends)."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise Unreadable("isn't a file")
+    with path.open("rb") as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise Unreadable(f"has more than {limit:,} bytes")
+    return parse_json(text)
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and mappings are nested more than DEEPEST deep. Nothing is called again for a level."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+        if not below:
+            return False
+        level = below
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
