@@ -1,6 +1,6 @@
-"""JSON that anybody may have written, read within stated limits: bytes, depth, digits.
+"""JSON and YAML that anybody may have written, read within stated limits: bytes, depth, digits, values.
 
-Python's parser takes what no program of ours can hold: levels until the stack ends, and each error of it is of another
+Their parsers take what no program of ours can hold: levels until the stack ends, and each error of theirs is of another
 type. Here all of them are one, `Unreadable`, whose text is what follows the file's name in a line.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import reprlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +92,82 @@ def too_deep(value: Any) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+
+
+YAML_LIMIT = 100_000
+"""Characters of a text of YAML: its parser takes a second for fifty thousand."""
+MOST_NODES = 20_000
+"""Values of a text of YAML, its aliases written out: nine lines of them can stand for a billion."""
+MOST_DIGITS = 4300
+"""Of a number, as Python's own limit is for those in decimal; YAML has others."""
+
+
+def parse_yaml(text: str, loader: Any = None) -> Any:
+    """The value of a text of YAML; None for an empty one. loader: a kind of yaml.SafeLoader, in that one's place.
+
+    Raises Unreadable for what isn't YAML, is nested more than DEEPEST deep, holds more than MOST_NODES values or
+    itself, or has more than YAML_LIMIT characters.
+    """
+    import yaml
+
+    if len(text) > YAML_LIMIT:
+        raise Unreadable(f"has more than {YAML_LIMIT:,} characters")
+    try:
+        reader = (loader or yaml.SafeLoader)(text)
+        try:
+            root = reader.get_single_node()
+            if root is None:
+                return None
+            _check_nodes(root)
+            found = reader.construct_document(root)
+        finally:
+            reader.dispose()
+    except RecursionError as error:
+        raise Unreadable(f"is nested more than {DEEPEST} deep") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise Unreadable(f"{where}{error.problem or 'not YAML'}") from error
+    except Unreadable:
+        raise
+    # A date of the thirteenth month is a ValueError; of `!!bool x` and its like the parser says KeyError and others.
+    except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise Unreadable(f"not YAML: {' '.join(str(error).split())[:160]}") from error
+    if any(isinstance(each, int) and each.bit_length() > MOST_DIGITS * 3.33 for each in numbers_in(found)):
+        raise Unreadable(f"has a number of more than {MOST_DIGITS} digits")
+    return found
+
+
+def numbers_in(value: Any) -> Iterator[int | float]:
+    """Every number in a value of lists and mappings, at any depth."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+        elif isinstance(each, int | float):
+            yield each
+
+
+def _check_nodes(root: Any) -> None:
+    """Hold a document's nodes to MOST_NODES and DEEPEST, each counted as often as an alias stands for it."""
+    sizes: dict[int, int] = {}
+
+    def measured(node: Any, depth: int) -> int:
+        known = sizes.get(id(node))
+        if known == 0:
+            raise Unreadable("has a value that holds itself")
+        if depth > DEEPEST:
+            raise Unreadable(f"is nested more than {DEEPEST} deep")
+        if known is None:
+            sizes[id(node)] = 0  # until it is left
+            parts = node.value if isinstance(node.value, list) else []
+            below = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+            known = sizes[id(node)] = 1 + sum(measured(each, depth + 1) for each in below)
+        if known > MOST_NODES:
+            raise Unreadable(f"holds more than {MOST_NODES:,} values")
+        return known
+
+    measured(root, 0)

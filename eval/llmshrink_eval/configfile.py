@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmshrink_eval.bounded import Unreadable, read_json, shown
+from llmshrink_eval.bounded import Unreadable, numbers_in, read_json, shown
 from llmshrink_eval.errors import EvalError
 
 CONFIG_LIMIT = 16_000_000
@@ -27,19 +27,20 @@ TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Numbers that a field may have, alone or in a list (one for each layer): finite, from `least` to `most`.
+    """Numbers that a field may have: finite, from `least` to `most`.
 
-    whole: no fraction. above: `least` itself isn't one.
+    whole: no fraction. above: `least` itself isn't one. many: in a list too, as one for each layer, or several ids.
     """
 
     least: float
     most: float
     whole: bool = True
     above: bool = False
+    many: bool = False
 
     def fault(self, value: object) -> str | None:
         """What is wanted, where `value` isn't it."""
-        if isinstance(value, list):
+        if isinstance(value, list) and self.many:
             return next(filter(None, map(self.fault, value)), None)
         if isinstance(value, int | float) and not isinstance(value, bool) and self.least <= value <= self.most:
             fits = not self.whole or isinstance(value, int) or value.is_integer()
@@ -52,16 +53,18 @@ class _Numbers:
 _WHOLE: dict[str, _Numbers] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _Numbers(1, 4096)),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), _Numbers(1, 2**20)),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads"), _Numbers(1, 2**16)),
-    "head_dim": _Numbers(0, 2**16),  # 0: of attention that has none
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size"), _Numbers(0, 2**24)),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads"), _Numbers(1, 2**16, many=True)),
+    "head_dim": _Numbers(0, 2**16, many=True),  # 0: of attention that has none
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size"), _Numbers(0, 2**24, many=True)
+    ),
     "vocab_size": _Numbers(1, 2**24),
     "sliding_window": _Numbers(0, 2**31),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), _Numbers(1, 2**31)),
-    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), _Numbers(-1, 2**31)),
+    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), _Numbers(-1, 2**31, many=True)),
 }
 _COUNTED = re.compile(r"(num|n)_.*(layers?|experts?|blocks?|labels)")
-_COUNTS = _Numbers(0, 2**16)
+_COUNTS = _Numbers(0, 2**16, many=True)
 _EPSILON = re.compile(r"(.*_)?(eps|epsilon)")
 _EPSILONS = _Numbers(0, 1, whole=False)
 _POSITIVE = _Numbers(0, 1e12, whole=False, above=True)
@@ -107,7 +110,7 @@ def config_fault(config: Mapping[str, Any]) -> str | None:
         fault = _rope_fault(config[name]) if config.get(name) else None
         if fault is not None:
             return f"{name}: {fault}"
-    largest = next((each for each in _numbers(config) if isinstance(each, int) and abs(each) >= 2**63), None)
+    largest = next((each for each in numbers_in(config) if isinstance(each, int) and abs(each) >= 2**63), None)
     return None if largest is None else f"{shown(largest)} is in it, and no number of a model has 64 bits"
 
 
@@ -172,19 +175,6 @@ def _rope_fault(rope: Mapping[str, Any]) -> str | None:
             wanted = None if value is None else _POSITIVE.fault(value)
             if wanted is not None:
                 return f"{name} is {shown(value)}, and has to be {wanted}"
-        elif any(not math.isfinite(each) for each in _numbers([value]) if isinstance(each, float)):
+        elif any(not math.isfinite(each) for each in numbers_in([value]) if isinstance(each, float)):
             return f"{name} is {shown(value)}, and has to be finite"
     return None
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    """Every number in a value, at any depth."""
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            waiting += each.values()
-        elif isinstance(each, list):
-            waiting += each
-        elif isinstance(each, int | float):
-            yield each

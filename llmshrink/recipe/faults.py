@@ -49,23 +49,24 @@ def describe(fault: Mapping[str, Any], label: str, origins: Mapping[str, str]) -
     kind, value = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
         known = _KNOWN_KEYS[next((str(p) for p in reversed(fault["loc"][:-1]) if isinstance(p, str)), "")]
-        hint = nearest(str(fault["loc"][-1]), known)
+        hint = nearest(_cut(fault["loc"][-1]), known)
         return f"{where}: unknown key{hint or '; known: ' + ', '.join(known)}"
     if kind == "missing":
         return f"{where}: missing{'; for example steps: [{quantize: {bits: 4}}]' if path == 'steps' else ''}"
+    said = _cut(value)
     if kind == "method":
-        return f"{where}: {value}: unknown method{nearest(str(value), methods())}; methods: {', '.join(methods())}"
+        return f"{where}: {said}: unknown method{nearest(said, methods())}; methods: {', '.join(methods())}"
     if kind == "pruner":
-        return f"{where}: {value}: unknown way to prune{nearest(str(value), pruners())}; ways: {', '.join(pruners())}"
+        return f"{where}: {said}: unknown way to prune{nearest(said, pruners())}; ways: {', '.join(pruners())}"
     if kind == "string_type" and path.endswith("pattern"):
-        return f'{where}: {value} isn\'t text: write the pattern with quotes, as "2:4"'
+        return f'{where}: {said} isn\'t text: write the pattern with quotes, as "2:4"'
     if kind == "literal_error":
         known = tuple(re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
-        return f"{where}: {_shown(value)} isn't one of {', '.join(known)}{nearest(str(value), known)}"
+        return f"{where}: {_shown(value)} isn't one of {', '.join(known)}{nearest(said, known)}"
     if kind in _WANTED:
         return f"{where}: {_shown(value)} isn't {_WANTED[kind]}{_number_hint(kind, value)}"
     if kind in ("bits", "group_size", "pattern", "amount", "smooth"):
-        return f"{where}: {value} {fault['msg']}"
+        return f"{where}: {said} {fault['msg']}"
     if isinstance(value, int | float | str):
         return f"{where}: {_shown(value)}: {_lower(fault['msg']).replace('input ', '')}"
     return f"{where}: {_lower(fault['msg'])}"
@@ -94,7 +95,14 @@ def _origin(path: str, origins: Mapping[str, str]) -> str | None:
 
 
 def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
+    text = _cut(value)
+    return text.lower() if isinstance(value, bool) else repr(text) if isinstance(value, str) else text
+
+
+def _cut(value: object) -> str:
+    """A value as it is written, of a long one the beginning."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _number_hint(kind: str, value: object) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from llmshrink_eval.bounded import YAML_LIMIT, Unreadable, parse_yaml, shown
 
 from llmshrink.errors import RecipeError
 from llmshrink.paths import expanded
@@ -25,7 +26,7 @@ from llmshrink.recipe.faults import describe, joined, nearest
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.steps import switch_method
 
-_SIZE_LIMIT = 1_000_000
+_SHOWN_FAULTS = 20
 _FLAGS = {
     "method": "--method",
     "bits": "--bits",
@@ -61,6 +62,8 @@ def load_recipe(
         faults += _apply_set(document, assignment, origins)
     recipe, found = _validate(document, label, origins)
     faults += found
+    if len(faults) > _SHOWN_FAULTS:
+        faults = [*faults[:_SHOWN_FAULTS], f"{label}: and {len(faults) - _SHOWN_FAULTS:,} more such faults"]
     if recipe is None or faults:
         raise RecipeError(faults)
     if recipe == _validate(unchanged, label, {})[0]:
@@ -149,8 +152,8 @@ def _find(name: str) -> tuple[str, str]:
             [f"{name}: unknown recipe{nearest(name, names)}; shipped: {', '.join(names)}, or a YAML file"]
         )
     try:
-        if path.stat().st_size > _SIZE_LIMIT:
-            raise RecipeError([f"{name}: over {_SIZE_LIMIT:,} bytes: not a recipe"])
+        if path.stat().st_size > YAML_LIMIT:
+            raise RecipeError([f"{name}: over {YAML_LIMIT:,} bytes: not a recipe"])
         return name, path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
@@ -171,18 +174,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _load(text: str) -> Any:
-    return yaml.load(text, Loader=_UniqueKeys)
+    return parse_yaml(text, _UniqueKeys)
 
 
 def _parse(label: str, text: str) -> dict[str, Any]:
     try:
         document = _load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise RecipeError([f"{label}:{where} {error.problem or 'not YAML'}"]) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError([f"{label}: not YAML: {' '.join(str(error).split())}"]) from error
+    except Unreadable as error:
+        raise RecipeError([f"{label}: {error}"]) from error
     if not isinstance(document, dict):
         raise RecipeError([f"{label}: not a recipe: a mapping with name, steps, ignore, overrides is wanted"])
     return {str(key): value for key, value in document.items()}
@@ -225,25 +224,26 @@ def _apply_flags(
 
 def _apply_set(document: dict[str, Any], assignment: str, origins: dict[str, str]) -> list[str]:
     """Carry out one `path=value`; returns the faults."""
-    said = f"--set {assignment}"
+    said = f"--set {' '.join(assignment.split()):.200}"
     path, equals, text = assignment.partition("=")
     parts = [part for part in re.split(r"[.\[\]]+", path.strip()) if part]
     if not equals or not parts:
         return [f"{said}: not a path=value; for example steps.0.quantize.bits=3"]
     try:
         value = _load(text)
-    except yaml.YAMLError:
-        return [f"{said}: {text!r} isn't a YAML value; for example steps.0.quantize.bits=3"]
+    except Unreadable as error:
+        return [f"{said}: {shown(text)} isn't a YAML value ({error}); for example steps.0.quantize.bits=3"]
     here: Any = document
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         at = joined(_typed(parts[: depth + 1]))
         if isinstance(here, list):
-            if not part.isdecimal() or int(part) >= len(here):
+            number = _typed([part])[0]
+            if not isinstance(number, int) or number >= len(here):
                 have = f"0 to {len(here) - 1}" if len(here) > 1 else "0 alone" if here else "none, it is empty"
                 of = joined(_typed(parts[:depth]))
-                return [f"{said}: {of} has no item {part} (it has {have}); add it in a recipe file of your own"]
-            key: Any = int(part)
+                return [f"{said}: {of} has no item {part:.60} (it has {have}); add it in a recipe file of your own"]
+            key: Any = number
         elif isinstance(here, dict):
             key = part
         else:
@@ -266,7 +266,7 @@ def _named_with(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 
 def _typed(parts: Iterable[str]) -> list[str | int]:
-    return [int(part) if part.isdecimal() else part for part in parts]
+    return [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
 
 
 def _scalar(value: object) -> str:

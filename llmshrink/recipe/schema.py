@@ -53,7 +53,7 @@ class Recipe(Frozen):
 
     name: Text
     summary: str = ""
-    steps: Annotated[tuple[Step, ...], Field(strict=False)]
+    steps: Annotated[tuple[Step, ...], Field(strict=False, max_length=16)]
     ignore: Annotated[tuple[Text, ...], Field(strict=False)] = ("lm_head",)
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     kv_cache: KvCache = "none"
