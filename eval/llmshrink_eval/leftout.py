@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from llmshrink_eval.bounded import DEEPEST, Unreadable, parse_json
 
@@ -17,6 +18,14 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """What JSON can spell and UTF-8 can't: no tokenizer takes it."""
 HOPELESS = 1000
 """Records without a usable one among them, after which no more are read."""
+LONGEST_LINE = 64_000_000
+"""Bytes of a record's line: fifteen copies of War and Peace."""
+FREE_BYTES, EXPANSION = 1 << 28, 256
+"""A row group may unpack to so many bytes, or to so many times those of its file: text packs to a third or a tenth, and
+only what nobody wrote to a thousandth."""
+ROW_BYTES = 64
+"""What a row takes at least when it is read, whatever is in it."""
+BATCH_ROWS = 1024
 NAMED = 100
 SHOWN = 3
 
@@ -72,12 +81,96 @@ class Tally:
 
 def parse_line(line: bytes) -> Any:
     """The JSON of one line. Raises Unusable."""
+    if len(line) > LONGEST_LINE:
+        raise Unusable(f"is longer than {LONGEST_LINE:,} bytes")
     try:
         return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise Unusable(f"isn't UTF-8 ({error.reason} at its byte {error.start})") from error
     except Unreadable as error:
         raise Unusable(f"{error}; one object a line is read") from error
+
+
+def bounded_line(file: IO[bytes]) -> tuple[bytes, int]:
+    """The next line, no more than LONGEST_LINE and a byte of it, and how long it is; empty at the end."""
+    line = file.readline(LONGEST_LINE + 1)
+    length = len(line)
+    if length > LONGEST_LINE:
+        piece = line
+        while piece and not piece.endswith(b"\n"):
+            piece = file.readline(1 << 20)
+            length += len(piece)
+    return line, length
+
+
+class Parquet:
+    """A parquet file of records, opened; close it, or use it in `with`.
+
+    names: of its columns. rows: in each row group. Raises Unusable, as what follows the file's name, where it isn't
+    parquet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self._bytes = path.stat().st_size
+        self._allowed = max(FREE_BYTES, EXPANSION * self._bytes)
+        try:
+            self._file = pyarrow.parquet.ParquetFile(path)
+            self.names: list[str] = list(self._file.schema_arrow.names)
+            groups = range(self._file.num_row_groups)
+            self.rows = [self._file.metadata.row_group(group).num_rows for group in groups]
+        # Of a footer that is damaged: thrift's errors are OSErrors, a name that isn't UTF-8 is Python's.
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise Unusable(f"not a parquet file ({_first_line(error)})") from error
+
+    def __enter__(self) -> Parquet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, group: int, columns: Sequence[str]) -> list[Any]:
+        """The rows of a row group as plain data; in the place of one that isn't text, an Unusable that says so.
+
+        Raises Unusable for a group that can't be read, or that unpacks to more than a text can.
+        """
+        import pyarrow
+
+        rows: list[Any] = []
+        try:
+            # What is said of a column isn't asked for: pyarrow ends the process where that is damaged.
+            unpacked = max(0, self._file.metadata.row_group(group).total_byte_size)
+            self._check_size(ROW_BYTES * self.rows[group])
+            # One value may be repeated without being stored again: a batch is small enough for each to be the largest.
+            batch_rows = max(1, min(BATCH_ROWS, self._allowed // max(unpacked, 1)))
+            size = 0
+            for batch in self._file.iter_batches(batch_rows, row_groups=[group], columns=list(columns)):
+                # A column may be kept as a dictionary, of which each row is a number until it is asked for.
+                plain = [
+                    part.dictionary_decode() if isinstance(part, pyarrow.DictionaryArray) else part
+                    for part in batch.columns
+                ]
+                size += sum(part.nbytes for part in plain)
+                self._check_size(size)
+                rows += parquet_rows(pyarrow.Table.from_arrays(plain, batch.schema.names))
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise Unusable(f"row group {group} can't be read ({_first_line(error)}); copy the file again") from error
+        except _TooMuch as error:
+            raise Unusable(f"row group {group} {error}") from error
+        return rows
+
+    def _check_size(self, unpacked: int) -> None:
+        if unpacked > self._allowed:
+            raise _TooMuch(
+                f"unpacks to more than {self._allowed:,} bytes from a file of {self._bytes:,}, which no text does; "
+                "write the file again"
+            )
+
+
+class _TooMuch(Exception):
+    pass
 
 
 def parquet_rows(table: Any) -> list[Any]:

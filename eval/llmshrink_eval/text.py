@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from llmshrink_eval.errors import EvalError
-from llmshrink_eval.leftout import LeftOut, Tally, Unusable, parquet_rows, parse_line, pick_text
+from llmshrink_eval.leftout import LeftOut, Parquet, Tally, Unusable, bounded_line, parse_line, pick_text
 
 TEXT_KEYS = ("text", "content")
 DEFAULT_SPLIT = "test"
@@ -82,7 +82,8 @@ def _read_txt(path: Path) -> Iterator[Found]:
 
 def _read_jsonl(path: Path) -> Iterator[Found]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(lambda: bounded_line(file)[0], b"")
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     record = parse_line(line)
@@ -94,31 +95,20 @@ def _read_jsonl(path: Path) -> Iterator[Found]:
 def _read_parquet(path: Path) -> Iterator[Found]:
     """One row group is in memory at a time, and of it the one column that is read."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        with Parquet(path) as file:
+            keys = [key for key in TEXT_KEYS if key in file.names]
+            if not keys:
+                has = ", ".join(sorted(file.names)) if file.names else "none"
+                raise EvalError(f"--text {path}: has no column text or content; there are: {has}")
+            number = 0
+            for group in range(len(file.rows)):
+                for row in file.read(group, keys):
+                    number += 1
+                    yield f"row {number}", _document(row)
     except ImportError as error:
         raise EvalError(f"--text {path}: needs the package pyarrow (pip install pyarrow); or {OTHER_WAYS}") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise EvalError(f"--text {path}: not a parquet file ({_first_line(error)})") from error
-    with file:
-        names = file.schema_arrow.names
-        keys = [key for key in TEXT_KEYS if key in names]
-        if not keys:
-            has = ", ".join(sorted(names)) if names else "none"
-            raise EvalError(f"--text {path}: has no column text or content; there are: {has}")
-        number = 0
-        for group in range(file.num_row_groups):
-            try:
-                rows = parquet_rows(file.read_row_group(group, columns=keys))
-            except (pyarrow.ArrowException, OSError) as error:
-                raise EvalError(
-                    f"--text {path}: row group {group} can't be read ({_first_line(error)}); copy the file again"
-                ) from error
-            for row in rows:
-                number += 1
-                yield f"row {number}", _document(row)
+    except Unusable as error:
+        raise EvalError(f"--text {path}: {error}") from error
 
 
 def _dataset(spec: str) -> Iterator[Found]:

@@ -21,11 +21,13 @@ import itertools
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmshrink_eval.leftout import Unusable, parquet_rows, parse_line
+from llmshrink_eval.bounded import shown
+from llmshrink_eval.leftout import Parquet, Unusable, bounded_line, parse_line
 
 from llmshrink.calibration.folders import DEFAULT_SPLIT, data_files, is_saved, saved_rows
 from llmshrink.calibration.records import (
@@ -123,14 +125,16 @@ def _read_jsonl(paths: Sequence[Path], seed: int) -> Iterator[Record]:
     """Shuffle the lines' places, not the lines: files of any size cost 32 bytes a record."""
     files, offsets, numbers = array("Q"), array("Q"), array("Q")
     for which, path in enumerate(paths):
-        position = 0
+        position = number = 0
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            while (found := bounded_line(file))[1]:
+                line, length = found
+                number += 1
                 if line.strip():
                     files.append(which)
                     offsets.append(position)
                     numbers.append(number)
-                position += len(line)
+                position += length
     order = array("Q", range(len(offsets)))
     random.Random(seed).shuffle(order)
     for record in order:
@@ -138,10 +142,10 @@ def _read_jsonl(paths: Sequence[Path], seed: int) -> Iterator[Record]:
         with path.open("rb") as file:  # anew for each: a folder may hold more files than can be open
             file.seek(offsets[record])
             try:
-                found = parse_line(file.readline())
+                parsed = parse_line(bounded_line(file)[0])
             except Unusable as error:
-                found = error
-        yield read_record(found, f"{_within(path, paths)}line {numbers[record]}")
+                parsed = error
+        yield read_record(parsed, f"{_within(path, paths)}line {numbers[record]}")
 
 
 def _read_parquet(paths: Sequence[Path], seed: int) -> Iterator[Record]:
@@ -158,39 +162,32 @@ def _read_parquet(paths: Sequence[Path], seed: int) -> Iterator[Record]:
 
 def _row_groups(path: Path) -> int:
     """How many a file has. Raises CalibrationError for one that isn't parquet or that holds nothing to read."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise CalibrationError(f"--calibration {path}: not a parquet file ({_first_line(error)})") from error
-    with file:
-        names = file.schema_arrow.names
-        wanted = {key for key in KEYS if key in names}
+    with _parquet(path) as file:
+        wanted = {key for key in KEYS if key in file.names}
         if wanted <= {PAIR_KEYS[0], TOOLS_KEY} or wanted <= {PAIR_KEYS[1], TOOLS_KEY}:
             raise CalibrationError(
-                f"--calibration {path}: has the columns {names}, none of them {', '.join(TEXT_KEYS)} or messages, "
-                f"nor both of {' and '.join(PAIR_KEYS)}; rename the one that holds the text to text, or {OTHER_WAYS}"
+                f"--calibration {path}: has the columns {shown(file.names)}, none of them {', '.join(TEXT_KEYS)} or "
+                f"messages, nor both of {' and '.join(PAIR_KEYS)}; rename the one that holds the text to text, or "
+                f"{OTHER_WAYS}"
             )
-        return int(file.num_row_groups)
+        return len(file.rows)
 
 
 def _rows(path: Path, group: int) -> list[tuple[int, Any]]:
     """A row group's rows, each with its number in the file."""
-    import pyarrow
-    import pyarrow.parquet
+    with _parquet(path) as file:
+        rows = file.read(group, [key for key in KEYS if key in file.names])
+        return list(enumerate(rows, start=sum(file.rows[:group]) + 1))
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        wanted = [key for key in KEYS if key in file.schema_arrow.names]
-        before = sum(file.metadata.row_group(each).num_rows for each in range(group))
-        try:
-            rows = parquet_rows(file.read_row_group(group, columns=wanted))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise CalibrationError(
-                f"--calibration {path}: row group {group} can't be read ({_first_line(error)}); copy the file again"
-            ) from error
-    return list(enumerate(rows, start=before + 1))
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Parquet]:
+    """The file while it is open. Raises CalibrationError for what is wrong with it, then and while it is read."""
+    try:
+        with Parquet(path) as file:
+            yield file
+    except Unusable as error:
+        raise CalibrationError(f"--calibration {path}: {error}") from error
 
 
 def _within(path: Path, paths: Sequence[Path]) -> str:
