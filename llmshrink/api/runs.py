@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from llmshrink.api.publishing import and_push
 from llmshrink.errors import LlmshrinkError, PathLike
+from llmshrink.limits import check_numbers
 from llmshrink.paths import expanded, output_folder
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _KINDS: tuple[tuple[tuple[type, ...], str, tuple[str, ...]], ...] = (
     ((bool,), "True or False", ("asymmetric", "repair", "overwrite", "trust_remote_code", "strict", "verify")),
 )
 CHECKED_LATER = ("set", "max_shard_size", "progress", "bits", "group_size", "format", "push", "private", "yes")
+LARGEST_SHARD = 2**63 - 1
+"""Bytes: what a file system counts to."""
 FORMATS = ("compressed-tensors", "llmshrink")
 _NEEDED = ("model", "output", "recipe", "bos", "seed", "serve_tp", "overwrite", "trust_remote_code", "strict", "verify")
 
@@ -249,10 +252,7 @@ def options_of(
     typed = {name: value for name, value in {**settings, **flags}.items() if name not in CHECKED_LATER}
     check_types(model=model, output=output, recipe=recipe, **typed)
     check_format(settings.get("format", FORMATS[0]))
-    for name, least in (("serve_tp", 1), ("batch_size", 1), ("seed", 0)):
-        value = settings.get(name)
-        if isinstance(value, int) and value < least:
-            raise LlmshrinkError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    check_numbers(settings)
     asymmetric = flags.get("asymmetric")
     changes = {name: value for name, value in flags.items() if name != "asymmetric"}
     changes["symmetric"] = None if asymmetric is None else not asymmetric
@@ -313,5 +313,7 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise LlmshrinkError(f"--max-shard-size {text}: not a size; for example 5GB or 500MB")
-    power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    size = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " ")
+    if size > LARGEST_SHARD:
+        raise LlmshrinkError(f"--max-shard-size {text!s:.40}: no file is as large; for example 5GB or 500MB")
+    return int(size)

@@ -34,6 +34,7 @@ from llmshrink.calibration.records import Document, Record, leave_out, usable
 from llmshrink.calibration.text import OTHER_WAYS, Documents
 from llmshrink.calibration.turns import is_conversation
 from llmshrink.errors import CalibrationError
+from llmshrink.limits import check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,7 @@ def window_shape(samples: int | None, seq_len: int | None, *, limit: int | None)
             raise CalibrationError(f"{flag} {value}: must be at least {least}")
     if limit is not None and length > limit:
         raise CalibrationError(f"--seq-len {length}: the model's limit is {limit} positions; give at most that")
+    check_tokens(resolved, length, f"--samples {resolved}")
     return resolved, length
 
 

@@ -14,6 +14,7 @@ from llmshrink_eval.errors import one_line
 from llmshrink.distillation.objective import Objective
 from llmshrink.distillation.state import described
 from llmshrink.errors import LlmshrinkError
+from llmshrink.limits import check_numbers
 from llmshrink.methods.bnb import require
 from llmshrink.paths import expanded
 from llmshrink.run.asked import check_apart
@@ -59,17 +60,7 @@ def check_places(options: Options) -> None:
 
 def objective_of(options: Options) -> Objective:
     """The loss that was asked for. Raises LlmshrinkError for a number out of its range, of the training too."""
-    for name, value, least in (
-        ("steps", options.steps, 1),
-        ("batch-size", options.batch_size, 1),
-        ("accumulate", options.accumulate, 1),
-        ("warmup", options.warmup, 0),
-        ("generated-tokens", options.generated_tokens, 0),
-        ("eval-steps", options.eval_steps, 1),
-        ("seed", options.seed, 0),
-    ):
-        if value is not None and value < least:
-            raise LlmshrinkError(f"--{name} {value}: must be at least {least}")
+    check_numbers(vars(options))
     if options.seed > LARGEST_SEED:
         raise LlmshrinkError(f"--seed {options.seed}: must be at most {LARGEST_SEED}")
     if options.divergence != "jsd" and options.beta != type(options).beta:

@@ -33,6 +33,7 @@ from llmshrink.distillation.smaller import Smaller, make_student
 from llmshrink.distillation.student import Student, Train, open_student, schemes_of
 from llmshrink.distillation.teacher import SplitModel
 from llmshrink.errors import CalibrationError, LlmshrinkError, SourceError
+from llmshrink.limits import check_tokens
 from llmshrink.model.blocks import find_blocks
 from llmshrink.paths import as_text
 from llmshrink.run.arithmetic import Arithmetic, automatic_training
@@ -272,11 +273,13 @@ def _windows(
     options: Options, data: str | None, tokenizer: Any, seq_len: int, model_type: str
 ) -> tuple[TokenWindows, TokenWindows]:
     """(the text's windows, those that are held out). Raises CalibrationError, which names the option of this verb."""
+    samples = options.steps * options.batch_size * options.accumulate
+    check_tokens(samples, seq_len, f"--steps {options.steps}")
     try:
         return build_windows(
             load_documents(data),
             tokenizer,
-            samples=options.steps * options.batch_size * options.accumulate,
+            samples=samples,
             seq_len=seq_len,
             held_out=max(1, HELD_OUT_TOKENS // seq_len),
             seed=options.seed,

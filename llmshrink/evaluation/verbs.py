@@ -14,6 +14,7 @@ from llmshrink_eval.bounded import read_json
 from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
 from llmshrink.evaluation.settings import Settings
+from llmshrink.limits import LIMITS, check_numbers
 from llmshrink.paths import expanded
 from llmshrink.run.lock import LOCK, locked
 
@@ -57,6 +58,7 @@ def _evaluate(
 ) -> Results:
     from llmshrink.evaluation.known import Known
 
+    check_numbers(vars(settings))
     known = Known(original, models, settings)
     found = known.find()
     if found is not None:
@@ -228,11 +230,12 @@ def _speed(settings: Settings) -> tuple[int, ...]:
         return () if settings.offload else (1, 8)
     if isinstance(speed, str):
         words = [] if speed == "none" else speed.split(",")
-        if not all(word.strip().isdigit() for word in words):
+        if not all(word.strip().isdecimal() for word in words):
             raise LlmshrinkError(f"--speed {speed}: batch sizes as 1,8, or none")
-        speed = [int(word) for word in words]
-    if any(size < 1 for size in speed):
-        raise LlmshrinkError(f"--speed {','.join(map(str, speed))}: a batch has at least one sequence")
+        speed = [int(word[:20]) for word in words]
+    if any(not 1 <= size <= LIMITS["batch_size"][1] for size in speed):
+        said = ",".join(map(str, speed))
+        raise LlmshrinkError(f"--speed {said}: a batch has one sequence at least and a million at most")
     return tuple(speed)
 
 

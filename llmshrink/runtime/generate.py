@@ -22,6 +22,7 @@ from torch import Tensor
 from llmshrink.checkpoint.preflight import load_tokenizer, model_limit
 from llmshrink.checkpoint.source import Source
 from llmshrink.errors import LlmshrinkError
+from llmshrink.limits import check_numbers
 from llmshrink.run import progress
 from llmshrink.run.asked import pick_device
 from llmshrink.run.report import size
@@ -41,16 +42,13 @@ class Sampling:
 
     def check(self) -> None:
         """Raise LlmshrinkError naming the option that is out of its range."""
-        if self.max_new_tokens < 1:
-            raise LlmshrinkError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        check_numbers(vars(self))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise LlmshrinkError(f"--temperature {self.temperature}: must be 0 (the likeliest token) or above")
         if not 0 < self.top_p <= 1:
             raise LlmshrinkError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if self.top_p < 1 and self.temperature == 0:
             raise LlmshrinkError(f"--top-p {self.top_p}: nothing is drawn at temperature 0; add --temperature 0.7")
-        if self.seed < 0:
-            raise LlmshrinkError(f"--seed {self.seed}: must be at least 0")
 
     def options(self) -> dict[str, Any]:
         """As transformers' `generate` takes them, in place of what the checkpoint's generation_config says."""

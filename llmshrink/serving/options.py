@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmshrink.errors import LlmshrinkError
+from llmshrink.limits import LIMITS
 
 _NAMES = {
     "tensor_parallel_size": ("--tensor-parallel-size", "-tp"),
@@ -45,8 +46,10 @@ def read(words: Sequence[str]) -> EngineOptions:
         if mentions(words, name):
             raise LlmshrinkError(f"{name}: {why}")
     ranks = found.get("tensor_parallel_size", "1")
-    if not ranks.isdecimal() or int(ranks) < 1:
-        raise LlmshrinkError(f"--tensor-parallel-size {ranks}: a whole number from 1 on is expected")
+    if not ranks.isdecimal() or not 1 <= int(ranks[:20]) <= LIMITS["serve_tp"][1]:
+        raise LlmshrinkError(
+            f"--tensor-parallel-size {ranks:.40}: a whole number from 1 to {LIMITS['serve_tp'][1]:,} is expected"
+        )
     return EngineOptions(
         tp=int(ranks),
         dtype=found.get("dtype"),
