@@ -39,11 +39,14 @@ def output_folder(path: PathLike) -> Path:
 
 
 def check_spelling(path: PathLike) -> None:
-    """Raise LlmshrinkError for a path of other letters than ASCII where Python's own names of files aren't UTF-8.
+    """Raise LlmshrinkError for a path with a NUL byte, and for other letters than ASCII where Python's own names of
+    files aren't UTF-8.
 
     What a shell's locale makes of such a name, or a program's own text, can't be opened there, or not by the libraries
     that read tokenizers. A command line begins anew in UTF-8 instead (`cli.surroundings`); a program can't.
     """
+    if "\0" in os.fspath(path):
+        raise LlmshrinkError(f"{os.fspath(path)!r}: no file's name has a NUL byte; correct it")
     encoding = sys.getfilesystemencoding()
     if os.fspath(path).isascii() or codecs.lookup(encoding).name == "utf-8":
         return

@@ -65,7 +65,7 @@ def parse_json(text: bytes | str, *, hook: Callable[[list[tuple[str, Any]]], Any
 def read_json(path: Path, *, limit: int = JSON_LIMIT) -> Any:
     """The value in a file. Raises OSError as opening it does, Unreadable as `parse_json` does, and for a file of more
     than `limit` bytes or one that isn't a regular file (a pipe never ends)."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):
         raise Unreadable("isn't a file")
     with path.open("rb") as file:
         text = file.read(limit + 1)

@@ -42,6 +42,13 @@ def load_text(spec: str, *, limit_documents: int | None = None) -> Text:
     there is no text in it at all, or none in its first many records.
     """
     try:
+        return _load(spec, limit_documents)
+    except OSError as error:
+        raise EvalError(f"--text {spec:.300}: can't be read: {error.strerror or error}; {OTHER_WAYS}") from error
+
+
+def _load(spec: str, limit_documents: int | None) -> Text:
+    try:
         path = Path(spec).expanduser()
     except RuntimeError as error:  # ~ without a home folder, or ~user of nobody
         raise EvalError(f"--text {spec}: no such home folder is known here; give the path in full") from error

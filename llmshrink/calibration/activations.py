@@ -68,6 +68,7 @@ class Stream:
                 file.write(data)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                error.filename = error.filename or str(path)
                 raise
             raise OutputError(
                 f"no space left writing {path}: {len(data):,} bytes needed, "

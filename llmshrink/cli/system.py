@@ -37,6 +37,8 @@ WAYS_OUT = {
     errno.ETXTBSY: "another program holds it: end that one",
 }
 """What to do, by the error's number. Others are no fault of a disk or a folder."""
+LONGEST = 300
+"""Characters of a name that are shown."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -61,10 +63,11 @@ def refusal(error: OSError, arguments: Sequence[str]) -> tuple[str, int]:
 
 
 def _place(error: OSError) -> str:
-    """The file that an error is about, from the root; empty where it has none."""
+    """The file that an error is about, from the root; empty where it has none; cut where it is long."""
     if error.filename is None or isinstance(error.filename, int):
         return ""
-    return os.path.abspath(os.fsdecode(error.filename))
+    place = os.path.abspath(os.fsdecode(error.filename))
+    return place if len(place) <= LONGEST else f"{place[:LONGEST]}..."
 
 
 def _no_space(error: OSError) -> str:
