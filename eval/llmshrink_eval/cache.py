@@ -60,6 +60,10 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="llmshrink-"))
 
 
+LARGEST = 2_000_000_000
+"""Bytes of an entry; those of a task hold its items."""
+
+
 class Cache:
     """Entries under one folder, which is made when something is first kept."""
 
@@ -69,7 +73,7 @@ class Cache:
     def get(self, part: str, key: Key) -> Any | None:
         """What `put` kept, or None."""
         try:
-            entry = read_json(self._file(part, key))
+            entry = read_json(self._file(part, key), limit=LARGEST)
             whole = entry["sha256"] == _digest(entry["value"]) and entry["key"] == json.loads(_canonical(key))
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -153,8 +153,11 @@ class TaskData:
 
 
 def survey_tasks(options: TaskOptions) -> TaskData:
-    """Read the tasks' definitions and data. Raises EvalError where `load_tasks` does."""
+    """Read the tasks' definitions and data. Raises EvalError where `load_tasks` does, and for more examples in a prompt
+    than a task has."""
     loaded = load_tasks(options)
+    for name, task in sorted(loaded.tasks.items()):
+        _check_examples(name, task)
     digest = hashlib.sha256()
 
     def enter(*parts: object) -> None:
@@ -180,6 +183,21 @@ def survey_tasks(options: TaskOptions) -> TaskData:
         num_fewshot={name: int(task.get_config("num_fewshot") or 0) for name, task in loaded.tasks.items()},
         files=_local_files(loaded.tasks.values()),
     )
+
+
+def _check_examples(name: str, task: Any) -> None:
+    """Raise EvalError for a number of few-shot examples that the task can't draw: lm-eval fails in the middle of it."""
+    wanted = int(task.get_config("num_fewshot") or 0)
+    sampler = getattr(task, "sampler", None)
+    pool = getattr(sampler, "fewshot_indices", None) or getattr(sampler, "df", None)
+    if not wanted or not isinstance(pool, Sized) or not len(pool):
+        return
+    config = task.config
+    # Of the items that are asked one more is drawn, as the one in question may be among them.
+    asked = (config.test_split or config.validation_split) == config.fewshot_split
+    most = len(pool) - (1 if asked and type(sampler).__name__ == "ContextSampler" else 0)
+    if wanted > most:
+        raise EvalError(f"--num-fewshot {wanted}: task {name} has {most:,} examples to draw from; give at most that")
 
 
 def fingerprint_documents(task: Any, samples: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from llmshrink_eval.beginning import Bos
-from llmshrink_eval.bounded import read_json
+from llmshrink_eval.bounded import Unreadable, read_json
 
 from llmshrink.calibration.activations import Batch, batches_of
 from llmshrink.calibration.text import load_documents
@@ -151,7 +151,10 @@ class Job:
         """The teacher's block that each of the student's is held to, where their hidden states are."""
         blocks = [len(find_blocks(model)[1]) for model in (self.student.model, self.teacher.model)]
         record = self.student.source.folder / RECORD
-        structure = read_json(record).get("structure") if record.is_file() else None
+        try:
+            structure = read_json(record).get("structure") if record.is_file() else None
+        except (Unreadable, AttributeError) as error:
+            raise SourceError(f"{record}: is damaged, and says what the student was cut from; copy it again") from error
         return matched_blocks(blocks[0], blocks[1], structure)
 
     @cached_property

@@ -34,7 +34,10 @@ def made(options: Options, progress: Progress) -> QuantizeReport | None:
     """Carry the options out, or find that an earlier run did: then None. A run that was stopped goes on."""
     record = options.output / RECORD
     if record.is_file():
-        there = read_json(record)["identity"]
+        try:
+            there = read_json(record)["identity"]
+        except (OSError, ValueError, KeyError, TypeError):  # a damaged record is no student's: it is made again
+            there = None
         if there == json.loads(json.dumps(prepare(options).identity())):
             progress.note(f"student     {options.output} is there, from an earlier run of this command")
             return None

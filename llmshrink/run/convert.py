@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_eval.bounded import parse_json
 from torch import Tensor
 
 from llmshrink.checkpoint.beside import NOTHING, LeftBehind, check_side_files
@@ -132,7 +133,7 @@ def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], d
     check_apart(output, (("the model", source),))
     check_side_files(source, trust_remote_code=True, besides=(output, partial_folder(output)))
     data = config_bytes(source)
-    config: dict[str, Any] = json.loads(data)
+    config: dict[str, Any] = parse_json(data)
     recipe = source / "recipe.yaml"
     rehearse(record, source, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None)
     return record, config

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmshrink_eval.bounded import read_json
+from llmshrink_eval.bounded import parse_json, read_json
 from torch import Tensor
 
 from llmshrink.checkpoint.beside import LeftBehind, belongs, left_behind, side_files
@@ -63,7 +63,7 @@ def finish(
     rows = [row for part in workspace.parts if part.of_block for row in rows_of(part.rows)]
     _write_index(job, work, workspace)
     trusted, besides = job.options.trust_remote_code, (workspace.folder, workspace.output)
-    config = json.loads(job.config_json)
+    config = parse_json(job.config_json)
     if config.get("quantization_config") == {}:  # which transformers and vLLM take for a method without a name
         del config["quantization_config"]
     disk.write_json(folder / "config.json", work.config(config))

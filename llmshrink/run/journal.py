@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.bounded import Unreadable, parse_json, read_json
+
 from llmshrink.checkpoint.unchanged import Changed, Watched
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
@@ -248,7 +250,13 @@ class Workspace:
 
     def _move_in(self) -> None:
         """Move the files of an older output aside and the checkpoint's in, one by one; goes on where it was stopped."""
-        moved = read_json(self.folder / PUBLISHING)
+        try:
+            moved = read_json(self.folder / PUBLISHING)
+            places = [*moved["old"], *moved["new"]]
+        except (Unreadable, KeyError, TypeError) as error:
+            raise self._unmoved() from error
+        if not all(isinstance(name, str) and Path(name).name == name for name in places):
+            raise self._unmoved()
         self._aside.mkdir(exist_ok=True)
         for name in moved["old"]:
             if os.path.lexists(self.output / name) and not os.path.lexists(self._aside / name):
@@ -260,6 +268,12 @@ class Workspace:
             self.checkpoint.rmdir()
         (self.folder / PUBLISHING).unlink()
         disk.fsync_folder(self.folder)
+
+    def _unmoved(self) -> OutputError:
+        return OutputError(
+            f"{self.folder / PUBLISHING} is damaged, so that it isn't known which files are in their place; "
+            f"move those of {self.checkpoint} to {self.output} by hand, and remove {self.folder}"
+        )
 
     def _rehearse(self) -> None:
         """Move an older output aside and back, as the end will; what can't be renamed now couldn't be then.

@@ -14,6 +14,7 @@ NAMING_PYTHON = {
     "llmshrink/serving/launch.py": "prints it",
     "llmshrink/doctoring/packages.py": "prints it",
 }
+READS_JSON = "eval/llmshrink_eval/bounded.py"
 READS_CONFIGS = "eval/llmshrink_eval/configured.py"
 
 
@@ -44,6 +45,28 @@ def test_whether_a_repositorys_code_runs_is_always_said() -> None:
             if none or not {"trust_remote_code", None} & said.keys():
                 silent.append(f"{file}:{call.lineno}")
     assert seen > 4 and silent == []
+
+
+def test_json_of_a_file_is_parsed_in_one_place() -> None:
+    """There it has limits, and one error. Elsewhere json.loads turns our own objects round, or reads what is shipped."""
+    own = ("json.dumps(", ".to_json()", "_canonical(")
+    elsewhere = [
+        f"{file}:{call.lineno}"
+        for file, tree in trees()
+        for call, owner, method in calls(tree)
+        if owner == "json" and method in ("load", "loads")
+        if not any(word in ast.unparse(call) for word in own)
+    ]
+    places = {place.partition(":")[0] for place in elsewhere}
+    assert places == {
+        READS_JSON,
+        "llmshrink/demo/records.py",  # shipped
+        "kernels/llmshrink_kernels/tune.py",  # knows nothing of llmshrink_eval
+        *(
+            f"eval/llmshrink_eval/engines/{name}.py" for name in ("cost_process", "cost_worker", "vllm_process")
+        ),  # pipes
+        "eval/llmshrink_eval/engines/vllm_worker.py",
+    }
 
 
 def test_a_config_is_read_in_one_place() -> None:
