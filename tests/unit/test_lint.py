@@ -48,7 +48,7 @@ def test_whether_a_repositorys_code_runs_is_always_said() -> None:
 
 
 def test_json_of_a_file_is_parsed_in_one_place() -> None:
-    """There it has limits, and one error. Elsewhere json.loads turns our own objects round, or reads what is shipped."""
+    """There it has limits, and one error. Elsewhere json.loads turns our own objects round."""
     own = ("json.dumps(", ".to_json()", "_canonical(")
     elsewhere = [
         f"{file}:{call.lineno}"
