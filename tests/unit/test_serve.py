@@ -130,7 +130,7 @@ def test_an_old_vllm_and_one_without_its_gpu_are_refused(monkeypatch: pytest.Mon
 def test_int4_passes_and_a_folder_without_a_config_does_not(tmp_path: Path) -> None:
     passed = preflight.check(int_checkpoint(tmp_path, 4, 64), EngineOptions())
     assert (passed.engine, passed.device, passed.notes) == (CPU, "the CPU", ())
-    assert "no readable config.json" in refusal(tmp_path / "nowhere")
+    assert "no config.json there" in refusal(tmp_path / "nowhere")
 
 
 def test_a_dry_run_says_what_would_be_started_and_starts_nothing(
@@ -245,7 +245,7 @@ def test_options_are_read_as_vllm_reads_them() -> None:
     ("words", "said"),
     [
         (["-tp", "none"], "--tensor-parallel-size none"),
-        (["--tensor-parallel-size=0"], "from 1 on"),
+        (["--tensor-parallel-size=0"], "from 1 to 1,024"),
         (["--dtype"], "--dtype has no value"),
         (["--model", "x"], "the folder comes first"),
         (["--uds=x"], "--host and --port"),
@@ -474,7 +474,7 @@ def test_the_command_line_refuses_with_2_and_the_reason(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmshrink", "serve"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"llmshrink: error: {tmp_path}: no readable config.json")
+    assert done.stderr.startswith(f"llmshrink: error: {tmp_path}: no config.json there")
     assert done.stdout == ""
     done = subprocess.run([*command, "--dtype", "float16", "x"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
