@@ -151,7 +151,7 @@ def _said_of(folder: Path) -> Iterator[None]:
             raise
         raise type(error)(f"{folder}: {error}") from error
     except EvalError as error:
-        raise CheckpointError(f"{str(error).rstrip('.')}: it is damaged") from error
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # whatever the field at fault leads to, in transformers' own code
         said = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(

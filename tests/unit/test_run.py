@@ -244,11 +244,15 @@ def finished(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytes
     ("file", "change", "says"),
     [
         ("config.json", lambda _: {}, "names no model_type: it is damaged"),
-        ("config.json", lambda _: [], "no readable llmshrink.json and config.json there"),
+        ("config.json", lambda _: [], "config.json: not a JSON object; download or copy it again"),
         ("config.json", lambda c: {**c, "model_type": "lama"}, "model_type 'lama', which transformers"),
         ("config.json", lambda c: {**c, "model_type": "gpt2"}, "no tensor for"),
-        ("config.json", lambda c: {**c, "hidden_size": "wide"}, "no model can be built from it"),
-        ("config.json", lambda c: {**c, "hidden_act": "unheard"}, "no model can be built from it"),
+        ("config.json", lambda c: {**c, "hidden_size": "wide"}, "hidden_size is 'wide', and has to be a whole number"),
+        (
+            "config.json",
+            lambda c: {**c, "hidden_act": "unheard"},
+            "hidden_act is 'unheard', which transformers doesn't know",
+        ),
         ("config.json", lambda c: {**c, "vocab_size": 3}, "config.json makes it"),
         ("config.json", lambda c: {**c, "num_hidden_layers": 9}, "the checkpoint has no tensor for"),
         ("config.json", lambda c: {**c, "quantization_config": {"quant_method": "gptq"}}, "only compressed-tensors"),
