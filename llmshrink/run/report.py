@@ -213,5 +213,8 @@ def cache_of(record: Mapping[str, Any]) -> str | None:
 
 
 def rows_of(stored: Sequence[dict[str, Any]]) -> list[SiteRow]:
-    """Site rows from JSON."""
-    return [SiteRow(**{**row, "shape": tuple(row["shape"]), "events": tuple(row["events"])}) for row in stored]
+    """Site rows from JSON. Raises ValueError, TypeError or KeyError for what isn't one, field by field."""
+    from pydantic import TypeAdapter
+
+    rows = [SiteRow(**{**row, "shape": tuple(row["shape"]), "events": tuple(row["events"])}) for row in stored]
+    return TypeAdapter(list[SiteRow]).validate_python([asdict(row) for row in rows])

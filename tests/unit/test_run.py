@@ -260,6 +260,11 @@ def finished(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytes
         ("llmshrink.json", lambda r: {**r, "identity": {**r["identity"], "dtype": "nonsense"}}, "no readable"),
         ("llmshrink.json", lambda r: {**r, "sites": [{"name": "x"}]}, "no readable"),
         ("llmshrink.json", lambda r: {**r, "identity": None}, "no readable"),
+        ("llmshrink.json", lambda r: {**r, "sites": [{**r["sites"][0], "smooth": "x"}]}, "no readable"),
+        ("llmshrink.json", lambda r: {**r, "sites": [{**r["sites"][0], "name": {"a": 1}}]}, "no readable"),
+        ("llmshrink.json", lambda r: {**r, "notes": [{}]}, "no readable"),
+        ("llmshrink.json", lambda r: {**r, "kv_cache": {"a": "b"}}, "no readable"),
+        ("llmshrink.json", lambda r: {**r, "model": ["m"]}, "no readable"),
     ],
 )
 def test_verify_says_in_one_line_what_is_damaged(
