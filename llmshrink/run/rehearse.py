@@ -7,10 +7,11 @@ made with what isn't known yet left at nothing. Side files are copied at the sta
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from llmshrink_eval.bounded import parse_json
 
 from llmshrink.errors import CheckpointError, SourceError
 from llmshrink.run import disk
@@ -30,7 +31,7 @@ def config_bytes(folder: Path) -> bytes:
     file = folder / "config.json"
     try:
         data = file.read_bytes()
-        fault = disk.unwritable(json.loads(data))
+        fault = disk.unwritable(parse_json(data))
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{file}: can't be read as JSON; download or copy it again") from error
     if fault is not None:
