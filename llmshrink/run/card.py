@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.bounded import Unreadable, parse_yaml
 from llmshrink_eval.inert import code, escaped, fenced
 
 from llmshrink.errors import CheckpointError
@@ -290,10 +291,8 @@ def _recipe(about: Subject) -> list[str]:
 
 def _steps(text: str | None) -> list[str]:
     """Each step as a sentence. Raises CheckpointError where the text isn't a recipe's."""
-    import yaml
-
     try:
-        recipe = yaml.safe_load(text) if text else {}
+        recipe = parse_yaml(text) if text else {}
         found = [f"{escaped(recipe['summary'])}.", ""] if recipe.get("summary") else []
         for number, step in enumerate(recipe.get("steps", []), 1):
             for verb, fields in step.items():
@@ -302,7 +301,7 @@ def _steps(text: str | None) -> list[str]:
         overrides = [code(override["match"]) for override in recipe.get("overrides", [])]
         if overrides:
             found.append(f"{len(recipe['steps']) + 1}. otherwise for {', '.join(overrides)}, see below.")
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (Unreadable, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError("recipe.yaml: isn't the recipe of a run: it is damaged; copy the folder again") from error
     return [*found, *([""] if found else [])]
 

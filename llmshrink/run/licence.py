@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshrink_eval.bounded import Unreadable, parse_yaml
 from llmshrink_eval.inert import plain
 
 from llmshrink.checkpoint.beside import TERMS
@@ -150,8 +151,8 @@ def front_matter(card: Path) -> dict[str, Any]:
         with card.open("rb") as file:
             text = file.read(HEAD).decode("utf-8-sig", errors="replace")
         match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", text, re.DOTALL)
-        found = yaml.load(match[1], Loader=yaml.BaseLoader) if match else None
-    except (OSError, yaml.YAMLError, RecursionError):
+        found = parse_yaml(match[1], yaml.BaseLoader) if match else None
+    except (OSError, Unreadable):
         return {}
     return found if isinstance(found, dict) else {}
 

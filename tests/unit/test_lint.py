@@ -69,6 +69,18 @@ def test_json_of_a_file_is_parsed_in_one_place() -> None:
     }
 
 
+def test_yaml_is_parsed_in_one_place() -> None:
+    """There it has limits: nine lines of aliases can stand for a billion values."""
+    loading = ("load", "safe_load", "load_all", "safe_load_all", "full_load", "unsafe_load")
+    found = [
+        f"{file}:{call.lineno}"
+        for file, tree in trees()
+        for call, owner, method in calls(tree)
+        if owner == "yaml" and method in loading
+    ]
+    assert not found
+
+
 def test_a_config_is_read_in_one_place() -> None:
     """There attention is set to ours: one that config.json names may be a kernel on the Hub."""
     places = {file for file, tree in trees() for _, owner, _ in calls(tree) if owner.endswith("AutoConfig")}
