@@ -152,7 +152,7 @@ PEER_ROWS = (
         for bits, group in ((4, WEIGHTS_4), (3, WEIGHTS_3), (2, WEIGHTS_2))
     ),
     *(
-        _peer(AUTO_ROUND, f"AutoRound, W{bits}", group, G64, 150, "--bits", str(bits), "--group-size=64", usual=False)
+        _peer(AUTO_ROUND, f"AutoRound, W{bits}", group, G64, 24, "--bits", str(bits), "--group-size=64", usual=False)
         for bits, group in ((4, WEIGHTS_4), (2, WEIGHTS_2), (3, WEIGHTS_3))
     ),
 )
