@@ -13,6 +13,7 @@ from torch import Tensor
 
 import llmshrink
 from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.errors import CheckpointError
 from llmshrink.model import skeleton
 from llmshrink.model.ahead import Ahead
@@ -93,7 +94,7 @@ def test_a_run_that_reads_ahead_writes_the_same_bytes(
     """On the CPU here, where a run does without; on a CUDA device it is the usual way."""
     source, small = model_of("llama"), {"samples": 6, "seq_len": 32, "group_size": 32, "calibration": story}
     llmshrink.quantize(source, output=tmp_path / "plain", **small)
-    reads: list[CheckpointIndex] = []
+    reads: list[Watched] = []
     expected: list[str] = []
 
     class Noted(Ahead):
@@ -102,9 +103,9 @@ def test_a_run_that_reads_ahead_writes_the_same_bytes(
             expected.extend([key] * (taken is not None))
             return taken
 
-    open_index, load = CheckpointIndex.open, Chain.load_block
+    open_index, load = Watched.open, Chain.load_block
 
-    def opened(*args: object, **named: object) -> CheckpointIndex:
+    def opened(*args: object, **named: object) -> Watched:
         reads.append(open_index(*args, **named))  # type: ignore[arg-type]
         return reads[-1]
 
@@ -113,7 +114,7 @@ def test_a_run_that_reads_ahead_writes_the_same_bytes(
             chain.skeleton.ahead = Noted(CPU)
         return load(chain, number, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CheckpointIndex, "open", opened)
+    monkeypatch.setattr(Watched, "open", opened)
     monkeypatch.setattr(Chain, "load_block", loading)
     llmshrink.quantize(source, output=tmp_path / "ahead", **small)
     assert contents(tmp_path / "plain") == contents(tmp_path / "ahead")

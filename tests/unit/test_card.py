@@ -170,7 +170,7 @@ def test_references_that_grow_are_not_written_out(tmp_path: Path) -> None:
     assert licence_of(tmp_path) == Licence()
     merged = ["a0: &a0 {x: y}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 12))]
     (tmp_path / "README.md").write_text("\n".join(["---", *merged, "license: mit", "---", ""]))
-    assert licence_of(tmp_path).id == "mit"
+    assert licence_of(tmp_path) == Licence()  # a head that stands for more than it may is none
 
 
 def test_only_the_head_of_a_card_is_read(tmp_path: Path) -> None:

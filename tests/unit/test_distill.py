@@ -384,7 +384,7 @@ def test_the_demo_teaches_with_its_own_text(tmp_path: Path, monkeypatch: pytest.
         ({"dtype": "float16"}, "--dtype float16"),
         ({"train": "scales"}, "isn't quantized"),
         ({"teacher_cache_tokens": 8}, "--teacher-cache-tokens 8: is of a --teacher-cache; give one"),
-        ({"teacher_cache": Path("cache"), "teacher_cache_tokens": 0}, "--teacher-cache-tokens 0: must be 1 to"),
+        ({"teacher_cache": Path("cache"), "teacher_cache_tokens": 0}, "--teacher-cache-tokens 0: must be at least 1"),
         (
             {"teacher_cache": Path("cache"), "teacher_cache_tokens": 10**6},
             "1000000: must be 1 to 512, which is the vocabulary",

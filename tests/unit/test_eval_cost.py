@@ -126,7 +126,7 @@ def _with_header(file: Path, header: object, data: bytes = b"") -> Path:
         ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "shape"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 5]}}, "isn't within the 4 bytes"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "takes 8 bytes and claims 4"),
-        ({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, "takes 4,398,046,511,104 bytes"),
+        ({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, "takes 4398046511104 bytes"),
     ],
 )
 def test_a_damaged_header_is_bad_input(header: object, says: str, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_header_longer_than_its_file_is_bad_input(tmp_path: Path) -> None:
 def test_a_config_of_no_known_model_is_bad_input(model_of: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(model_of("llama"), tmp_path / "strange")
     (folder / "config.json").write_text('{"model_type": "nothing_of_this_name"}')
-    with pytest.raises(EvalError, match=r"can't build .*nothing_of_this_name"):
+    with pytest.raises(EvalError, match=r"transformers can't read it: .*nothing_of_this_name"):
         stored_cost(folder)
 
 
@@ -261,7 +261,7 @@ def test_what_a_model_costs_does_not_depend_on_its_place(tmp_path: Path) -> None
 def test_what_goes_wrong_where_it_is_measured_is_one_line_here(model_of: Callable[..., Path], tmp_path: Path) -> None:
     broken = shutil.copytree(model_of("llama"), tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"12345678")
-    with pytest.raises(EvalError, match="transformers can't load it") as caught:
+    with pytest.raises(EvalError, match=r"it claims 4,050,.* bytes and the file has 8") as caught:
         cost_process().ask(ModelSpec("a model", broken), Running(), (1,))
     assert "\n" not in str(caught.value)
     odd = ModelSpec("a model", model_of("llama"), loader=lambda path, options: None)
