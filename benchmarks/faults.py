@@ -17,6 +17,7 @@ import errno
 import io
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -137,19 +138,22 @@ class Ended:
         return ""
 
 
-def carried_out(command: list[str], below: Path, fault: Fault | None) -> Ended:
-    """One command in a process of its own, forked from this one, so that nothing is imported again."""
+def carried_out(command: list[str], below: Path, fault: Fault | None, *, memory: int | None = None) -> Ended:
+    """One command in a process of its own, forked from this one, so that nothing is imported again.
+
+    memory: bytes of addresses that it may have, None for no limit.
+    """
     with tempfile.TemporaryDirectory() as outside:
         log, counted = Path(outside) / "log", Path(outside) / "calls"
         child = os.fork()
         if child == 0:
-            _child(command, Injected(below, fault), log, counted)
+            _child(command, Injected(below, fault), log, counted, memory)
         code = _waited_for(child)
         calls = int(counted.read_text()) if counted.exists() else 0
         return Ended(code, log.read_text(errors="replace"), calls)
 
 
-def _child(command: list[str], injected: Injected, log: Path, counted: Path) -> None:
+def _child(command: list[str], injected: Injected, log: Path, counted: Path, memory: int | None) -> None:
     """Run the command line in this process, which it never leaves."""
     code = 70
     try:
@@ -161,6 +165,8 @@ def _child(command: list[str], injected: Injected, log: Path, counted: Path) -> 
         from llmshrink.cli import run
 
         torch.set_num_threads(1)
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         injected.install()
         code = run(command)
     except BaseException:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -282,7 +281,8 @@ class Fuzz:
             path.write_bytes(before)
 
     def _tried(self, name: str, words: Sequence[str], data: bytes) -> None:
-        said = complaint(carried_out(_absolute(words, self.folder), self.folder / "nothing", None))
+        ended = carried_out(_absolute(words, self.folder), self.folder / "nothing", None, memory=MEMORY)
+        said = complaint(ended)
         for left in ("out", "out.partial", "half", "half.partial"):
             shutil.rmtree(self.folder / left, ignore_errors=True)
         shutil.copytree(self.folder / "kept.partial", self.folder / "half.partial")
@@ -303,7 +303,6 @@ def run(goes_on: Callable[[int, float], bool], seed: int, keep: Path | None) -> 
         folder = Path(scratch).resolve()
         set_up(folder)
         made_outputs(folder)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
         fuzz = Fuzz(folder, seed, keep)
         started = time.monotonic()
         while goes_on(fuzz.count, time.monotonic() - started):
