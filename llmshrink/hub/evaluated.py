@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,8 @@ def evaluation_of(report: Path, folder: Path, original: str) -> Evaluation:
     if found is None:
         names = ", ".join(model.name for model in results.models)
         raise HubError(
-            f"--report {report}: has nothing of these weights (it is about {names}); run llmshrink eval {folder} "
-            "--baseline THE-ORIGINAL -o REPORT and give that"
+            f"--report {report}: has nothing of these weights (it is about {names}); run llmshrink eval "
+            f"{shlex.quote(str(folder))} --baseline THE-ORIGINAL -o REPORT and give that"
         )
     base = results.original if results.original is not found else None
     shown = [found.model_copy(update={"name": THIS, "path": THIS})]

@@ -6,6 +6,7 @@ memory, which never agree, are in `timing.json`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ class Pushed:
         """For a person; a result that wasn't published is whole all the same."""
         if self.error is None:
             return [f"pushed      {self.url}"]
-        return [f"not pushed  {self.error}", f"            {output} is complete: llmshrink push {output} {self.name}"]
+        again = shlex.join(["llmshrink", "push", str(output), self.name])
+        return [f"not pushed  {self.error}", f"            {output} is complete: {again}"]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from llmshrink.hub.push import Asked, push
 from llmshrink.hub.upload import Target, upload
 from llmshrink.run.card import card
 from llmshrink.run.progress import Silent, size
+from llmshrink.run.report import Pushed
 
 PART = 1 << 14
 WEIGHTS = "model-block-00001.safetensors"
@@ -531,3 +532,8 @@ def test_the_record_has_the_sums_of_all_weights(made: Path) -> None:
         assert record["shards"].keys() == {file.name for file in index.files()}
     for name, sha in record["shards"].items():
         assert hashlib.sha256((made / name).read_bytes()).hexdigest() == sha
+
+
+def test_the_command_that_publishes_later_quotes_its_folder() -> None:
+    said = Pushed("u/n", None, "no network").lines(Path("a folder"))
+    assert said[1].endswith("a folder is complete: llmshrink push 'a folder' u/n")
