@@ -83,7 +83,7 @@ def test_a_record_that_the_template_refuses_is_left_out(words: Any) -> None:
             "{{ 'a' * 2000 }}",
             r"fails on any conversation \(OverflowError: it writes 2,000 characters, and 1,000 are",
         ),
-        (ENDLESS, r"fails on any conversation \(TimeoutError: it didn't end within 0.2 s"),
+        (ENDLESS, r"fails on any conversation \(TimeoutError: it didn't end within 0.5 s"),
         (
             {"tool_use": PLAIN, "rag": PLAIN},
             "the model's tokenizer has chat templates named rag, tool_use and none named default",
@@ -93,7 +93,8 @@ def test_a_record_that_the_template_refuses_is_left_out(words: Any) -> None:
 def test_a_template_that_writes_nothing_is_the_models_fault(
     template: Any, says: str, words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    if template == ENDLESS:
+        monkeypatch.setattr(templates, "SECONDS", 0.5)
     monkeypatch.setattr(templates, "MOST_CHARACTERS", 1000)
     with pytest.raises(
         CalibrationError, match=f"calibration data given has messages, and .*{says}.*or give text"
@@ -107,7 +108,7 @@ def test_a_template_that_writes_nothing_is_the_models_fault(
 
 
 def test_a_conversation_on_which_a_template_never_ends_is_left_out(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "SECONDS", 1.0)
     template = "{% if messages[0].content == 'Twice' %}" + ENDLESS + "{% endif %}" + PLAIN
     found = windows(words, [[{"role": "user", "content": "Twice"}], TALK], template)
     (named,) = found.reading.left_out.named
@@ -161,9 +162,9 @@ def test_a_limit_of_time_holds_in_every_thread_and_only_in_its_block(main: bool)
                     pass
         except TimeoutError as error:
             said.append(str(error))
-        with at_most(0.05):
+        with at_most(1.0):
             said.append("in time")
-        time.sleep(0.1)  # nothing comes afterwards
+        time.sleep(1.2)  # nothing comes afterwards
 
     if main:
         spend()
