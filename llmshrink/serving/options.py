@@ -77,13 +77,19 @@ def value(words: Sequence[str], names: Sequence[str]) -> str | None:
     return found
 
 
+SECRET = ("--api-key", "--hf-token")
+SHORTEST = len("--hf-t")
+"""Characters of such a name that are enough for vLLM."""
+
+
 def masked(words: Sequence[str]) -> list[str]:
-    """The words with `...` in the place of every key that clients must send, to be printed."""
+    """The words with `...` in the place of every key and token, to be printed. Names may be cut, as vLLM takes them."""
     told, secret = [], False
     for word in words:
         name, equals, _ = word.partition("=")
         if word.startswith("-"):
-            secret = _name(word) in _NAMES["api_key"]
+            given = _name(word)
+            secret = len(given) >= SHORTEST and any(each.startswith(given) for each in SECRET)
             told.append(f"{name}=..." if secret and equals else word)
         else:
             told.append("..." if secret else word)  # vLLM takes several keys after one --api-key

@@ -272,6 +272,9 @@ def test_the_curl_is_for_the_server_at_hand() -> None:
     [
         ["--api-key", "hush"],
         ["--api-key=hush"],
+        ["--api-ke", "hush"],
+        ["--hf-token", "hush"],
+        ["--hf_token=hush"],
         ["--api_key", "hush"],
         ["--api-key", "hush", "hush2", "--max-model-len", "9"],
     ],
