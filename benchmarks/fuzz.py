@@ -39,7 +39,7 @@ SMALL = "--calibration talk.jsonl --samples 2 --seq-len 32 --group-size 32 --bat
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of input. file: what is changed, below the workplace; the first such. command: what reads it.
+    """One kind of input. file: what is changed, below the folder; the first such. command: what reads it.
 
     structured: whether it may be changed as JSON; else as text and bytes. share: of the inputs.
     """
@@ -249,7 +249,7 @@ def made_outputs(folder: Path) -> None:
 
 
 def _absolute(words: Sequence[str], folder: Path) -> list[str]:
-    """The words with the workplace's own files named from the root."""
+    """The words with the folder's own files named from the root."""
     own = {"model", "sharded", "made", "out", "half", "talk.jsonl", "recipe.yaml"}
     return [str(folder / word) if word in own else word for word in words]
 
