@@ -15,6 +15,8 @@ from typing import Any
 
 JSON_LIMIT = 100_000_000
 """Bytes of a file of JSON: what the safetensors library allows a header, and ten times the largest index there is."""
+OWN_LIMIT = 2_000_000_000
+"""Bytes of what our own processes and caches write: a task's items, an engine's answer."""
 DEEPEST = 100
 """Levels of nesting: no config and no conversation has as many, and code that goes down them ends at a thousand."""
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmshrink_eval.bounded import read_json
+from llmshrink_eval.bounded import OWN_LIMIT, read_json
 from llmshrink_eval.errors import EvalError
 
 Key = Mapping[str, object]
@@ -60,10 +60,6 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="llmshrink-"))
 
 
-LARGEST = 2_000_000_000
-"""Bytes of an entry; those of a task hold its items."""
-
-
 class Cache:
     """Entries under one folder, which is made when something is first kept."""
 
@@ -73,7 +69,7 @@ class Cache:
     def get(self, part: str, key: Key) -> Any | None:
         """What `put` kept, or None."""
         try:
-            entry = read_json(self._file(part, key), limit=LARGEST)
+            entry = read_json(self._file(part, key), limit=OWN_LIMIT)
             whole = entry["sha256"] == _digest(entry["value"]) and entry["key"] == json.loads(_canonical(key))
         except (OSError, ValueError, KeyError, TypeError):
             return None

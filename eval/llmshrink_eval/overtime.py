@@ -13,6 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+STEPS = 100
+"""Of Python, in which an exception that is on its way comes, and not to whoever follows: the first is enough. It may
+have come before, which can't be seen where the block made another of it."""
+
 
 class _Overdue(BaseException):
     """Not an Exception: the program that is stopped shall not handle it."""
@@ -41,7 +45,7 @@ def at_most(seconds: float) -> Iterator[None]:
             timer.cancel()
             with lock:
                 done = True
-        while over:  # it comes now, after the block's last step
-            time.sleep(0)
+            for _ in range(STEPS if over else 0):
+                time.sleep(0)
     except _Overdue:
         raise TimeoutError(f"it didn't end within {seconds:g} s") from None

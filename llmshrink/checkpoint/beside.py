@@ -199,7 +199,7 @@ def _modules(config: Path) -> Iterator[str]:
     """The modules of a config's auto_map; those of another repository (`owner/name--module.Class`) aren't here."""
     try:
         auto_map = read_json(config).get("auto_map")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return
     for value in auto_map.values() if isinstance(auto_map, dict) else ():
         for each in value if isinstance(value, list) else [value]:

@@ -60,7 +60,7 @@ def adapter(name: str, files: Collection[str], *, base: str | None, where: str) 
 def _base(file: Path) -> str | None:
     try:
         found = read_json(file).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return None
     return " ".join(found.split())[:200] if isinstance(found, str) and found.strip() else None
 

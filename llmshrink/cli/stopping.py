@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any, Self
 
@@ -91,19 +92,28 @@ def say_stopped(arguments: Sequence[str], code: int) -> int:
     line = f"{PROGRAM}: {'terminated' if code == TERMINATED else 'interrupted'}"
     found = goes_on(arguments)
     if found is not None:
-        said, words = found
-        line += f"; {said}:\n  {shlex.join([PROGRAM, *words])}"
+        line += f"; {found.said}:\n  {shlex.join([PROGRAM, *found.words])}"
     print(line, file=sys.stderr)
     return code
 
 
-def goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
-    """What is there to go on from, in words, and the command that does; None when there is nothing to say."""
+@dataclass(frozen=True)
+class GoesOn:
+    """What there is to go on from, in words, and the command (without the program's name) that does. kept: whether
+    there is anything, or it begins anew."""
+
+    said: str
+    words: Sequence[str]
+    kept: bool
+
+
+def goes_on(arguments: Sequence[str]) -> GoesOn | None:
+    """What becomes of a command line that was stopped; None when there is nothing to say."""
     verb = arguments[0] if arguments else ""
     kept = KEPT.get(verb)
     given = _given(arguments) if kept is not None else {}
     if verb in ANEW or given.get("dry_run"):
-        return NOTHING, arguments
+        return GoesOn(NOTHING, arguments, False)
     if kept is None:
         return None
     if verb not in ("eval", "compare", "push"):
@@ -117,13 +127,14 @@ def goes_on(arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
         )
         if made and given.get("push"):
             also = [f"--{name}" for name in ("private", "yes") if given.get(name)]
-            return "the output is whole, publish it with", ["push", str(given["output"]), str(given["push"]), *also]
+            words = ["push", str(given["output"]), str(given["push"]), *also]
+            return GoesOn("the output is whole, publish it with", words, True)
         if not (output and any(os.path.isdir(output + ending) for ending in BESIDE)):
             models = [os.path.expanduser(str(given.get(name) or "demo")) for name in ("model", "teacher", "student")]
             if all(model == "demo" or os.path.exists(model) for model in models):
-                return (NOTHING, arguments) if output and not os.path.exists(output) else None
+                return GoesOn(NOTHING, arguments, False) if output and not os.path.exists(output) else None
             kept = "what was downloaded"
-    return f"{kept} is kept: go on from there with the same command", arguments
+    return GoesOn(f"{kept} is kept: go on from there with the same command", arguments, True)
 
 
 def _written(output: str) -> str:

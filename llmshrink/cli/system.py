@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmshrink.cli.stopping import goes_on
+from llmshrink.cli.stopping import PROGRAM, goes_on
 
 _OTHER_FOLDER = "mend that, or name another folder"
 WAYS_OUT = {
@@ -51,15 +52,17 @@ def is_refusal(error: BaseException) -> bool:
 
 def refusal(error: OSError, arguments: Sequence[str]) -> tuple[str, int]:
     """(the line that says it, the exit code): 1 where work is kept, else 2. arguments: the command line."""
-    found = goes_on(arguments)
-    kept = found is not None and "kept" in found[0]
     if error.errno in FULL:
         return _no_space(error), 2
     assert error.errno is not None
+    found = goes_on(arguments)
+    kept = found is not None and found.kept
     name = errno.errorcode.get(error.errno, str(error.errno))
-    place = _place(error) or "a file"
-    then = f"; then {found[0]}" if found is not None and kept else "; then run the same command again"
-    return f"{place}: {os.strerror(error.errno)} ({name}); {WAYS_OUT[error.errno]}{then}", 1 if kept else 2
+    then = "run the same command again"
+    if found is not None and kept:
+        then = found.said if found.words == arguments else f"{found.said} {shlex.join([PROGRAM, *found.words])}"
+    line = f"{_place(error) or 'a file'}: {os.strerror(error.errno)} ({name}); {WAYS_OUT[error.errno]}; then {then}"
+    return line, 1 if kept else 2
 
 
 def _place(error: OSError) -> str:

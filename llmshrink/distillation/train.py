@@ -152,7 +152,7 @@ def last_whole(folder: Path, processes: int) -> Path | None:
         try:
             said = read_json(checkpoint / "trainer_state.json")
             step = int(said["global_step"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         if checkpoint.name == f"checkpoint-{step}" and all(state.is_there(checkpoint, name) for name in names):
             whole[step] = checkpoint

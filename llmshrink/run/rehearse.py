@@ -32,7 +32,7 @@ def config_bytes(folder: Path) -> bytes:
     try:
         data = file.read_bytes()
         fault = disk.unwritable(parse_json(data))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise SourceError(f"{file}: can't be read as JSON; download or copy it again") from error
     if fault is not None:
         raise SourceError(f"{file}: {fault}, which no JSON file can say; correct it, or download it again")

@@ -175,12 +175,16 @@ def test_a_limit_of_time_holds_in_every_thread_and_only_in_its_block(main: bool)
     assert said == ["it didn't end within 0.05 s", "in time"]
 
 
-def test_a_limit_of_time_that_ends_with_the_block_is_raised_there_or_not_at_all() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_limit_of_time_that_ends_with_the_block_is_raised_there_or_not_at_all(fails: bool) -> None:
+    """However the block ends at that very moment, by an error of its own too."""
     for turn in range(200):
-        with suppress(TimeoutError), at_most(0.0005):
+        with suppress(TimeoutError, ValueError), at_most(0.0005):
             until = time.perf_counter() + 0.0004 + turn * 1e-6
             while time.perf_counter() < until:
                 pass
+            if fails:
+                raise ValueError
     time.sleep(0.01)
 
 

@@ -277,6 +277,17 @@ def test_what_the_system_refuses_says_whether_work_is_kept(
     )
 
 
+def test_an_output_that_is_whole_is_only_to_be_published(
+    twin: Twin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "an out"
+    out.mkdir()
+    twin.error = OSError(errno.EIO, "", str(out))
+    assert run(["quantize", "demo", "-o", str(out), "--push", "u/n"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(f"; then the output is whole, publish it with llmshrink push '{out}' u/n")
+
+
 def test_a_connection_that_breaks_is_no_fault_of_a_file(twin: Twin) -> None:
     twin.error = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
     with pytest.raises(ConnectionResetError):

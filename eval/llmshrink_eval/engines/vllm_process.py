@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmshrink_eval.bounded import read_json
+from llmshrink_eval.bounded import OWN_LIMIT, read_json
 from llmshrink_eval.engines.child import ours, python
 from llmshrink_eval.errors import EvalError, EvalFailed
 
@@ -110,7 +110,7 @@ class VllmProcess:
             self._wait(on_progress)
         except _EngineError as error:
             raise EvalFailed(f"{self._name} failed with {self._model}: {error}") from None
-        return read_json(answer)
+        return read_json(answer, limit=OWN_LIMIT)
 
     def close(self) -> None:
         """End the worker and everything that it has started."""

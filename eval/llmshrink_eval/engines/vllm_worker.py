@@ -20,7 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from llmshrink_eval.bounded import read_json
+from llmshrink_eval.bounded import OWN_LIMIT, read_json
 from llmshrink_eval.engines.child import end_with_input
 from llmshrink_eval.errors import EvalError, EvalFailed
 
@@ -182,7 +182,7 @@ def main(start: Path) -> None:
     questions: SimpleQueue[bytes] = SimpleQueue()
     end_with_input(questions.put)
     try:
-        worker = Worker(read_json(start), tell)
+        worker = Worker(read_json(start, limit=OWN_LIMIT), tell)
     except Exception as error:
         tell(_error(error))
         return

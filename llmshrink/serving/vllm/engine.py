@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llmshrink_eval.bounded import read_json
+from llmshrink_eval.bounded import OWN_LIMIT, read_json
 from llmshrink_eval.engines.child import ours, python
 
 from llmshrink.checkpoint.files import read_config
@@ -214,7 +214,7 @@ def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[
             raise EngineError(
                 f"vLLM {engine.version} ended with status {status} for {request['model']}: {_last_line(log)}"
             )
-        said = read_json(answer)
+        said = read_json(answer, limit=OWN_LIMIT)
     if "error" in said:
         raise EngineError(f"vLLM {engine.version} doesn't serve {request['model']}: {said['error']}")
     generations: list[_Said] = said["generations"]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmshrink_eval.bounded import read_json
+from llmshrink_eval.bounded import OWN_LIMIT, read_json
 from llmshrink_eval.engines.child import end_with_input
 
 LONGEST_ERROR = 600
@@ -51,7 +51,7 @@ def _plain(completion: Any) -> dict[str, object]:
 def main(question: Path, answer: Path) -> None:
     """Answer the question; whatever the engine raises is the answer too, since no one else is there to hear it."""
     try:
-        said: dict[str, object] = {"generations": generate(read_json(question))}
+        said: dict[str, object] = {"generations": generate(read_json(question, limit=OWN_LIMIT))}
     except Exception as error:
         line = " ".join(str(error).split())
         said = {"error": f"{type(error).__name__}: {line}"[:LONGEST_ERROR]}
