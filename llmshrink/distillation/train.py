@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,8 +78,8 @@ def train(job: Job, training: TokenWindows, says: Says, exact: TeacherRows, fold
         last = last_whole(folder, job.processes.count)
         if last is not None:
             progress.note(f"resumed     at step {last.name.rpartition('-')[2]} of {options.steps}")
-        with _with_room(module, folder, options.optim):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        _check_room(module, folder, options.optim)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return Curves.of(trainer.state.log_history)
 
 
@@ -126,22 +124,16 @@ def _arguments(job: Job, folder: Path, rate: float) -> TrainingArguments:
     )
 
 
-@contextmanager
-def _with_room(module: torch.nn.Module, folder: Path, optim: str) -> Iterator[None]:
-    """Raise OutputError before the training when its checkpoints don't fit, and when one couldn't be written in it.
+def _check_room(module: torch.nn.Module, folder: Path, optim: str) -> None:
+    """Raise OutputError when a training's checkpoints don't fit.
 
     A checkpoint has what is trained, and, under Adam, two moments of it. There are three at once: the best, the last,
-    and the one that is being written. torch and safetensors have words of their own for a disk that is full.
+    and the one that is being written.
     """
     trained = sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
     one = trained * (3 if optim.startswith("adamw_torch") else 1)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     check_room(folder, max(0, 3 * one - there), CHECKPOINTS)
-    try:
-        yield
-    except Exception:
-        check_room(folder, one, CHECKPOINTS)
-        raise
 
 
 def last_whole(folder: Path, processes: int) -> Path | None:
