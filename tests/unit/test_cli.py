@@ -242,7 +242,10 @@ def test_a_run_that_falls_short_is_shown_and_exits_with_1(
         (CheckpointError("a: broken\n  in two"), ["a: broken in two"]),
         (RecipeError(["a: one", "b: two"]), ["a: one", "b: two"]),
         (OSError(errno.ENOSPC, "No space left on device", "/out/x"), ["/out/x: no space left ("]),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), ["the disk: no space left; free some and run"]),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            ["the disk, or what the output goes to: no space left; free some and run"],
+        ),
         (OSError(errno.EIO, "", "/m/x"), ["/m/x: Input/output error (EIO); the disk, or the way to it, fails: see"]),
         (OSError(errno.EMFILE, ""), ["a file: Too many open files (EMFILE); this process has as many open files as"]),
     ],
