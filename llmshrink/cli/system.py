@@ -78,4 +78,5 @@ def _no_space(error: OSError) -> str:
     named = _place(error)
     place = next((each for each in Path(named).parents if each.exists()), None) if named else None
     free = f" ({shutil.disk_usage(place).free:,} bytes free)" if place else ""
-    return f"{named or 'the disk, or what the output goes to'}: no space left{free}; free some and run the same command again"
+    where = named or "the disk, or what the output goes to"
+    return f"{where}: no space left{free}; free some and run the same command again"
