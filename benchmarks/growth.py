@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_kernels.products import times_transposed
 from torch import Tensor
 
 from llmshrink.calibration.statistics import Statistics
@@ -36,7 +37,6 @@ from llmshrink.methods import NarrowSpec, QuantizeSpec, SiteSpec, grown, narrow,
 from llmshrink.methods.pruning import Pattern, PruneSpec
 from llmshrink.recipe.read import load_recipe
 from llmshrink.run.workspace import narrowing, solving
-from llmshrink.weights.products import times_transposed
 
 LIMIT = 3.1
 REFERENCE = "gptq"

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from llmshrink_kernels.products import one_dnn, product
 from torch import Tensor
 from torch.nn import functional
-
-from llmshrink.weights.products import one_dnn, product
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (1536, 2048))
 """Outputs and inputs."""

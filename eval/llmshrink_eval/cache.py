@@ -24,7 +24,7 @@ from llmshrink_eval.errors import EvalError
 
 Key = Mapping[str, object]
 
-VERSION = 2
+VERSION = 3
 """Goes up when the way in which something is measured or kept changes: what was kept before isn't found then."""
 
 

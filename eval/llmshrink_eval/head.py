@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from llmshrink_kernels.products import times_transposed
 from torch import Tensor
 
 TailKind: TypeAlias = Literal["none", "divide", "multiply", "cap"]
@@ -53,7 +54,7 @@ class Head:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows: [rows, width], what the output layer reads. Returns logits, float32 [rows, vocabulary]."""
-        return self.tail(torch.nn.functional.linear(rows, self.weight, self.bias)).float()
+        return self.tail(times_transposed(rows, self.weight, self.bias)).float()
 
 
 class Splitter:
@@ -69,8 +70,10 @@ class Splitter:
         self.width = width
         self.dtype = dtype
 
-    def hidden(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-        """input_ids: int64 [batch, length]; mask: the same shape, or None without padding. [batch, length, width]."""
+    def hidden(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
+        """input_ids: int64 [batch, length]; mask: the same shape, or [batch, 1, length, length] to be added to the
+        scores of attention, or None without padding; position_ids: as input_ids, or None for the model's own.
+        [batch, length, width]."""
         read: list[Tensor] = []
 
         def keep(states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -78,7 +81,8 @@ class Splitter:
             return states
 
         with _forward_replaced(self._layer, keep):
-            self._model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            more = {} if position_ids is None else {"position_ids": position_ids}
+            self._model(input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
         return read[0]
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from llmshrink_kernels.products import multiply_fast
 from torch import Tensor
 
 from llmshrink_eval import records
@@ -129,6 +130,7 @@ class _Runner:
     def __init__(self, model: Any, windows: Windows, tokenizer: Any, keep: Path | None, against: Path | None) -> None:
         self._model, self._windows, self._tokenizer = model, windows, tokenizer
         self._device = input_device(model)
+        multiply_fast(model)
         first = windows.input_ids[:1, : min(PROOF_TOKENS, int(windows.lengths[0]))].to(self._device)
         self._splitter: Splitter | None = split(model, first)
         self.against = None if against is None else Baseline.open(against, windows, self._device)

@@ -63,17 +63,18 @@ def run_tasks(
     on_progress: Progress | None = None,
 ) -> dict[str, TaskRun]:
     """Run the tasks on a loaded model, as it stands: device and dtype are its own. See `run_lm_tasks`."""
-    from lm_eval.models.huggingface import HFLM
+    from llmshrink_eval.continuations import ContinuationLM
 
     loaded = load_tasks(options)
     add_bos = bos_of_tasks(tokenizer, model.config.model_type, options.bos)
     with quiet():
-        lm = HFLM(
+        lm = ContinuationLM(
             pretrained=model,
             tokenizer=_tokenizer_of_tasks(tokenizer, model.config, add_bos),
             batch_size=options.batch_size or fitting_batch_size(model.config),
             add_bos_token=add_bos,
         )
+        lm.most = options.batch_size
         if model.device.type == "meta":  # offloaded: the weights come to where the hooks run the model
             hooked: Any = model
             lm._device = hooked._hf_hook.execution_device

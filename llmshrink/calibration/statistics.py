@@ -20,9 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from llmshrink_kernels.products import accumulate_, columns_of, times_transposed
 from torch import Tensor
-
-from llmshrink.weights.products import accumulate_, columns_of, times_transposed
 
 
 def tile_of(in_features: int) -> int:

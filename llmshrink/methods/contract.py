@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from llmshrink_kernels.products import times_transposed
 from torch import Tensor
 
 from llmshrink.errors import LlmshrinkError
 from llmshrink.weights import Dense, EightBit, GroupedInt, Solvable
-from llmshrink.weights.products import times_transposed
 
 ScaleSearch = Literal["minmax", "mse", "hessian", "trial"]
 

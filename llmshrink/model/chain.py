@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from llmshrink_kernels.products import multiply_fast
 from torch import Tensor, nn
 
 from llmshrink.calibration.activations import Batch
@@ -20,7 +21,6 @@ from llmshrink.model.families import Family, family_of
 from llmshrink.model.sites import Stage, find_stages
 from llmshrink.model.skeleton import Skeleton
 from llmshrink.model.uncovered import refuse_uncovered
-from llmshrink.weights.products import multiply_fast
 
 Check = Callable[[str, Tensor], None]
 

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from llmshrink_kernels.products import product
 
 import llmshrink
 from llmshrink.calibration.activations import Batch, batches_of
@@ -63,7 +64,6 @@ from llmshrink.run.storage import (
     scheme_of,
 )
 from llmshrink.run.structure import Structure, structure_of
-from llmshrink.weights.products import product
 
 HELD_OUT_TOKENS = 1024
 """About as many tokens are held out as the closing summary needs to tell a good result from a bad one."""

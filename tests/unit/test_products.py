@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
+from llmshrink_kernels import products
+from llmshrink_kernels.products import accumulate_, columns_of, multiply_fast, times_transposed
 from torch import Tensor, nn
-
-from llmshrink.weights import products
-from llmshrink.weights.products import accumulate_, columns_of, multiply_fast, times_transposed
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

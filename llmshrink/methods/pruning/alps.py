@@ -27,12 +27,12 @@ from __future__ import annotations
 import math
 
 import torch
+from llmshrink_kernels.products import times_transposed
 from torch import Tensor
 
 from llmshrink.methods.pruning.contract import Problem, PruneSpec
 from llmshrink.methods.pruning.pattern import choose
 from llmshrink.methods.pruning.registry import mask_chooser
-from llmshrink.weights.products import times_transposed
 
 SLOW, FAST = (0.3, 1.03), (0.8, 1.06)
 """Where r begins, in t^2, and by how much it grows a step."""

@@ -28,10 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from llmshrink_kernels.products import times_transposed
 from torch import Tensor
 
 from llmshrink.methods.pruning.contract import Problem
-from llmshrink.weights.products import times_transposed
 
 TOLERANCE = 5e-3
 """Of a row's output error, as it is estimated. On sites of two real models, with masks of sparsegpt and wanda, what was

@@ -88,7 +88,9 @@ def _forward(linear: nn.Linear, input: Tensor) -> Tensor:
 
 
 def multiply_fast(model: nn.Module) -> None:
-    """Let a model's linears multiply by `times_transposed` from now on, and copies of its modules too."""
+    """Let a model's linears multiply by `times_transposed` from now on, and copies of its modules too.
+
+    One whose forward somebody has replaced (accelerate does where it streams weights) stays as it is."""
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and "forward" not in vars(module):
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
