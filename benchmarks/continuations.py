@@ -38,9 +38,8 @@ def main() -> None:
             models[kind] = kind(pretrained=model, tokenizer=tokenizer, batch_size=fitting_batch_size(model.config))
     names = tuple(options.tasks.split(","))
     loaded = load_tasks(TaskOptions(names=names, tasks_dir=options.tasks_dir))
-    print(
-        f"{'':24}{'requests':>10}{'lm-eval, s':>12}{'ours, s':>10}{'ratio':>8}{'apart, nats':>14}{'otherwise greedy':>18}"
-    )
+    head = ("requests", "lm-eval, s", "ours, s", "ratio", "apart, nats", "otherwise greedy")
+    print(" " * 24 + "".join(f"{word:>{max(10, len(word) + 2)}}" for word in head))
     for name, task in loaded.tasks.items():
         with quiet():
             task.build_all_requests(limit=options.items, rank=0, world_size=1)
