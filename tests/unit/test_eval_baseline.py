@@ -20,6 +20,7 @@ from llmshrink_eval.model import LoadOptions, load_model
 from llmshrink_eval.passes import run_pass
 from llmshrink_eval.protocol import Windows, build_windows
 from llmshrink_eval.results import Divergence
+from llmshrink_kernels import products
 
 from llmshrink.demo.tokenizer import build
 
@@ -50,6 +51,22 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("phi", {}, "none"),  # its output layer has a bias
     ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, "none"),
 ]
+
+
+def test_a_head_of_usual_width_is_the_models_own_whatever_multiplies(
+    model_of: Callable[..., Path], windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(model_of("llama", hidden_size=1024))
+    weight = model.get_output_embeddings().weight
+    weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))  # logits up to 150
+    assert products.one_dnn() is not None
+    for operator in (None, products.one_dnn()):
+        monkeypatch.setattr(products, "_operator", lambda operator=operator: operator)
+        with torch.no_grad():
+            splitter = split(model, windows.input_ids[:1])
+        assert splitter is not None
+        with splitter.head() as head:
+            assert head.tail.kind == "none"
 
 
 @pytest.mark.parametrize(("family", "changes", "tail"), FAMILIES)
