@@ -13,16 +13,14 @@ of its input or by that signal. (PR_SET_PDEATHSIG would end it with the thread t
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from llmshrink_eval.engines.child import bound_memory
+from llmshrink_eval.engines.child import bound_memory, decode, encode
 
 MEMORY = 2 << 30
 """Bytes that a template may take, beyond what this process has when it starts."""
@@ -32,16 +30,6 @@ LONGEST = 200
 """Characters of what an error says."""
 ASKS_DATE = "strftime_now"
 """The function by which a template asks for the date."""
-
-
-def encode(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
-    """JSON on a line, in which halves of surrogate pairs stay what they are. default: as json.dumps takes it."""
-    return json.dumps(value, ensure_ascii=False, default=default).encode("utf-8", "surrogatepass") + b"\n"
-
-
-def decode(line: bytes) -> Any:
-    """What `encode` made a line of."""
-    return json.loads(line.decode("utf-8", "surrogatepass"))
 
 
 def dated(date: str) -> dict[str, Any]:

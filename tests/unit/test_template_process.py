@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from llmshrink_eval import template_process, templates
+from llmshrink_eval.engines import child
 from llmshrink_eval.engines.child import Answering, ours, python
 from llmshrink_eval.errors import EvalFailed
 from llmshrink_eval.template_process import PROCESS, Question, TemplateFailed, TemplateProcess
@@ -161,7 +162,7 @@ def test_only_what_the_processor_did_counts_until_nothing_comes_at_all(
 def test_a_process_that_cant_start_is_no_fault_of_a_template(
     process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_process, "Answering", lambda module: Answering("llmshrink_eval.not_there"))
+    monkeypatch.setattr(child, "Answering", lambda module: Answering("llmshrink_eval.not_there"))
     with pytest.raises(EvalFailed, match=r"runs chat templates ended with status 1: .*No module named llmshrink_eval"):
         process.ask(asked())
 

@@ -9,6 +9,8 @@ A child whose parent is killed reads the end of its standard input, which is a p
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import resource
 import select
@@ -17,12 +19,19 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from llmshrink_eval.errors import EvalFailed
 
 LOOK_SECONDS = 1.0
 """Between two looks at a child that hasn't answered."""
+ATTEMPTS = 2
+"""What ended a child may have been somebody else, who is out of memory; and may have been what it was asked."""
+_LIMITS = resource.getrlimit(resource.RLIMIT_AS)
+"""Of this process's memory, as it was started."""
 
 
 def python(module: str, *words: str) -> list[str]:
@@ -158,11 +167,90 @@ class Answering:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")[:600]
 
 
+class Ended(Exception):
+    """A signal ended a child at its work: `number`, and its name as text."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Kept:
+    """An `Answering` of this process's own: started at first use, started again where it ended, and gone with it.
+
+    Asked by any thread, one question at a time; a fork has one of its own. what: it is, in messages. final: signals
+    that its work ends it with, for which nothing is asked again.
+    """
+
+    def __init__(self, module: str, what: str, *, final: Collection[int] = ()) -> None:
+        self._module, self._what, self._final = module, what, final
+        self._lock = threading.Lock()
+        self._child: Answering | None = None
+        atexit.register(self.close)
+        os.register_at_fork(after_in_child=self._forget)
+
+    def answer(self, line: bytes, seconds: float | None = None) -> bytes:
+        """To a line, as `Answering.ask` does. Raises TimeoutError, Ended, or EvalFailed where it can't work at all."""
+        with self._lock:
+            try:
+                return self._answer(line, seconds)
+            except BaseException:  # interrupted, it may be: nobody will read what is being made
+                self._end()
+                raise
+
+    def close(self) -> None:
+        """End it; the next question starts it again."""
+        with self._lock:
+            self._end()
+
+    def _answer(self, line: bytes, seconds: float | None) -> bytes:
+        status = 0
+        for _ in range(ATTEMPTS):
+            child = self._started()
+            said = child.ask(line, seconds)
+            if said is not None:
+                return said
+            status = child.wait()
+            if status >= 0:
+                raise EvalFailed(f"the process that {self._what} ended with status {status}: {child.last()}")
+            if -status in self._final:
+                break
+        raise Ended(-status)
+
+    def _started(self) -> Answering:
+        if self._child is None or self._child.ended:
+            self._end()
+            self._child = Answering(self._module)
+        return self._child
+
+    def _end(self) -> None:
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+    def _forget(self) -> None:
+        """In a fork: the child is the parent's, whose threads aren't here to let go of the lock."""
+        self._lock = threading.Lock()
+        if self._child is not None:
+            self._child.forget()
+            self._child = None
+
+
+def encode(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """JSON on a line, in which halves of surrogate pairs stay what they are. default: as json.dumps takes it."""
+    return json.dumps(value, ensure_ascii=False, default=default).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def decode(line: bytes) -> Any:
+    """What `encode` made a line of."""
+    return json.loads(line.decode("utf-8", "surrogatepass"))
+
+
 def bound_memory(nbytes: int) -> None:
     """From here on this process may ask for so much more memory; what wants more gets a MemoryError. On Linux alone:
     nothing else tells how much it has."""
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limits = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_AS, (min([pages * resource.getpagesize() + nbytes, *limits]), hard))
+        given = [each for each in _LIMITS if each != resource.RLIM_INFINITY]
+        limit = min([pages * resource.getpagesize() + nbytes, *given])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, _LIMITS[1]))
