@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmshrink.checkpoint.beside import NOTHING, LeftBehind, check_side_files
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
+from llmshrink.checkpoint.links import check_link
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.errors import CheckpointError, SourceError
@@ -135,6 +136,7 @@ def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], d
     data = config_bytes(source)
     config: dict[str, Any] = parse_json(data)
     recipe = source / "recipe.yaml"
+    check_link(recipe, source)
     rehearse(record, source, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None)
     return record, config
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmshrink_eval.bounded import parse_json
 
+from llmshrink.checkpoint.links import check_link
 from llmshrink.errors import CheckpointError, SourceError
 from llmshrink.run import disk
 from llmshrink.run.card import Subject, compose
@@ -27,8 +28,10 @@ UNKNOWN = Quality(tokens=0, ppl_before=0.0, ppl_after=0.0, kl_mean=0.0, kl_stder
 
 
 def config_bytes(folder: Path) -> bytes:
-    """config.json, which an output's is made of. Raises SourceError where that couldn't be written as JSON."""
+    """config.json, which an output's is made of. Raises SourceError where that couldn't be written as JSON,
+    CheckpointError where it is a link that isn't followed."""
     file = folder / "config.json"
+    check_link(file, folder)
     try:
         data = file.read_bytes()
         fault = disk.unwritable(parse_json(data))
