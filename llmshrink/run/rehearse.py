@@ -20,6 +20,7 @@ from llmshrink.run.card import Subject, compose
 from llmshrink.run.heldout import Quality
 from llmshrink.run.inspect import InspectReport
 from llmshrink.run.licence import licence_of
+from llmshrink.run.original import original_of
 from llmshrink.run.output import RECORD
 from llmshrink.run.report import cache_of, rows_of, summary_of
 
@@ -67,6 +68,6 @@ def rehearse(record: Mapping[str, Any], source: Path, recipe: str | None) -> Non
         notes=tuple(record["notes"]),
     )
     try:
-        compose(Subject(dict(record), made, licence_of(source), recipe, 1)).encode()
+        compose(Subject(dict(record), made, licence_of(source), recipe, 1, original_of(source))).encode()
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
