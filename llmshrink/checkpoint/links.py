@@ -2,8 +2,8 @@
 
 A folder comes from anywhere, and a link in it leads wherever this user can read. So what is read is the file itself, or
 what lies in a store of contents that the folder is of: a Hub cache's blobs, Git LFS's or git-annex's objects. A link to
-another file of the folder is followed where that one's name would be taken too: `merges.txt` may be called `bpe.txt`
-by nobody, and `id_rsa` is no vocabulary.
+another file of the folder is followed where that one's name would be taken too: a `merges.txt` that leads to `id_rsa`
+isn't.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 def changed_beside(old: Mapping[str, str] | None, new: Mapping[str, str] | None) -> str | None:
     """As `first_difference`, of files that are copied; None where an earlier llmshrink noted none."""
-    was, now = old or {}, new or {}
+    was, now = old if isinstance(old, dict) else {}, new or {}
     name = next((each for each in sorted({*was, *now}) if was.get(each) != now.get(each)), None)
-    if old is None or name is None:
+    if not isinstance(old, dict) or name is None:
         return None
     return f"that began with another {name} in the model's folder; put that one back to finish it"
 

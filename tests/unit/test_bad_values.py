@@ -130,7 +130,7 @@ def use(folder: Path) -> None:
         ("tokenizer_config.json", {"model_max_length": [1]}, "model_max_length is [1], and has to be a number from 0"),
         ("tokenizer_config.json", {"model_max_length": float("inf")}, "model_max_length is inf, and has to be"),
         ("tokenizer_config.json", {"model_input_names": 5}, "model_input_names is 5, and has to be a list of texts"),
-        ("tokenizer_config.json", {"model_input_names": None}, "model_input_names is null, and has to be a list"),
+        ("tokenizer_config.json", {"model_input_names": None}, "model_input_names is None, and has to be a list"),
         ("tokenizer_config.json", {"eos_token": 7}, "eos_token is 7, and has to be text, or an object with content"),
         ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template is [{'name': 'a'}], and has"),
         ("tokenizer_config.json", {"padding_side": "up"}, "padding_side is 'up', and has to be left or right"),
