@@ -26,6 +26,16 @@ Key = Mapping[str, object]
 
 VERSION = 3
 """Goes up when the way in which something is measured or kept changes: what was kept before isn't found then."""
+_USED: list[Path] = []
+"""Files and folders in which this process has kept something, or may have."""
+
+
+def kept_here() -> bool:
+    """Whether this process has kept anything that the same evaluation would find: in whatever cache, a result or the
+    beginning of one, which is still there."""
+    return any(
+        path.is_file() or any(file.is_file() and file.stat().st_size for file in path.rglob("*")) for path in _USED
+    )
 
 
 def default_folder() -> Path:
@@ -84,6 +94,7 @@ class Cache:
             with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False) as unfinished:
                 unfinished.write(text.encode())
             os.replace(unfinished.name, path)
+            _USED.append(path)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -94,6 +105,7 @@ class Cache:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
+        _USED.append(path)
         return path
 
     def drop_folder(self, part: str, key: Key) -> None:

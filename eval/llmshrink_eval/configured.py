@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmshrink_eval.bounded import shown
 from llmshrink_eval.configfile import TEXT_PARTS, WAY_OUT, read_config
 from llmshrink_eval.errors import EvalError, one_line
+from llmshrink_eval.sidefiles import check_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -111,9 +112,11 @@ def multiply_in(config: Any, dtype: torch.dtype) -> Any:
 
 
 def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the model in `folder`, for which transformers reads config.json too. Raises whatever it does."""
+    """The tokenizer of the model in `folder`, for which transformers reads config.json too. Raises EvalError for
+    files that can't be a tokenizer's, else whatever transformers does."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(Path(folder))
     try:
         config = running_config(folder, trust_remote_code=trust_remote_code)
     except EvalError:  # whoever builds the model says what is wrong with it

@@ -7,12 +7,13 @@ whose first records can be used is another matter: it isn't read to its end.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from llmshrink_eval.bounded import DEEPEST, Unreadable, parse_json
+from llmshrink_eval.engines.child import Ended, Kept, decode, encode
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """What JSON can spell and UTF-8 can't: no tokenizer takes it."""
@@ -114,8 +115,7 @@ class Parquet:
         import pyarrow
         import pyarrow.parquet
 
-        self._bytes = path.stat().st_size
-        self._allowed = max(FREE_BYTES, EXPANSION * self._bytes)
+        self._path, self._bytes = path, path.stat().st_size
         try:
             self._file = pyarrow.parquet.ParquetFile(path)
             self.names: list[str] = list(self._file.schema_arrow.names)
@@ -138,13 +138,26 @@ class Parquet:
         """
         import pyarrow
 
-        rows: list[Any] = []
+        if any(pyarrow.types.is_nested(each.type) for each in self._file.schema_arrow if each.name in columns):
+            # What a row of lists unpacks to isn't known before it is: it is tried where that can't fill this machine.
+            check_apart(self._path, group, columns)
+        return [row for table in self.tables(group, columns) for row in parquet_rows(table)]
+
+    @property
+    def allowed(self) -> int:
+        """Bytes that a row group may unpack to."""
+        return max(FREE_BYTES, EXPANSION * self._bytes)
+
+    def tables(self, group: int, columns: Sequence[str]) -> Iterator[Any]:
+        """A row group as tables of pyarrow, a few rows in each. Raises Unusable as `read` does."""
+        import pyarrow
+
         try:
             # What is said of a column isn't asked for: pyarrow ends the process where that is damaged.
             unpacked = max(0, self._file.metadata.row_group(group).total_byte_size)
             self._check_size(ROW_BYTES * self.rows[group])
             # One value may be repeated without being stored again: a batch is small enough for each to be the largest.
-            batch_rows = max(1, min(BATCH_ROWS, self._allowed // max(unpacked, 1)))
+            batch_rows = max(1, min(BATCH_ROWS, self.allowed // max(unpacked, 1)))
             size = 0
             for batch in self._file.iter_batches(batch_rows, row_groups=[group], columns=list(columns)):
                 # A column may be kept as a dictionary, of which each row is a number until it is asked for.
@@ -154,23 +167,38 @@ class Parquet:
                 ]
                 size += sum(part.nbytes for part in plain)
                 self._check_size(size)
-                rows += parquet_rows(pyarrow.Table.from_arrays(plain, batch.schema.names))
+                yield pyarrow.Table.from_arrays(plain, batch.schema.names)
+        except (MemoryError, _TooMuch) as error:
+            raise Unusable(
+                f"row group {group} unpacks to more than {self.allowed:,} bytes from a file of {self._bytes:,}, which "
+                "no text does; write the file again"
+            ) from error
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise Unusable(f"row group {group} can't be read ({_first_line(error)}); copy the file again") from error
-        except _TooMuch as error:
-            raise Unusable(f"row group {group} {error}") from error
-        return rows
 
     def _check_size(self, unpacked: int) -> None:
-        if unpacked > self._allowed:
-            raise _TooMuch(
-                f"unpacks to more than {self._allowed:,} bytes from a file of {self._bytes:,}, which no text does; "
-                "write the file again"
-            )
+        if unpacked > self.allowed:
+            raise _TooMuch
 
 
 class _TooMuch(Exception):
     pass
+
+
+def check_apart(path: Path, group: int, columns: Sequence[str]) -> None:
+    """Read a row group of a parquet file in a process (`parquet_worker`) whose memory is bounded. Raises Unusable where
+    that process does, or ends."""
+    job = {"path": str(path.absolute()), "group": group, "columns": list(columns), "free": FREE_BYTES}
+    try:
+        answer = decode(_READER.answer(encode(job)))
+    except Ended as error:
+        why = f"{error} ended the process that tried"
+        raise Unusable(f"row group {group} can't be read ({why}); copy the file again") from error
+    if answer["unusable"] is not None:
+        raise Unusable(answer["unusable"])
+
+
+_READER = Kept("llmshrink_eval.parquet_worker", "reads parquet files")
 
 
 def parquet_rows(table: Any) -> list[Any]:

@@ -215,6 +215,8 @@ def _tokenizer(spec: ModelSpec, trust_remote_code: bool) -> Any:
     with quiet():
         try:
             return read_tokenizer(spec.folder, trust_remote_code=trust_remote_code)
+        except EvalError:
+            raise
         # Of whatever type the tokenizer's own code raises.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]

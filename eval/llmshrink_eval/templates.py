@@ -4,7 +4,10 @@ A template comes with the model, and a conversation with the data; either may be
 can't be compiled, where the one that is needed isn't there, or where it fails on the plainest conversation; else it's
 the conversation's, as where its roles don't alternate.
 
-A template may also never end, or write without end: it has `SECONDS`, and `MOST_CHARACTERS`.
+A template is run in a process of its own (`template_process`), since it may never end, write without end, or end the
+process: it has `SECONDS`, `MOST_CHARACTERS`, and the memory that `template_worker` states. A tokenizer whose class
+writes conversations by code of its own, as one of `--trust-remote-code` or Mistral's does, is asked in this process:
+that code isn't a template, and was trusted when the tokenizer was made.
 
 Some templates write today's date. What is calibrated or measured today must be the same tomorrow, so the date is
 `DATE`, always.
@@ -13,19 +16,17 @@ Some templates write today's date. What is calibrated or measured today must be 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-from llmshrink_eval.overtime import at_most
+from llmshrink_eval.template_process import PROCESS, Question, TemplateFailed, Unsendable
+from llmshrink_eval.template_worker import ASKS_DATE, check_length, dated, in_words, is_deliberate
 
 SECONDS = 10.0
-"""That a template may take for one conversation; usual ones take a thousandth of a second."""
+"""Of the processor, that a template may take for one conversation; usual ones take a thousandth of a second."""
 MOST_CHARACTERS = 64_000_000
 """That it may write."""
 DATE = "2026-01-01"
 PLAINEST = ({"role": "user", "content": "Hello."},)
-ASKS_DATE = "strftime_now"
-"""The function by which a template asks for the date."""
 
 
 class TemplateFault(ValueError):
@@ -49,12 +50,7 @@ def template_of(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
             ) from error
         if not named:
             raise TemplateFault("the model's tokenizer has no chat template") from error
-        raise TemplateFault(f"the model's chat template can't be read ({_words(error)}); correct it") from error
-
-
-def date_arguments(template: str) -> dict[str, Any]:
-    """What a template is given so that its date is `DATE`; nothing for one that doesn't ask."""
-    return {ASKS_DATE: _fixed_date} if ASKS_DATE in template else {}
+        raise TemplateFault(f"the model's chat template can't be read ({in_words(error)}); correct it") from error
 
 
 def chat_text(
@@ -67,12 +63,7 @@ def chat_text(
 ) -> str:
     """A conversation as the template writes it. today: with today's date instead of `DATE`. how: what
     `apply_chat_template` takes. Raises TemplateFault or Refused."""
-    template = template_of(tokenizer, tools)
-    given = how if today else date_arguments(template) | how
-    try:
-        return _written(tokenizer, messages, tools, given)
-    except Exception as error:  # whatever the template's program comes upon
-        raise whose_fault(tokenizer, error, tools=tools, **given) from error
+    return _written(tokenizer, messages, tools, None if today else DATE, how)[0]
 
 
 def chat_marks(
@@ -82,66 +73,69 @@ def chat_marks(
 
     Raises TemplateFault or Refused.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = template_of(tokenizer, tools)
-    dated = date_arguments(template)
-    try:
-        with at_most(SECONDS):
-            rendered: Any = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                tools=list(tools) if tools else None,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **{**tokenizer.special_tokens_map, **dated},
-            )
-        text = _bounded(str(rendered[0][0]))
-    except Exception as error:  # as in chat_text
-        raise whose_fault(tokenizer, error, tools=tools, **dated) from error
-    return text, [(int(start), int(end)) for start, end in rendered[1][0]]
-
-
-def whose_fault(
-    tokenizer: Any, error: Exception, *, tools: Sequence[Any] | None = None, **how: Any
-) -> TemplateFault | Refused:
-    """What is to be raised for an exception of the template."""
-    import jinja2
-
-    deliberate = type(error) is jinja2.TemplateError  # its own raise_exception
-    if not deliberate:
-        try:
-            _written(tokenizer, PLAINEST, tools, how)
-        except Exception as plain:  # as in chat_text
-            if type(plain) is not jinja2.TemplateError:
-                return TemplateFault(
-                    f"the model's chat template fails on any conversation ({_words(plain)}); correct it in the "
-                    "tokenizer's files (chat_template.jinja, or chat_template in tokenizer_config.json)"
-                )
-    return Refused(f"the chat template refuses it ({_words(error)})")
+    return _written(tokenizer, messages, tools, DATE, {}, marks=True)
 
 
 def _written(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, how: Mapping[str, Any]
-) -> str:
-    with at_most(SECONDS):
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tools=list(tools) if tools else None, tokenize=False, **how
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None,
+    date: str | None,
+    how: Mapping[str, Any],
+    *,
+    marks: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    template = template_of(tokenizer, tools)
+
+    def run(conversation: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        if not marks and _has_code_of_its_own(tokenizer):
+            return _by_its_code(tokenizer, template, conversation, tools, date, how), []
+        special = tokenizer.special_tokens_map
+        given = list(tools) if tools else None
+        return PROCESS.ask(
+            Question(template, conversation, given, special, SECONDS, MOST_CHARACTERS, how, date, marks=marks)
         )
-    return _bounded(str(text))
+
+    try:
+        return run(messages)
+    except Unsendable as error:
+        raise Refused(f"it holds what no chat template is given ({error})") from error
+    except TemplateFailed as error:
+        if not error.deliberate:
+            try:
+                run(PLAINEST)
+            except TemplateFailed as plain:
+                if not plain.deliberate:
+                    raise TemplateFault(
+                        f"the model's chat template fails on any conversation ({plain}); correct it in the "
+                        "tokenizer's files (chat_template.jinja, or chat_template in tokenizer_config.json)"
+                    ) from error
+        raise Refused(f"the chat template refuses it ({error})") from error
 
 
-def _bounded(text: str) -> str:
-    if len(text) > MOST_CHARACTERS:
-        raise OverflowError(f"it writes {len(text):,} characters, and {MOST_CHARACTERS:,} are the most")
+def _has_code_of_its_own(tokenizer: Any) -> bool:
+    """Whether its class writes conversations otherwise than transformers' tokenizers do."""
+    from transformers import PreTrainedTokenizerBase
+
+    return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _by_its_code(
+    tokenizer: Any,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None,
+    date: str | None,
+    how: Mapping[str, Any],
+) -> str:
+    given = {**(dated(date) if date is not None and ASKS_DATE in template else {}), **how}
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tools=list(tools) if tools else None, tokenize=False, **given
+            )
+        )
+        check_length(text, MOST_CHARACTERS)
+    except Exception as error:  # whatever that code comes upon
+        raise TemplateFailed(in_words(error), deliberate=is_deliberate(error)) from error
     return text
-
-
-def _fixed_date(format: str) -> str:
-    return datetime.fromisoformat(DATE).strftime(format)
-
-
-def _words(error: BaseException) -> str:
-    import jinja2
-
-    said = " ".join(str(error).split())[:200] or type(error).__name__
-    return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"

@@ -19,6 +19,7 @@ from typing import Any
 from llmshrink_eval.bounded import read_json
 from llmshrink_eval.configfile import check_fits
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.sidefiles import check_generation
 from llmshrink_eval.weightfiles import INDEX_FILE, SINGLE_FILE, Strays, read_header, strays, weight_files, weight_map_of
 
 COPY_AGAIN = "download or copy it again"
@@ -27,11 +28,13 @@ COPY_AGAIN = "download or copy it again"
 def pretrained(path: Path, config: Any, *, trust_remote_code: bool = False, **settings: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained` of the folder `path`. config: as `configured.running_config` gives it.
 
-    Raises EvalError for a tensor that isn't there, or that only a file has and not the index; else whatever
+    Raises EvalError for a tensor that isn't there, or that only a file has and not the index, and for a
+    generation_config.json that is none; else whatever
     transformers raises.
     """
     from transformers import AutoModelForCausalLM
 
+    check_generation(path)
     absent = _absent(path)
     _refuse_needed(path, config, absent, trust_remote_code=trust_remote_code)
     if not absent:

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmshrink_eval.prefix import characters_for, tokenize_beginning
-from llmshrink_eval.templates import ASKS_DATE, TemplateFault, chat_marks, chat_text, template_of
+from llmshrink_eval.template_worker import ASKS_DATE
+from llmshrink_eval.templates import TemplateFault, chat_marks, chat_text, template_of
 
 from llmshrink.calibration.records import Completion, Document, Messages, Record
 from llmshrink.errors import CalibrationError

@@ -9,7 +9,6 @@ and is counted.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from llmshrink_eval.bounded import read_json
 
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE
+from llmshrink.checkpoint.links import check_link, real
 from llmshrink.errors import CheckpointError
 from llmshrink.paths import as_text
 
@@ -124,9 +124,7 @@ def side_files(
 
     README.md becomes SOURCE_README.md, unless there is one already (the source is then an output of ours, and its card
     is about itself). besides: folders that aren't part of the model though they lie in it. Raises CheckpointError for a
-    link that leads out of the folder, but into the cache that the folder itself is of: what it leads to isn't the
-    model's, and might be anything that this user can read. So it does for a name that isn't text, and for a file that
-    can't be read.
+    link that `check_link` doesn't follow, a name that isn't text, and a file that can't be read.
     """
     code = own_code(source) if trust_remote_code else frozenset()
     for path in _candidates(source):
@@ -139,11 +137,7 @@ def side_files(
                 f"{as_text(str(path))}: its name isn't UTF-8, so that no record could have it; rename the file if it "
                 "is the model's, else remove it"
             )
-        if path.is_symlink() and not _own_link(path, source):
-            raise CheckpointError(
-                f"{as_text(str(path))} is a link to {as_text(str(_real(path)))}, out of the model's folder: "
-                "put a copy of the file in its place if it is the model's, else remove the link"
-            )
+        check_link(path, source, lambda other: belongs(other) or other in code)
         if name.lower() == "readme.md":
             if not (source / SOURCE_CARD).is_file():
                 yield path, SOURCE_CARD
@@ -220,22 +214,9 @@ def _candidates(source: Path) -> list[Path]:
 
 
 def _within(path: Path, folders: Sequence[Path]) -> bool:
-    apart = {each for folder in folders for each in (folder.absolute(), _real(folder))}
-    own = {path.absolute(), _real(path), *path.absolute().parents, *_real(path).parents}
+    apart = {each for folder in folders for each in (folder.absolute(), real(folder))}
+    own = {path.absolute(), real(path), *path.absolute().parents, *real(path).parents}
     return not apart.isdisjoint(own)
-
-
-def _real(path: Path) -> Path:
-    """Where a path leads; of links that lead to each other, one of them, where `Path.resolve` raises."""
-    return Path(os.path.realpath(path))
-
-
-def _own_link(path: Path, source: Path) -> bool:
-    """Whether a link leads to a file of its folder, or, in the Hub's cache, to one of the same repository's blobs."""
-    target, folder = _real(path), _real(source)
-    return target.is_relative_to(folder) or (
-        folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
-    )
 
 
 def _is_pickle(path: Path) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 from llmshrink.checkpoint.arrival import Arriving
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_weight_map
 from llmshrink.checkpoint.header import Header, TensorEntry, read_header
+from llmshrink.checkpoint.links import check_link
 from llmshrink.errors import CheckpointError, SourceError
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorEntry", "check_finite", "not_finite"]
@@ -86,9 +87,10 @@ class CheckpointIndex:
         """
         folder = Path(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+        check_link(index, folder)
         coming = arriving is not None and single in arriving
         if coming or single.exists() or (single.is_symlink() and not index.exists()):
-            header = _header(single, arriving)
+            header = _header(folder, single, arriving)
             return cls(folder, header.entries, metadata=header.metadata, arriving=arriving)
         if not index.exists():
             raise _no_safetensors(folder)
@@ -100,7 +102,7 @@ class CheckpointIndex:
             file = folder / name
             if not file.exists() and (arriving is None or file not in arriving):
                 continue
-            headers[name] = _header(file, arriving)
+            headers[name] = _header(folder, file, arriving)
             metadata.update(headers[name].metadata)
         if not headers:
             raise CheckpointError(f"{folder / names[0]}: missing, though {INDEX_FILE} names it; {COPY_AGAIN}")
@@ -260,8 +262,11 @@ class CheckpointIndex:
         return descriptor
 
 
-def _header(file: Path, arriving: Arriving | None) -> Header:
-    return arriving.header(file) if arriving is not None and file in arriving else read_header(file)
+def _header(folder: Path, file: Path, arriving: Arriving | None) -> Header:
+    if arriving is not None and file in arriving:
+        return arriving.header(file)
+    check_link(file, folder, lambda name: name.endswith(".safetensors"))
+    return read_header(file)
 
 
 def _fresh(nbytes: int) -> Tensor:

@@ -100,6 +100,8 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
 
     try:
         tokenizer = read_tokenizer(source.folder, trust_remote_code=trust_remote_code)
+    except EvalError as error:
+        raise SourceError(str(error)) from error
     except Exception as error:
         raise SourceError(
             f"{source.name}: its tokenizer can't be read: {one_line(error)}; "

@@ -36,6 +36,7 @@ KEPT = {
     "push": "what was uploaded",
 }
 """Verb -> what the same command goes on from."""
+MEASURING = ("eval", "compare")
 ANEW = ("plan", "verify")
 """Verbs that take their time and write nothing; so does any with --dry-run."""
 NOTHING = "nothing was written: start it again with the same command"
@@ -116,7 +117,9 @@ def goes_on(arguments: Sequence[str]) -> GoesOn | None:
         return GoesOn(NOTHING, arguments, False)
     if kept is None:
         return None
-    if verb not in ("eval", "compare", "push"):
+    if verb in MEASURING and not _measured():
+        return GoesOn(NOTHING, arguments, False)
+    if verb not in (*MEASURING, "push"):
         output = _written(str(given["output"])) if given.get("output") else None
         # With --overwrite it may be an older output that is there.
         made = (
@@ -135,6 +138,15 @@ def goes_on(arguments: Sequence[str]) -> GoesOn | None:
                 return GoesOn(NOTHING, arguments, False) if output and not os.path.exists(output) else None
             kept = "what was downloaded"
     return GoesOn(f"{kept} is kept: go on from there with the same command", arguments, True)
+
+
+def _measured() -> bool:
+    """Whether this process has kept a measurement. What keeps them may not be imported yet: then it hasn't."""
+    cache = sys.modules.get("llmshrink_eval.cache")
+    try:
+        return cache is not None and bool(cache.kept_here())
+    except (OSError, AttributeError):  # a disk that fails; an import that was interrupted
+        return False
 
 
 def _written(output: str) -> str:

@@ -25,7 +25,7 @@ from llmshrink.distillation.trainer import Says
 from llmshrink.distillation.write import carry, planned, recipe_of, write
 from llmshrink.run import disk
 from llmshrink.run.card import complete
-from llmshrink.run.finish import left_out_of, serve_line
+from llmshrink.run.finish import left_out_of, serve_line, sums_beside
 from llmshrink.run.foreign import refuse_foreign_in
 from llmshrink.run.heldout import Quality
 from llmshrink.run.journal import JOURNAL, TRAINING, Workspace
@@ -50,7 +50,13 @@ def distill(options: Options, progress: Progress) -> DistillReport | None:
     with Workspace(options.output, overwrite=options.overwrite) as workspace:
         check_room(options.output, max(0, weight_bytes(job.student.source.folder) - workspace.finished_bytes()))
         rehearse(planned(job), job.student.source.folder, recipe_of(job))
-        parts = workspace.begin(job.identity(), {"teacher": job.teacher_index, "student": job.student.index})
+        beside = sums_beside(
+            job.student.source.folder,
+            trust_remote_code=options.trust_remote_code,
+            besides=(workspace.folder, workspace.output),
+        )
+        sources = {"teacher": job.teacher_index, "student": job.student.index}
+        parts = workspace.begin(job.identity(), sources, beside)
         if parts is None:
             job.processes.wait(job.device)
             if options.student is None:

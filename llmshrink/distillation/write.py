@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.checkpoint.links import check_link
 from llmshrink.distillation.curves import PICTURE, TABLE, Curves, section
 from llmshrink.errors import SourceError
 from llmshrink.paths import as_text
@@ -46,6 +47,7 @@ def carry(job: Job, workspace: Workspace) -> None:
 def recipe_of(job: Job) -> str | None:
     """The recipe that the student was made by, as YAML, where there is one."""
     file = job.student.source.folder / RECIPE
+    check_link(file, file.parent)
     return file.read_bytes().decode(errors="replace") if file.is_file() else None
 
 

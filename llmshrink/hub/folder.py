@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.checkpoint.links import check_link
 from llmshrink.errors import CheckpointError
 from llmshrink.hub.client import HubError
 from llmshrink.hub.guard import leaks, paths_here
@@ -43,13 +44,16 @@ class Contents:
 def contents(folder: Path, record: Mapping[str, Any]) -> Contents:
     """What would go of `folder`, whose llmshrink.json is `record`; it is verified anew where it changed.
 
-    Raises CheckpointError when the weights aren't what the run wrote or don't read back.
+    Raises CheckpointError when the weights aren't what the run wrote or don't read back, and for a link to elsewhere.
     """
-    sums = {path: disk.sha256_of(folder / path) for path in files_of(folder)}
+    files, seal, anew = files_of(folder), read_seal(folder), None
+    known = known_files(record, seal)
+    for path in files:
+        if known is None or path in {*known, *FREE, RECORD} or path.endswith(".safetensors"):
+            check_link(folder / path, folder)
+    sums = {path: disk.sha256_of(folder / path) for path in files}
     notes, ask = [], []
     _check_weights(folder, record, sums)
-    seal, anew = read_seal(folder), None
-    known = known_files(record, seal)
     if known is None:
         known = frozenset(filter(published, sums)) - {RECORD, *FREE, *record.get("shards", {})}
         ask.append(

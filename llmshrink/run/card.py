@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llmshrink.errors import CheckpointError
 from llmshrink.run import disk
 from llmshrink.run.inspect import InspectReport, inspect
 from llmshrink.run.licence import Licence, licence_of
+from llmshrink.run.original import Original, original_of
 from llmshrink.run.report import SiteRow, VerifyReport, changes, size
 from llmshrink.run.seal import known_files, note_files, read_seal, seal_of, weight_bytes, write_seal
 from llmshrink.run.storage import format_of
@@ -91,13 +92,21 @@ class Subject:
     licence: Licence
     recipe: str | None
     weights: int
+    original: Original = field(default_factory=Original)
 
     @classmethod
     def of(cls, folder: Path) -> Subject:
         """What a checkpoint's folder says of it. Raises SourceError when it isn't an output."""
         file = folder / "recipe.yaml"
         recipe = file.read_text(encoding="utf-8", errors="replace").rstrip() if file.is_file() else None
-        return cls(read_record(folder), inspect(folder), licence_of(folder), recipe, weight_bytes(folder))
+        return cls(
+            read_record(folder),
+            inspect(folder),
+            licence_of(folder),
+            recipe,
+            weight_bytes(folder),
+            original_of(folder),
+        )
 
 
 def card(
@@ -154,11 +163,16 @@ def _metadata(about: Subject, title: str, evaluation: Evaluation | None) -> list
     stated: dict[str, Any] = dict(about.licence.front_matter())
     if _on_the_hub(record):
         stated = {"base_model": record["model"], "base_model_relation": _relation(about.made.sites), **stated}
+    elif about.original.bases:  # what the original was made of, since it has no page of its own
+        stated = {"base_model": list(about.original.bases), **stated}
+    if about.original.languages:
+        stated["language"] = list(about.original.languages)
+    own = _tags(record, about.made)
     data = ModelCardData(
         **stated,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=_tags(record, about.made),
+        tags=[*own, *(tag for tag in about.original.tags if tag not in own)],
         model_name=title,
         eval_results=results,
     )

@@ -17,8 +17,9 @@ import torch
 from llmshrink_eval.bounded import parse_json
 from torch import Tensor
 
-from llmshrink.checkpoint.beside import NOTHING, LeftBehind, check_side_files
+from llmshrink.checkpoint.beside import NOTHING, LeftBehind, belongs, check_side_files
 from llmshrink.checkpoint.index import INDEX_FILE, CheckpointIndex
+from llmshrink.checkpoint.links import check_link
 from llmshrink.checkpoint.preflight import check_room
 from llmshrink.checkpoint.unchanged import Watched
 from llmshrink.errors import CheckpointError, SourceError
@@ -97,7 +98,8 @@ def convert(source: Path, output: Path, format: Format, *, overwrite: bool) -> C
         check_room(output, max(0, plan.nbytes() - done))
         sums = {name: disk.sha256_of(source / name) for name in ("config.json", RECORD)}
         identity = {"convert": index.fingerprint(), **sums, "record": record["identity"], "format": format}
-        parts = workspace.begin(identity, {"model": index})
+        beside = {name: disk.sha256_of(source / name) for name in _carried(source, record)}
+        parts = workspace.begin(identity, {"model": index}, beside)
         if parts is None:
             folder = output
         else:
@@ -135,6 +137,7 @@ def check(source: Path, output: Path, format: Format) -> tuple[dict[str, Any], d
     data = config_bytes(source)
     config: dict[str, Any] = parse_json(data)
     recipe = source / "recipe.yaml"
+    check_link(recipe, source)
     rehearse(record, source, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None)
     return record, config
 
@@ -310,15 +313,19 @@ def _record(plan: Conversion, record: dict[str, Any], sizes: Mapping[str, int]) 
 
 
 def _carried(source: Path, record: dict[str, Any]) -> list[str]:
-    """The files that stay as they are: what the run left beside the weights, of what belongs to a model."""
+    """The files that stay as they are: what the run left beside the weights, of what belongs to a model. Raises
+    CheckpointError for a link that isn't followed."""
     known = known_files(record, read_seal(source))
-    return [
+    found = [
         name
         for name in files_of(source)
         if (published(name) or name == TIMING)
         and name not in REWRITTEN
         and (name in {TIMING, *known} if known is not None else not name.endswith(".py"))
     ]
+    for name in found:
+        check_link(source / name, source, belongs)
+    return found
 
 
 def _report(plan: Conversion, source: Path, folder: Path, output: Path, started: float) -> ConvertReport:

@@ -202,6 +202,12 @@ def copy_side_files(
         disk.write_file(target / name, pieces(path), path.stat().st_size)
 
 
+def sums_beside(source: Path, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()) -> dict[str, str]:
+    """Name in an output -> sha256 of everything that `copy_side_files` copies."""
+    found = side_files(source, trust_remote_code=trust_remote_code, besides=besides)
+    return {name: disk.sha256_of(path) for path, name in found}
+
+
 def left_out_of(
     source: Path, index: CheckpointIndex, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()
 ) -> LeftBehind:

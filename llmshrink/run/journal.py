@@ -29,7 +29,7 @@ from llmshrink_eval.bounded import Unreadable, parse_json, read_json
 from llmshrink.checkpoint.unchanged import Changed, Watched
 from llmshrink.errors import OutputError
 from llmshrink.run import disk
-from llmshrink.run.arithmetic import processor
+from llmshrink.run.difference import changed_beside, first_difference
 from llmshrink.run.foreign import refuse_foreign
 from llmshrink.run.lock import LOCK, Lock
 from llmshrink.run.output import RECORD, check_output, entries, in_place, is_ours, partial_folder
@@ -45,8 +45,6 @@ OURS = (
     *(PUBLISHING, PUBLISHING + ".tmp"),
 )
 """All that a workspace ever holds; a folder with anything else in it is somebody else's."""
-MACHINE = ("device", "instructions")
-"""What of an identity tells kinds of machine apart."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,16 @@ class Workspace:
             return 0
         return sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
 
-    def begin(self, identity: dict[str, Any], sources: Mapping[str, Watched] | None = None) -> list[Part] | None:
+    def begin(
+        self,
+        identity: dict[str, Any],
+        sources: Mapping[str, Watched] | None = None,
+        beside: Mapping[str, str] | None = None,
+    ) -> list[Part] | None:
         """Open the journal for a run of this identity; returns the finished parts that still hold.
 
         sources: what is read meanwhile, by what it is for; each is held to what the run has read of it before.
+        beside: sha256 of each file that is copied as it is; those of the run's first start are held to.
 
         What a training run of this identity left in `training` stays; it is the Trainer's to check.
 
@@ -136,7 +140,7 @@ class Workspace:
             if not self.overwrite:
                 raise
             lines = []
-        differs = _first_difference(lines[0].get("identity", {}), identity) if lines else None
+        differs = first_difference(lines[0].get("identity", {}), identity) if lines else None
         seen = _seen(lines)
         if differs is not None and not self.overwrite:
             # The same folder with other weights is better told as what it is.
@@ -145,6 +149,8 @@ class Workspace:
             self._tidy()
             return None
         check_output(self.output, overwrite=self.overwrite)
+        if lines and differs is None:
+            differs = changed_beside(lines[0].get("beside"), beside)
         if differs is None:
             try:
                 self._go_on_from(seen)
@@ -165,7 +171,7 @@ class Workspace:
         self._noted = {name: len(each["sums"]) for name, each in said.items()}
         for path in [*rest, *(p for p in self.checkpoint.iterdir() if p.name not in known)]:
             _remove(path)  # leftovers of a crash
-        head = {"identity": identity, "kept": len(self.parts), "sources": said}
+        head = {"identity": identity, "kept": len(self.parts), "sources": said, "beside": beside}
         kept = [_line(head), *(_line(vars(part)) for part in self.parts)]
         disk.write_text(self.journal, "\n".join(kept) + "\n")
         return self.parts
@@ -348,33 +354,3 @@ def _seen(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             before = found.get(name, {"sums": {}})
             found[name] = {**said, "sums": {**before["sums"], **said["sums"]}}
     return found
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """What differs first and how to finish the old run, for a message: values that a person can compare are shown,
-    hashes are not. Another kind of machine comes before all else, since other things follow from it."""
-    if any(old.get(key) != new.get(key) for key in MACHINE):
-        caps = processor().caps
-        elsewhere = f"where {' and '.join(caps)} isn't set" if caps else "there"
-        return (
-            f"of another kind of machine, whose sums end in other bits ({_machine(old)}; here {_machine(new)}): "
-            f"finish it {elsewhere}"
-        )
-    for key in [*new, *old]:
-        was, now = old.get(key), new.get(key)
-        if was != now and key == "threads":
-            return f"with another number of threads ({was}, now {now}): finish it with OMP_NUM_THREADS={was}"
-        if was != now:
-            hashes = any(isinstance(value, str) and len(value) == 64 for value in (was, now))
-            return (
-                f"with another {key if hashes else f'{key} ({was!r}, now {now!r})'}; repeat that command to finish it"
-            )
-    return None
-
-
-def _machine(identity: dict[str, Any]) -> str:
-    """Device, instruction set and the dtype that is computed in."""
-    training = identity.get("distill")
-    dtype = training.get("dtype") if isinstance(training, dict) else identity.get("dtype")
-    said = [identity.get(key) for key in MACHINE]
-    return ", ".join(str(each).removeprefix("torch.") for each in (*said, dtype) if each is not None)

@@ -19,7 +19,7 @@ from llmshrink.recipe.read import to_yaml
 from llmshrink.run import disk, heldout
 from llmshrink.run.asked import Options, check_apart, dtype_name, stored_dtype
 from llmshrink.run.depth import DepthWork
-from llmshrink.run.finish import carry, finish, planned, reread
+from llmshrink.run.finish import carry, finish, planned, reread, sums_beside
 from llmshrink.run.fits import check_memory, on_one_disk
 from llmshrink.run.footprint import Footprint, footprint
 from llmshrink.run.foreign import refuse_foreign
@@ -50,7 +50,12 @@ def quantize(options: Options, progress: Progress) -> QuantizeReport:
         assert isinstance(job.index, Watched), "a plan's isn't run"
         job.index.check_unchanged()  # while it was analysed
         rehearse(planned(job), job.source.folder, to_yaml(job.recipe))
-        parts = workspace.begin(job.identity(), {"model": job.index})
+        beside = sums_beside(
+            job.source.folder,
+            trust_remote_code=options.trust_remote_code,
+            besides=(workspace.folder, workspace.output),
+        )
+        parts = workspace.begin(job.identity(), {"model": job.index}, beside)
         if parts is None:
             return reread(job, seconds=time.perf_counter() - started)
         if job.arithmetic.dtype != dtype_name(stored_dtype(job.index)):

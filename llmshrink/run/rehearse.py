@@ -13,12 +13,14 @@ from typing import Any
 
 from llmshrink_eval.bounded import parse_json
 
+from llmshrink.checkpoint.links import check_link
 from llmshrink.errors import CheckpointError, SourceError
 from llmshrink.run import disk
 from llmshrink.run.card import Subject, compose
 from llmshrink.run.heldout import Quality
 from llmshrink.run.inspect import InspectReport
 from llmshrink.run.licence import licence_of
+from llmshrink.run.original import original_of
 from llmshrink.run.output import RECORD
 from llmshrink.run.report import cache_of, rows_of, summary_of
 
@@ -27,8 +29,10 @@ UNKNOWN = Quality(tokens=0, ppl_before=0.0, ppl_after=0.0, kl_mean=0.0, kl_stder
 
 
 def config_bytes(folder: Path) -> bytes:
-    """config.json, which an output's is made of. Raises SourceError where that couldn't be written as JSON."""
+    """config.json, which an output's is made of. Raises SourceError where that couldn't be written as JSON,
+    CheckpointError where it is a link that isn't followed."""
     file = folder / "config.json"
+    check_link(file, folder)
     try:
         data = file.read_bytes()
         fault = disk.unwritable(parse_json(data))
@@ -64,6 +68,6 @@ def rehearse(record: Mapping[str, Any], source: Path, recipe: str | None) -> Non
         notes=tuple(record["notes"]),
     )
     try:
-        compose(Subject(dict(record), made, licence_of(source), recipe, 1)).encode()
+        compose(Subject(dict(record), made, licence_of(source), recipe, 1, original_of(source))).encode()
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error

@@ -24,6 +24,7 @@ from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.files import read_config
 from llmshrink.checkpoint.header import read_header
 from llmshrink.checkpoint.index import CheckpointIndex
+from llmshrink.checkpoint.links import check_link
 from llmshrink.checkpoint.preflight import unknown_type
 from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
 from llmshrink.formats import bitsandbytes
@@ -62,7 +63,8 @@ class _Record(BaseModel):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """llmshrink.json of an output. Raises SourceError when the folder isn't one."""
+    """llmshrink.json of an output. Raises SourceError when the folder isn't one, CheckpointError for a link."""
+    check_link(folder / RECORD, folder)
     try:
         record: dict[str, Any] = read_json(folder / RECORD)
         identity = record["identity"]

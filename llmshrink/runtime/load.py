@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from llmshrink_eval.errors import EvalError, one_line
 from llmshrink_eval.model import quiet
+from llmshrink_eval.sidefiles import GENERATION_FILE, check_generation
 from llmshrink_eval.whole import pretrained
 from llmshrink_kernels.device import runs_triton
 from llmshrink_kernels.wna16 import prepack
@@ -326,11 +327,14 @@ def _misfit(key: str, found: Sequence[int], expected: Sequence[int]) -> str:
 def _generation_config(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
+    if (folder / GENERATION_FILE).is_file():
         try:
+            check_generation(folder)
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except EvalError as error:
+            raise SourceError(str(error)) from error
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise SourceError(f"{folder}/generation_config.json: can't be read: {one_line(error)}") from error
+            raise SourceError(f"{folder / GENERATION_FILE}: can't be read: {one_line(error)}") from error
 
 
 def _unsaved(folder: Path) -> Any:

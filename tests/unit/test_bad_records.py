@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmshrink_eval import leftout
+from llmshrink_eval.engines.child import Ended
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.leftout import LONGEST_LINE, Parquet, Unusable, bounded_line
 from llmshrink_eval.text import load_text
@@ -75,6 +76,66 @@ def test_parquet_of_a_billion_nulls_is_refused(read: Callable[[Path], list[str]]
     (tmp_path / "nulls.parquet").write_bytes(parquet_of(nothing, row_group_size=6_000_000))
     with pytest.raises((CalibrationError, EvalError), match="row group 0 unpacks to more than 268,435,456 bytes"):
         read(tmp_path / "nulls.parquet")
+
+
+TALK = [{"role": "user", "content": "x" * 1000}]
+
+
+def repeated(text: str, times: int) -> pyarrow.Array:
+    """One text so many times, which takes a number each."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * times, pyarrow.int32()), pyarrow.array([text]))
+
+
+def listed(values: pyarrow.Array, lists: int = 1) -> pyarrow.Array:
+    """The values in so many lists of the same length."""
+    return pyarrow.ListArray.from_arrays(range(0, len(values) + 1, len(values) // lists), values)
+
+
+def talk(times: int) -> pyarrow.Array:
+    fields = {"role": repeated("user", times), "content": repeated("x" * 1000, times)}
+    return pyarrow.StructArray.from_arrays(list(fields.values()), list(fields))
+
+
+NESTED: dict[str, Callable[[int], pyarrow.Array]] = {
+    "a list": lambda times: listed(repeated("x" * 1000, times)),
+    "lists in a list": lambda times: listed(listed(repeated("x" * 1000, times), 1000)),
+    "a conversation": lambda times: listed(talk(times)),
+    "an object": lambda times: pyarrow.StructArray.from_arrays([listed(talk(times))], ["of"]),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_one_row_that_repeats_a_value_a_million_times_is_refused(kind: str, tmp_path: Path) -> None:
+    """It is unpacked before it can be counted, and so in a process with little memory."""
+    file = tmp_path / "row.parquet"
+    bomb = pyarrow.table({"messages": NESTED[kind](5_000_000)})
+    file.write_bytes(parquet_of(bomb, compression="zstd", store_schema=False))
+    assert file.stat().st_size < 20_000
+    before = peak()
+    with Parquet(file) as opened, pytest.raises(Unusable, match="row group 0 unpacks to more than 268,435,456 bytes"):
+        opened.read(0, ["messages"])
+    assert peak() - before < 100_000_000
+    with pytest.raises(CalibrationError, match=r"row group 0 unpacks .* from a file of .* write the file again"):
+        calibration(file)
+
+
+def test_an_honest_list_is_read_and_a_reader_that_dies_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "talk.parquet"
+    rows = [{"messages": TALK, "text": "a"}, {"messages": [*TALK, *TALK], "text": "b"}]
+    file.write_bytes(parquet_of(pyarrow.Table.from_pylist(rows)))
+    with Parquet(file) as opened:
+        assert opened.read(0, ["messages", "text"]) == rows
+
+    def killed(line: bytes) -> bytes:
+        raise Ended(11)
+
+    monkeypatch.setattr(leftout._READER, "answer", killed)
+    with Parquet(file) as opened:
+        with pytest.raises(Unusable, match=r"^row group 0 can't be read \(SIGSEGV ended the process that"):
+            opened.read(0, ["messages"])
+        assert opened.read(0, ["text"]) == [{"text": "a"}, {"text": "b"}]  # which isn't asked of it
 
 
 @READERS

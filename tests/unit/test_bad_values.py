@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmshrink_eval import bounded
+from llmshrink_eval import bounded, sidefiles
 from llmshrink_eval.bounded import DEEPEST, Unreadable, parse_json, read_json, shown, too_deep
 from llmshrink_eval.configfile import config_fault, read_config
 from llmshrink_eval.configured import running_config
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.model import LoadOptions, load_model
+from llmshrink_eval.sidefiles import check_generation, check_tokenizer
 
 import llmshrink
 from llmshrink.checkpoint.files import read_config as read_source_config
+from llmshrink.checkpoint.source import resolve
 from llmshrink.cli import run
 from llmshrink.demo import model_folder
 from llmshrink.errors import LlmshrinkError, SourceError
@@ -103,11 +105,104 @@ def test_what_real_configs_hold_is_taken(changes: dict[str, Any]) -> None:
     assert config_fault({**CONFIG, **changes}) is None
 
 
+SIDE_FILES = {name: DEMO / name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}
+
+
+def with_side(folder: Path, name: str, text: str) -> Path:
+    shutil.copytree(DEMO, folder, dirs_exist_ok=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+def use(folder: Path) -> None:
+    """What reads each of a model's side files."""
+    from llmshrink.checkpoint.preflight import load_tokenizer
+
+    words = load_tokenizer(resolve(str(folder)))
+    words("Once there was")
+    assert words.model_max_length >= 0
+    load_model(folder, LoadOptions())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("tokenizer_config.json", {"model_max_length": [1]}, "model_max_length is [1], and has to be a number from 0"),
+        ("tokenizer_config.json", {"model_max_length": float("inf")}, "model_max_length is inf, and has to be"),
+        ("tokenizer_config.json", {"model_input_names": 5}, "model_input_names is 5, and has to be a list of texts"),
+        ("tokenizer_config.json", {"model_input_names": None}, "model_input_names is None, and has to be a list"),
+        ("tokenizer_config.json", {"eos_token": 7}, "eos_token is 7, and has to be text, or an object with content"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template is [{'name': 'a'}], and has"),
+        ("tokenizer_config.json", {"padding_side": "up"}, "padding_side is 'up', and has to be left or right"),
+        ("generation_config.json", {"temperature": float("nan")}, "temperature is nan, and has to be a number from 0"),
+        ("generation_config.json", {"eos_token_id": ["x"]}, "eos_token_id is ['x'], and has to be a whole number"),
+        ("generation_config.json", {"top_p": 10**400}, "top_p is a number of 1,329 bits, and has to be"),
+        ("generation_config.json", {"do_sample": "yes"}, "do_sample is 'yes', and has to be true or false"),
+    ],
+)
+def test_a_field_of_a_side_file_is_held_to_what_it_can_be(
+    name: str, changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    text = json.dumps({**json.loads(SIDE_FILES[name].read_text()), **changes})
+    folder = with_side(tmp_path / "model", name, text)
+    said = refused(lambda: use(folder))
+    assert said is not None and said.startswith(f"{folder / name}: {says}") and "\n" not in said and len(said) < 500
+
+
+NO_SIDE_FILES = {
+    "nested": "[" * 1_000_000,
+    "deep": '{"a":' * 1_000_000,
+    "list": "[1]",
+    "number": "5",
+    "empty": "",
+    "cut": "{",
+    "digits": '{"a": ' + "9" * 9999 + "}",
+}
+
+
+@pytest.mark.parametrize("kind", NO_SIDE_FILES)
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_side_file_that_is_none_is_one_line(name: str, kind: str, tmp_path: Path) -> None:
+    folder = with_side(tmp_path / "model", name, NO_SIDE_FILES[kind])
+    said = refused(lambda: use(folder))
+    assert said is not None and said.startswith(f"{folder / name}: ") and "\n" not in said and len(said) < 500
+
+
+def test_what_real_tokenizers_and_settings_hold_is_taken(tmp_path: Path) -> None:
+    tokenizer = {
+        "model_max_length": 1000000000000000019884624838656,  # for: none
+        "bos_token": None,
+        "pad_token": {"content": "<pad>", "__type": "AddedToken"},
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+    }
+    for name, changes in (
+        ("tokenizer_config.json", tokenizer),
+        ("generation_config.json", {"eos_token_id": [1, 2], "temperature": 0, "top_p": 1, "pad_token_id": None}),
+    ):
+        text = json.dumps({**json.loads(SIDE_FILES[name].read_text()), **changes})
+        folder = with_side(tmp_path / name, name, text)
+        check_tokenizer(folder)
+        check_generation(folder)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(name=st.sampled_from(["tokenizer_config.json", "generation_config.json"]), data=st.data())
+def test_any_side_file_is_used_or_refused_in_one_line(
+    name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    fields = sorted(sidefiles._OF_TOKENIZER if name.startswith("tok") else sidefiles._OF_GENERATION)
+    changes = data.draw(st.dictionaries(st.sampled_from(fields), json_values, min_size=1, max_size=2))
+    text = json.dumps({**json.loads(SIDE_FILES[name].read_text()), **changes})
+    folder = with_side(tmp_path_factory.mktemp("side"), name, text)
+    said = refused(lambda: use(folder))
+    assert said is None or (str(folder) in said and "\n" not in said and len(said) < 700)
 
 
 @settings(max_examples=50, derandomize=True, deadline=None)

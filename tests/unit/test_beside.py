@@ -74,10 +74,10 @@ def test_links_are_followed_inside_the_folder_and_into_its_own_cache(tmp_path: P
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "1").write_text("blob")
-    (snapshot / "real.txt").write_text("inside")
+    (snapshot / "bpe.codes").write_text("inside")
     (snapshot / "merges.txt").symlink_to("../../blobs/1")
-    (snapshot / "vocab.txt").symlink_to("real.txt")
-    assert {name for _, name in side_files(snapshot)} == {"merges.txt", "vocab.txt"}
+    (snapshot / "vocab.txt").symlink_to("bpe.codes")
+    assert {name for _, name in side_files(snapshot)} == {"merges.txt", "vocab.txt", "bpe.codes"}
 
 
 @pytest.mark.parametrize(

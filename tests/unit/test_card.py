@@ -23,6 +23,7 @@ import llmshrink
 from llmshrink.errors import CheckpointError
 from llmshrink.run.card import Subject, card, compose
 from llmshrink.run.licence import Licence, front_matter, licence_of
+from llmshrink.run.original import Original, original_of
 from llmshrink.run.seal import read_seal
 
 POISON = [
@@ -161,6 +162,47 @@ def test_front_matter_that_yaml_chokes_on_stops_nothing(value: str, tmp_path: Pa
     (tmp_path / "README.md").write_text(f"---\nlicense: {value}\nlicense_name: {value}\n---\n")
     str(licence_of(tmp_path)).encode()
     assert licence_of(tmp_path).bound is not None or licence_of(tmp_path).warning is not None
+
+
+def test_languages_tags_and_bases_of_the_original_are_data(made: Path, tmp_path: Path) -> None:
+    about = Subject.of(made)
+    stated = {
+        "language": ["en", "no", "zh-Hans", "<b>", "e\nn", 5, "en"],
+        "tags": ["text-generation", "chat model", "license:mit", "base_model:x/y", "arxiv:2210.17323", "a: b"],
+        "base_model": ["owner/name", "../../etc", "owner/name/x", "owner"],
+    }
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(stated)}---\n# x\n")
+    found = original_of(tmp_path)
+    assert found == Original(
+        ("en", "no", "zh-Hans"), ("text-generation", "chat model", "arxiv:2210.17323"), ("owner/name",)
+    )
+    head = metadata(compose(replace(about, original=found)))
+    usual = metadata(compose(about))["tags"]
+    assert head["language"] == ["en", "no", "zh-Hans"]  # no: not false
+    assert head["tags"] == [*usual, "text-generation", "chat model", "arxiv:2210.17323"]
+    assert head["base_model"] == ["owner/name"] and "base_model_relation" not in head
+    on_the_hub = {**about.record, "model": "them/theirs", "revision": "abc"}
+    assert metadata(compose(replace(about, original=found, record=on_the_hub)))["base_model"] == "them/theirs"
+    (tmp_path / "README.md").write_text("---\nlanguage: de\ntags: one\nbase_model: a/b\n---\n")
+    assert original_of(tmp_path) == Original(("de",), ("one",), ("a/b",))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(words=st.lists(TEXTS, max_size=80), raw=TEXTS)
+def test_whatever_an_original_says_of_itself_only_few_plain_words_go_on(
+    made: Path, tmp_path_factory: pytest.TempPathFactory, words: list[str], raw: str
+) -> None:
+    about = Subject.of(made)
+    usual = metadata(compose(about))["tags"]
+    folder = tmp_path_factory.mktemp("original")
+    many = [f"tag{number}" for number in range(60)]
+    text = yaml.safe_dump({"language": [*words, *["en"] * 60], "tags": [*words, *many], "base_model": words})
+    for head in (text, f"language: {raw}\ntags: [{raw}]\n"):
+        (folder / "README.md").write_bytes(f"---\n{head}---\n".encode(errors="surrogatepass"))
+        found = original_of(folder)
+        for each in (found.languages, found.tags, found.bases):
+            assert len(each) <= 50 and all(re.fullmatch(r"[\w .:/+-]{1,64}", word, re.ASCII) for word in each)
+        assert metadata(compose(replace(about, original=found)))["tags"][: len(usual)] == usual
 
 
 def test_references_that_grow_are_not_written_out(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_json_of_a_file_is_parsed_in_one_place() -> None:
         "llmshrink/demo/records.py",  # shipped
         "kernels/llmshrink_kernels/tune.py",  # knows nothing of llmshrink_eval
         *(
-            f"eval/llmshrink_eval/engines/{name}.py" for name in ("cost_process", "cost_worker", "vllm_process")
+            f"eval/llmshrink_eval/engines/{name}.py"
+            for name in ("child", "cost_process", "cost_worker", "vllm_process")
         ),  # pipes
         "eval/llmshrink_eval/engines/vllm_worker.py",
     }

@@ -22,7 +22,7 @@ from llmshrink.checkpoint import beside
 from llmshrink.checkpoint.beside import belongs, side_files
 from llmshrink.cli import run
 from llmshrink.distillation import run as distilling
-from llmshrink.errors import CheckpointError, LlmshrinkError, SourceError
+from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, SourceError
 from llmshrink.run import convert as converting
 from llmshrink.run import disk
 from llmshrink.run import quantize as runs
@@ -260,6 +260,39 @@ def test_side_files_are_those_of_the_start(tmp_path: Path, story: Path, monkeypa
     monkeypatch.setattr(runs._Run, "_solve", change)
     out = tmp_path / "out"
     assert llmshrink.quantize(source, output=out, calibration=story, group_size=32, **SMALL).ok
+    assert (out / "LICENSE").read_text() == "as it was" and not (out / "NOTICE").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "tokenizer_config.json"])
+def test_side_files_that_changed_before_a_run_goes_on_stop_it_by_name(
+    name: str, tmp_path: Path, story: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is new, one that is gone, and one that makes the same tokens."""
+    source, out = make_model(tmp_path / "source"), tmp_path / "out"
+    (source / "LICENSE").write_text("as it was")
+    how: dict[str, Any] = {"output": out, "calibration": story, "group_size": 32, **SMALL}
+
+    def stop(self: Any, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs._Run, "_solve", stop)
+        with pytest.raises(KeyboardInterrupt):
+            llmshrink.quantize(source, **how)
+    before = (source / name).read_text() if (source / name).exists() else None
+    if name == "LICENSE":
+        (source / name).unlink()
+    else:
+        (source / name).write_text((before or "") + "\n")
+    with pytest.raises(
+        OutputError, match=rf"out\.partial holds an unfinished run that began with another {name} in the"
+    ):
+        llmshrink.quantize(source, **how)
+    if before is None:
+        (source / name).unlink()
+    else:
+        (source / name).write_text(before)
+    assert llmshrink.quantize(source, **how).ok
     assert (out / "LICENSE").read_text() == "as it was" and not (out / "NOTICE").exists()
 
 

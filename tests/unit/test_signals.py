@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from llmshrink_eval import cache
+from llmshrink_eval.cache import Cache
 
 from llmshrink import api
 from llmshrink.cli import run
 from llmshrink.cli.app import command
-from llmshrink.cli.stopping import ANEW, KEPT
+from llmshrink.cli.stopping import ANEW, KEPT, MEASURING
 from llmshrink.errors import OutputError
 from llmshrink.run.lock import LOCK, locked
 
@@ -49,6 +53,9 @@ def test_every_long_verb_says_what_is_kept_and_how_to_go_on(
     verb: str, number: signal.Signals, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line, kept = LINES[verb]
+    monkeypatch.setattr(cache, "_USED", [])
+    if verb in MEASURING:
+        Cache(here / "cache").put("text", {"a": 1}, 2.0)
     stopping(monkeypatch, verb, number)
     (here / "out.partial").mkdir()
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -58,6 +65,29 @@ def test_every_long_verb_says_what_is_kept_and_how_to_go_on(
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert not out and said.startswith(f"llmshrink: {word}; {kept}") and again == f"  llmshrink {line}"
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("verb", MEASURING)
+def test_an_evaluation_says_that_something_is_kept_where_something_is(
+    verb: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = LINES[verb][0].split()
+    monkeypatch.setattr(cache, "_USED", [])
+    for refused in (False, True):
+
+        def stop(*_: Any, refused: bool = refused, **__: Any) -> None:
+            if refused:
+                raise OSError(errno.EIO, "Input/output error", "results.json")
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(api, verb, stop)
+        folder = Cache(here / "cache").folder("reading", {"a": 1})
+        assert run(line) == (2 if refused else 130)
+        assert "kept" not in capsys.readouterr().err
+        (folder / "windows.jsonl").write_text("{}\n")
+        assert run(line) == (1 if refused else 130)
+        assert "what was measured is kept: go on from there" in capsys.readouterr().err
+        (folder / "windows.jsonl").unlink()
 
 
 def test_no_long_verb_is_forgotten() -> None:

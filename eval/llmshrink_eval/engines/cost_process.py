@@ -16,14 +16,10 @@ import dataclasses
 import functools
 import json
 import os
-import signal
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
-from llmshrink_eval.engines.child import ours, python
+from llmshrink_eval.engines.child import Answering
 from llmshrink_eval.errors import EvalError, EvalFailed
 from llmshrink_eval.options import ModelSpec, Running
 
@@ -40,66 +36,42 @@ class CostProcess:
     """The process that forks, seen from outside."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._worker: Answering | None = None
 
     def ask(self, spec: ModelSpec, running: Running, batch_sizes: Sequence[int]) -> dict[str, Any]:
         """A model's cost to load and run, as results.Cost has it. Raises EvalError or EvalFailed, in one line."""
         import torch
 
         line = json.dumps(_job(spec, running, list(batch_sizes), torch.get_num_threads())).encode() + b"\n"
-        process = self._started()
-        assert process.stdin is not None and process.stdout is not None
+        worker = self._started()
         try:
-            with suppress(BrokenPipeError):  # a dead process is noticed by who reads its answer
-                process.stdin.write(line)
-                process.stdin.flush()
-            answer = process.stdout.readline()
+            answer = worker.ask(line)
         except BaseException:  # interrupted: nobody will read what is being measured
             self.close()
             raise
-        if not answer:
-            status = process.wait()
+        if answer is None:
+            said = f"status {worker.wait()}: {worker.last()}"
             self.close()
-            raise EvalFailed(f"the process that measures load and speed ended with status {status}: {self._last()}")
-        said: dict[str, Any] = json.loads(answer)
-        if "cost" in said:
-            found: dict[str, Any] = said["cost"]
-            return found
-        if said["kind"] == "input":
-            raise EvalError(said["error"])
-        raise EvalFailed(f"load and speed can't be measured: {said['error']}")
+            raise EvalFailed(f"the process that measures load and speed ended with {said}")
+        found: dict[str, Any] = json.loads(answer)
+        if "cost" in found:
+            cost: dict[str, Any] = found["cost"]
+            return cost
+        if found["kind"] == "input":
+            raise EvalError(found["error"])
+        raise EvalFailed(f"load and speed can't be measured: {found['error']}")
 
     def close(self) -> None:
         """End it, and the child that is at work, if any."""
-        if self._process is None:
-            return
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
-        self._process = None
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+    def _started(self) -> Answering:
+        if self._worker is None or self._worker.ended:
             self.close()
-            self._process = subprocess.Popen(
-                python("llmshrink_eval.engines.cost_worker"),
-                env=ours({}),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                start_new_session=True,
-            )
-        return self._process
-
-    def _last(self) -> str:
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")[:600]
+            self._worker = Answering("llmshrink_eval.engines.cost_worker")
+        return self._worker
 
 
 def _job(spec: ModelSpec, running: Running, batch_sizes: list[int], threads: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from llmshrink_eval.model import model_limit
 from llmshrink_eval.options import SHOWN_TOKENS, SPEED_NEW, SPEED_PROMPT, ModelSpec, Running
 from llmshrink_eval.progress import Progress
 from llmshrink_eval.results import Generation
+from llmshrink_eval.sidefiles import check_generation
 
 if TYPE_CHECKING:
     from llmshrink_eval.passes import Pass
@@ -188,6 +189,7 @@ class VllmEngine:
         """Where the model itself says that it ends."""
         from transformers import GenerationConfig
 
+        check_generation(self._spec.folder)
         try:
             ends = GenerationConfig.from_pretrained(self._spec.folder, local_files_only=True).eos_token_id
         except OSError:
