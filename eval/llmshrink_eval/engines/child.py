@@ -3,18 +3,23 @@
 A child is given `-P`, and `PYTHONSAFEPATH` for what it starts in turn: otherwise the current folder comes first among
 the places where it looks for modules, and a `torch.py` that lies there, or came with a model, would run.
 
-A child whose parent is killed reads the end of its standard input, which is a pipe that the parent alone holds open
-(`end_with_input`). That holds for `kill -9` too, when the parent can't say anything.
+All of them are started by `start`, and end with the process that did, and all that they started with them: after a
+`kill -9` too, when nobody can say anything any more (`watched`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
+
+from llmshrink_eval.engines import watched
 
 
 def python(module: str, *words: str) -> list[str]:
@@ -30,6 +35,36 @@ def isolated(environment: Mapping[str, str]) -> dict[str, str]:
 def ours(more: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child that runs a module of ours: this process's, `more`, and where it finds them."""
     return isolated({**os.environ, **more, "PYTHONPATH": import_path()})
+
+
+def start(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a command of `python`, in a session of its own; its standard input is a pipe, and ends it when it ends.
+
+    environment: all of it, as `ours` or `isolated` make it. stderr: None is this process's. Raises OSError where the
+    system starts no process.
+    """
+    executable, safe, _, module, *words = command
+    assert list(command[:3]) == python("")[:3], "a child of ours is a module that `python` runs"
+    return subprocess.Popen(
+        [executable, safe, watched.__file__, str(os.getpid()), module, *words],
+        env=isolated(environment),
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+def end_with_parent() -> None:
+    """For a process that was forked and runs nothing else: end when the one that forked it does. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(watched.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def import_path() -> str:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from llmshrink_eval.engines.child import ours, python
+from llmshrink_eval.engines.child import ours, python, start
 from llmshrink_eval.errors import EvalError, EvalFailed
 from llmshrink_eval.options import ModelSpec, Running
 
@@ -86,13 +86,8 @@ class CostProcess:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._process = subprocess.Popen(
-                python("llmshrink_eval.engines.cost_worker"),
-                env=ours({}),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                start_new_session=True,
+            self._process = start(
+                python("llmshrink_eval.engines.cost_worker"), ours({}), stdout=subprocess.PIPE, stderr=self._log
             )
         return self._process
 
