@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import Unreadable, parse_json, read_json
+from llmshrink_eval.listing import named
 
 from llmshrink.checkpoint.unchanged import Changed, Watched
 from llmshrink.errors import OutputError
@@ -33,6 +34,7 @@ from llmshrink.run.arithmetic import processor
 from llmshrink.run.foreign import refuse_foreign
 from llmshrink.run.lock import LOCK, Lock
 from llmshrink.run.output import RECORD, check_output, entries, in_place, is_ours, partial_folder
+from llmshrink.run.recordfile import check_line
 
 JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoint"
@@ -112,7 +114,7 @@ class Workspace:
         """Bytes of the shards that are already in the workspace, whether or not they will be kept."""
         if not self.checkpoint.is_dir():
             return 0
-        return sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in named(self.checkpoint, "*.safetensors"))
 
     def begin(self, identity: dict[str, Any], sources: Mapping[str, Watched] | None = None) -> list[Part] | None:
         """Open the journal for a run of this identity; returns the finished parts that still hold.
@@ -331,7 +333,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         checksum, _, body = each.removesuffix(b"\n").partition(b" ")
         if not each.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
             break
-        lines.append(parse_json(body))
+        try:
+            value = parse_json(body)
+            check_line(value, first=not lines)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            break  # somebody else's, however right its checksum
+        lines.append(value)
     if raw and not lines:
         why = "is of an earlier llmshrink" if raw[0].startswith(b"{") else "is damaged"
         raise OutputError(
