@@ -180,12 +180,14 @@ class Workspace:
                 folder.chmod(mode | stat.S_IRWXU)
 
     def _verified(self, lines: list[dict[str, Any]]) -> list[Part]:
-        """The longest run of parts from the start whose shards are there with the right bytes."""
+        """The longest run of parts from the start, in a run's order, whose shards are there with the right bytes."""
         held: list[Part] = []
         for line in lines:
             if "name" not in line:
                 continue  # of what was read
             part = Part(line["name"], line["shards"], line["rows"])
+            if not _follows(part, held):
+                return held
             for name, shard in part.shards.items():
                 path = self.checkpoint / name
                 if (
@@ -314,6 +316,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
         path.unlink()
+
+
+def _follows(part: Part, held: list[Part]) -> bool:
+    """Whether a run writes such a part behind those: blocks one after another, behind what isn't of one."""
+    blocks = sum(each.of_block for each in held)
+    if part.of_block:
+        return bool(held) and part.name == f"block {blocks}"
+    return not blocks and part.name not in {each.name for each in held}
 
 
 def _line(value: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ class Address:
         """Whether only this machine can reach it. False for a name that nobody knows, too."""
         try:
             found = socket.getaddrinfo(self.host or None, None, flags=socket.AI_PASSIVE)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter of a name that none can be
             return False
         return all(ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in found)
 
@@ -67,8 +67,8 @@ class Address:
             with socket.socket(family, kind) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
-        except OSError as error:
-            said = (error.strerror or str(error)).lower()
+        except (OSError, UnicodeError) as error:
+            said = (getattr(error, "strerror", None) or str(error)).lower()
             raise LlmshrinkError(
                 f"can't listen on {self.host}, port {self.port}: {said}; name another with --port or --host"
             ) from error
