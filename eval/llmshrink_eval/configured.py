@@ -111,16 +111,24 @@ def multiply_in(config: Any, dtype: torch.dtype) -> Any:
 
 
 def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the model in `folder`, for which transformers reads config.json too. Raises whatever it does."""
+    """The tokenizer of the model in `folder`, for which transformers reads config.json too. Raises whatever it does,
+    and EvalError for a limit of its length that is no number: transformers compares with it at the first text."""
     from transformers import AutoTokenizer
 
     try:
         config = running_config(folder, trust_remote_code=trust_remote_code)
     except EvalError:  # whoever builds the model says what is wrong with it
         config = None
-    return AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
     )
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int | float) or isinstance(limit, bool):
+        raise EvalError(
+            f"{Path(folder) / 'tokenizer_config.json'}: model_max_length is {shown(limit)}, where a number belongs; "
+            f"{WAY_OUT}"
+        )
+    return tokenizer
 
 
 def settle(config: Any) -> Any:

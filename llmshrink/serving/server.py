@@ -48,7 +48,9 @@ class Address:
             found = socket.getaddrinfo(self.host or None, None, flags=socket.AI_PASSIVE)
         except (OSError, UnicodeError):  # the latter of a name that none can be
             return False
-        return all(ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in found)
+        places = [ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found]
+        # Which addresses of IPv4 within IPv6 are loopback depends on Python's version.
+        return all((getattr(place, "ipv4_mapped", None) or place).is_loopback for place in places)
 
     @property
     def url(self) -> str:
