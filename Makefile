@@ -75,13 +75,13 @@ test: venv-full lint  ## Lint, types and every test, those with the real vLLM en
 test-fast: venv  ## The tests of a minute: no engine, nothing slow
 	$(BIN)/python -u -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not engine and not slow"
 
-torture: venv  ## A hundred killed runs, a hundred identical results
+torture: venv  ## A hundred killed runs, a hundred identical results; TORTURE=--faults: see torture-faults
 	$(BIN)/python -u -m benchmarks.torture $(TORTURE)
 
 torture-faults: venv  ## A thousand errors of the system and damaged files, each the same bytes or one line
-	$(BIN)/python -u -m benchmarks.faults $(TORTURE)
+	$(BIN)/python -u -m benchmarks.torture --faults $(TORTURE)
 
-fuzz: venv  ## Ten minutes of inputs that nobody would write, each read or refused in a line
+fuzz: venv  ## Five thousand inputs that nobody would write, each read or refused in a line
 	$(BIN)/python -u -m benchmarks.fuzz --keep build/fuzz $(FUZZ)
 
 bench: venv  ## Time, memory and damage against the peers

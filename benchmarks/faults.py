@@ -1,269 +1,170 @@
-"""Faults made on purpose, one a run: `python -m benchmarks.faults` (`make torture-faults`).
+"""Faults made on purpose, one a run: `python -m benchmarks.torture --faults` (`make torture-faults`).
 
-A small quantization runs again and again, each time in a process of its own in which one call of the system on one of
-the run's files fails with a seeded error (EIO, EROFS, EACCES and the like), or at which the process is killed and one
-file of its workspace is damaged (a byte flipped, cut short, emptied, gone, a folder in its place). Each such run must
-end in the reference's bytes, or in one line on stderr with exit code 1 or 2; the same command without a fault must then
-end in the reference's bytes too. Only damage may be refused there instead, and is when the workspace has been removed.
+Four verbs run on a tiny model. An undisturbed run of each tells every place in our code that calls the system for one
+of its files. Then each of these calls fails in turn, with another error each time round (EIO, EROFS, EACCES and the
+like); each file of what a killed run left is damaged in turn, in each way; and the system itself sets limits: of a
+file's size, of open files, of a disk. Every run must end in the reference's bytes, or in one line on stderr with exit
+code 1 or 2; the same command without a fault must then end in the reference's bytes too. Only damage may be refused
+there instead, and is when the workspace has been removed.
 
-    python -m benchmarks.faults --faults 40 --seed 1      # a minute
+The faults and their order follow from the seed and their number alone, so that `--start` goes on where a run stopped.
 """
 
 from __future__ import annotations
 
-import argparse
-import builtins
-import errno
-import io
-import os
 import random
-import resource
 import shutil
-import signal
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from benchmarks import tiny
+from benchmarks.injected import Ended, Limits, Site, Strike, carried_out, on_small_disk, strike_at
 from benchmarks.torture import contents, differences
+from llmshrink.cli.stopping import BESIDE
 from llmshrink.run.output import partial_folder
 
 ERRORS = ("EIO", "EROFS", "EACCES", "ESTALE", "EFBIG", "ENOSPC", "EDQUOT", "EMFILE", "ENAMETOOLONG", "EPERM")
-CALLS = (
-    *("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "listdir", "scandir", "stat", "lstat"),
-    *("readlink", "chmod", "utime", "truncate", "ftruncate"),
-)
-"""Of `os`, as our code and the standard library's call them; `open` itself besides."""
-DAMAGES = ("flip", "cut", "empty", "gone", "folder", "longer")
-PATIENCE = 120
-"""Seconds after which a run counts as one that never ends."""
-LONGEST_LINE = 700
+DAMAGES = ("flip", "cut", "empty", "longer", "gone", "folder", "link", "older")
+LEAST = 1000
+"""Faults that are made where no number is asked for, or as many as there are."""
+KILLED_AT = (0.4, 0.7, 0.99)
+"""Where runs are killed whose leavings are damaged, as shares of an undisturbed run's calls."""
+SMALL = "--calibration story.txt --samples 2 --seq-len 32 --batch-size 2"
+VERBS = {
+    "quantize": f"quantize model -o out --group-size 32 {SMALL}",
+    "prune": f"prune model -o out --recipe sparsegpt-2of4 {SMALL}",
+    "convert": "convert sparse -o out --format llmshrink",
+    "distill": "distill model w4 -o out --data story.txt --steps 2 --batch-size 2 --seq-len 32 --eval-steps 1",
+}
+SOURCES = {"w4": VERBS["quantize"], "sparse": VERBS["prune"]}
+"""What verbs read, and the verb that makes it."""
 
 
 @dataclass(frozen=True)
-class Fault:
-    """at: which call on the run's files, from 0. error: what it raises, by name; empty: the process is killed there.
+class Failing:
+    """A call fails once."""
 
-    damage: what is done to a file of the workspace after a kill; chosen: which, by this number.
-    """
-
-    at: int
-    error: str
-    damage: str = ""
-    chosen: int = 0
+    verb: str
+    strike: Strike
 
     def __str__(self) -> str:
         """As a line of the report names it."""
-        return f"call {self.at}: {self.error or f'killed, then a file {self.damage}'} ({self.chosen})"
-
-
-class Injected:
-    """Counts the calls on files below a folder, and fails the one that is asked for."""
-
-    def __init__(self, below: Path, fault: Fault | None) -> None:
-        self.below, self.fault = os.fspath(below), fault
-        self.count = 0
-        self.what = ""
-
-    def install(self) -> None:
-        """Put ourselves before the calls, in this process, for good."""
-        for name in CALLS:
-            setattr(os, name, self._before(name, getattr(os, name)))
-        opened = self._before("open", io.open)
-        builtins.open = io.open = opened
-
-    def _before(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            place = given[0] if given else named.get("path")
-            if self._concerns(place):
-                self._strike(name, place, real, given)
-            return real(*given, **named)
-
-        return call
-
-    def _concerns(self, place: Any) -> bool:
-        if isinstance(place, bool) or place is None:
-            return False
-        if isinstance(place, int):
-            try:
-                place = _READLINK(f"/proc/self/fd/{place}")
-            except OSError:
-                return False
-        try:
-            path = os.path.abspath(os.fsdecode(place))
-        except TypeError:
-            return False
-        return path.startswith(self.below + os.sep)
-
-    def _strike(self, name: str, place: Any, real: Callable[..., Any], given: tuple[Any, ...]) -> None:
-        at, self.count = self.count, self.count + 1
-        if self.fault is None or at != self.fault.at:
-            return
-        if self.fault.error:
-            number = getattr(errno, self.fault.error)
-            raise OSError(number, os.strerror(number), None if isinstance(place, int) else os.fsdecode(place))
-        if name == "write":
-            real(given[0], bytes(given[1])[: len(given[1]) // 2])  # half of it reached the disk
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-_READLINK = os.readlink
+        return f"{self.verb}: {self.strike.error} at {self.strike.site}, time {self.strike.nth}"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a run ended. code: its exit code, negative for a signal, None where it never ended. calls: on its files."""
+class Damaged:
+    """A run was killed (the `killed`-th snapshot), and a file of what it left is damaged; chosen: where, in it."""
 
-    code: int | None
-    said: str
-    calls: int
+    verb: str
+    killed: int
+    file: str
+    how: str
+    chosen: int
 
-    def complaint(self) -> str:
-        """What is wrong with how it ended, whatever its output; empty if nothing."""
-        if self.code is None:
-            return f"didn't end in {PATIENCE} s"
-        lines = [line for line in self.said.splitlines() if line.startswith("llmshrink: error:")]
-        if "Traceback" in self.said or self.code not in (0, 1, 2):
-            return f"exit code {self.code}: {self.said.strip().splitlines()[-1:]}"
-        if self.code and len(lines) != 1:
-            return f"exit code {self.code} with {len(lines)} lines of error: {self.said[-300:]!r}"
-        if self.code and len(lines[0]) > LONGEST_LINE:
-            return f"a line of {len(lines[0])} characters: {lines[0][:200]}"
-        return ""
+    def __str__(self) -> str:
+        """As a line of the report names it."""
+        return f"{self.verb}, killed at {KILLED_AT[self.killed]:.0%}: {self.file} {self.how} ({self.chosen})"
 
 
-def carried_out(command: list[str], below: Path, fault: Fault | None, *, memory: int | None = None) -> Ended:
-    """One command in a process of its own, forked from this one, so that nothing is imported again.
+@dataclass(frozen=True)
+class Limited:
+    """The system itself refuses: files beyond so many bytes, more open files, a disk of so many bytes, no output."""
 
-    memory: bytes of addresses that it may have, None for no limit.
-    """
-    with tempfile.TemporaryDirectory() as outside:
-        log, counted = Path(outside) / "log", Path(outside) / "calls"
-        child = os.fork()
-        if child == 0:
-            _child(command, Injected(below, fault), log, counted, memory)
-        code = _waited_for(child)
-        calls = int(counted.read_text()) if counted.exists() else 0
-        return Ended(code, log.read_text(errors="replace"), calls)
+    verb: str
+    limits: Limits
+    disk: int | None = None
+
+    def __str__(self) -> str:
+        """As a line of the report names it."""
+        return f"{self.verb}: {f'a disk of {self.disk} bytes' if self.disk else self.limits}"
 
 
-def _child(command: list[str], injected: Injected, log: Path, counted: Path, memory: int | None) -> None:
-    """Run the command line in this process, which it never leaves."""
-    code = 70
-    try:
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        for stream in (1, 2):
-            os.dup2(fd, stream)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  whoever forked us may have put others there
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        from llmshrink.cli import run
-
-        torch.set_num_threads(1)
-        if memory is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        injected.install()
-        code = run(command)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        sys.stdout.flush()
-        counted.write_text(str(injected.count))
-        os._exit(code)
+Fault = Failing | Damaged | Limited
 
 
-def _waited_for(child: int) -> int | None:
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def damaged(folder: Path, fault: Fault) -> str:
-    """Do a fault's damage to one file of a folder; its name, empty where there is none."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    if not files:
-        return ""
-    path = files[fault.chosen % len(files)]
+def damage(path: Path, how: str, chosen: int, older: bytes, elsewhere: Path) -> None:
+    """Do a kind of damage to a file. older: what it was before; elsewhere: a folder for what a link leads to."""
     data = bytearray(path.read_bytes())
-    if fault.damage == "flip" and data:
-        data[fault.chosen % len(data)] ^= 1 << fault.chosen % 8
-    elif fault.damage == "cut":
-        del data[fault.chosen % (len(data) + 1) :]
-    elif fault.damage == "empty":
-        data.clear()
-    elif fault.damage == "longer":
-        data += b"\0more"
+    mode = path.stat().st_mode
     path.unlink()
-    if fault.damage == "folder":
-        path.mkdir()
-    elif fault.damage != "gone":
+    match how:
+        case "flip" if data:
+            data[chosen % len(data)] ^= 1 << chosen % 8
+        case "cut":
+            del data[chosen % (len(data) + 1) :]
+        case "empty":
+            data.clear()
+        case "longer":
+            data += b"\0more"
+        case "older":
+            data = bytearray(older)
+        case "folder":
+            path.mkdir()
+        case "link":
+            elsewhere.mkdir(exist_ok=True)
+            (elsewhere / path.name).write_bytes(data)
+            path.symlink_to(elsewhere / path.name)
+    if how not in ("gone", "folder", "link"):
         path.write_bytes(data)
-    return path.name
-
-
-def faults(calls: int, count: int, seed: int) -> Iterator[Fault]:
-    """So many, by a seed: two errors for each kill with damage."""
-    rng = random.Random(seed)
-    for index in range(count):
-        at, chosen = rng.randrange(calls), rng.randrange(1 << 20)
-        yield Fault(at, "", rng.choice(DAMAGES), chosen) if index % 3 == 2 else Fault(at, rng.choice(ERRORS))
+        path.chmod(mode)
 
 
 @dataclass
 class Bench:
-    """A folder with a model and a text, and what an undisturbed run makes of them."""
+    """A verb in a folder, and what an undisturbed run makes. sites: its calls, in order. snapshots: what killed runs
+    left, file by file."""
 
     folder: Path
-    reference: dict[str, bytes]
-    calls: int
+    verb: str
+    reference: dict[str, bytes] = field(default_factory=dict)
+    sites: tuple[Site, ...] = ()
+    snapshots: list[dict[str, bytes]] = field(default_factory=list)
 
     @classmethod
-    def made(cls, folder: Path) -> Bench:
-        """Set up in an empty folder. Raises RuntimeError where the undisturbed run doesn't end well."""
-        from llmshrink.demo import model_folder
-        from llmshrink.demo.language import text
-
-        shutil.copytree(model_folder(), folder / "model")
-        (folder / "story.txt").write_text(text(7, 20_000), encoding="utf-8")
-        bench = cls(folder, {}, 0)
-        ended = bench.run(None)
+    def made(cls, folder: Path, verb: str) -> Bench:
+        """Look at an undisturbed run, and at killed ones. Raises RuntimeError where that doesn't end well."""
+        bench = cls(folder, verb)
+        bench.tidy()
+        ended = bench.run(look=True)
         if ended.code:
             raise RuntimeError(f"the undisturbed run ended with {ended.code}: {ended.said}")
-        return cls(folder, contents(bench.output), ended.calls)
+        bench.reference, bench.sites = contents(bench.output), ended.sites
+        for number, share in enumerate(KILLED_AT):
+            bench.tidy()
+            bench.run(strike_at(bench.sites, int(len(bench.sites) * share), ""))
+            bench.keep(number)
+        bench.tidy()
+        return bench
 
     @property
     def output(self) -> Path:
         """Where the run writes."""
         return self.folder / "out"
 
-    @property
-    def workspace(self) -> Path:
-        """What a killed run leaves."""
-        return partial_folder(self.output)
+    def left(self) -> list[Path]:
+        """The output, and what a run has beside it, where they are there."""
+        return [path for path in (self.output, *(Path(f"{self.output}{each}") for each in BESIDE)) if path.exists()]
 
-    def run(self, fault: Fault | None) -> Ended:
+    def keep(self, number: int) -> None:
+        """Take what a killed run left aside, as a snapshot."""
+        kept = self.folder / f"kept-{self.verb}-{number}"
+        kept.mkdir()
+        for path in self.left():
+            shutil.copytree(path, kept / path.name, symlinks=True, dirs_exist_ok=True)
+        self.snapshots.append(contents(kept))
+
+    def run(self, strike: Strike | None = None, limits: Limits | None = None, *, look: bool = False) -> Ended:
         """The command, with one fault or none."""
-        words = ["quantize", self.folder / "model", "-o", self.output, "--calibration", self.folder / "story.txt"]
-        words += ["--samples", "2", "--seq-len", "32", "--group-size", "32", "--batch-size", "2"]
-        return carried_out([str(word) for word in words], self.folder, fault)
+        words = words_in(self.folder, VERBS[self.verb], self.output)
+        return carried_out(words, self.folder, strike, limits, look=look)
 
     def tidy(self) -> None:
         """Away with what a run wrote."""
-        for path in (self.output, self.workspace):
+        for path in (*self.left(), self.folder / "elsewhere"):
             shutil.rmtree(path, ignore_errors=True)
 
     def wrong(self) -> list[str]:
@@ -273,63 +174,169 @@ class Bench:
     def tried(self, fault: Fault) -> str:
         """What goes wrong with one fault; empty if nothing does."""
         self.tidy()
-        first = self.run(fault)
-        if fault.error:
-            if said := first.complaint():
-                return said
-            if self.output.exists() and not self.workspace.exists() and self.wrong():
-                return f"exit code {first.code}, and an output that differs in {self.wrong()}"
-            if first.code == 0:
-                return "" if not self.wrong() else f"exit code 0, and {self.wrong()}"
-        touched = "" if fault.error or not self.workspace.exists() else damaged(self.workspace, fault)
-        return self._again(touched)
+        match fault:
+            case Failing():
+                return self._then(self.run(fault.strike))
+            case Damaged():
+                return self._damaged(fault)
+            case Limited() if fault.disk is None:
+                return self._then(self.run(limits=fault.limits))
+            case _:
+                return self._on_small_disk(fault.disk or 0)
 
-    def _again(self, touched: str) -> str:
-        """The same command without a fault. touched: the file that was damaged."""
-        if self.output.exists() and not self.workspace.exists():
-            return f"differs in {self.wrong()}" if self.wrong() else ""
-        again = self.run(None)
-        if said := again.complaint():
-            return f"then ({touched or 'nothing'} damaged) {said}"
-        if again.code and not touched:
-            return f"the same command without a fault: {again.said.strip().splitlines()[-1]}"
+    def _then(self, first: Ended) -> str:
+        """What is wrong with how a disturbed run ended, or with the same command after it."""
+        if said := first.complaint():
+            return said
+        whole = self.output.exists() and not partial_folder(self.output).exists()
+        if first.code == 0 or whole:
+            return f"exit code {first.code}, and {self.wrong()}" if self.wrong() else ""
+        if not self.left():
+            return ""  # what is now run is the undisturbed run
+        again = self.run()
         if again.code:
-            shutil.rmtree(self.workspace, ignore_errors=True)
-            again = self.run(None)
+            return f"the same command without a fault: {again.complaint() or again.said.strip().splitlines()[-1]}"
+        return f"after {first.said.strip().splitlines()[-1:]}: {self.wrong()}" if self.wrong() else ""
+
+    def _damaged(self, fault: Damaged) -> str:
+        shutil.copytree(self.folder / f"kept-{self.verb}-{fault.killed}", self.folder, dirs_exist_ok=True)
+        older = self.snapshots[max(0, fault.killed - 1)].get(fault.file, b"")
+        elsewhere = self.folder / "elsewhere"
+        damage(self.folder / fault.file, fault.how, fault.chosen, older, elsewhere)
+        before = contents(elsewhere) if elsewhere.exists() else {}
+        again = self.run()
+        if said := again.complaint():
+            return said
+        if before and contents(elsewhere) != before:
+            return "what the link leads to was written"
+        if again.code:
+            # As the line said, or as anybody would: everything away, and once more.
+            self.tidy()
+            again = self.run()
             if again.code:
-                return f"{touched} damaged, workspace removed: {again.said.strip().splitlines()[-1]}"
-        return f"{touched or 'nothing'} damaged: differs in {self.wrong()}" if self.wrong() else ""
+                return f"refused, and when all was removed: {again.said.strip().splitlines()[-1]}"
+        return f"differs in {self.wrong()}" if self.wrong() else ""
+
+    def _on_small_disk(self, size: int) -> str:
+        place = self.folder / "disk"
+
+        def act(resize: object) -> str:
+            there = Bench(self.folder, self.verb, self.reference)
+            there.__class__ = _OnDisk
+            said = there.run().complaint()
+            if said:
+                return said
+            assert callable(resize)
+            resize(64 << 20)
+            again = there.run() if not there.output.exists() else None
+            if again is not None and again.code:
+                return f"when the disk had room: {again.complaint() or again.said.strip().splitlines()[-1]}"
+            return f"differs in {there.wrong()}" if there.wrong() else ""
+
+        return on_small_disk(place, size, act)
 
 
-def made(count: int, seed: int) -> list[str]:
-    """Make so many faults, by a seed, and print how it goes. Returns a line for each that ended as none should."""
-    for each in ("transformers.models.llama.modeling_llama", "llmshrink.run.quantize"):
-        import_module(each)  # once, before the runs are forked
+class _OnDisk(Bench):
+    """Its output is on the disk that `_on_small_disk` mounts."""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "disk" / "out"
+
+
+def words_in(folder: Path, line: str, output: Path) -> list[str]:
+    """A command line's words, with the folder's own files named from the root."""
+    own = {"model", "story.txt", *SOURCES}
+    return [str(output) if word == "out" else str(folder / word) if word in own else word for word in line.split()]
+
+
+def set_up(folder: Path, verbs: Collection[str] = tuple(VERBS)) -> None:
+    """A model, a text, and what verbs read; all of them, and the verbs, are carried out once here."""
+    from llmshrink.demo.language import text
+
+    tiny.model(folder / "model")
+    (folder / "story.txt").write_text(text(7, 20_000), encoding="utf-8")
+    for name, line in SOURCES.items():
+        tiny.carried_out_here(words_in(folder, line, folder / name))
+    for verb in sorted(set(verbs) - {"quantize", "prune"}):
+        tiny.carried_out_here(words_in(folder, VERBS[verb], folder / f"once-{verb}"))
+
+
+def of_calls(bench: Bench, turn: int, but: Collection[Site] = ()) -> Iterator[Failing]:
+    """Each call fails once, but those. turn: how often they have, so that another error comes, and another time."""
+    sites = [site for site in dict.fromkeys(bench.sites) if site not in but]
+    for number, site in enumerate(sites):
+        times = bench.sites.count(site)
+        yield Failing(bench.verb, Strike(site, turn % times, ERRORS[(number + turn) % len(ERRORS)]))
+
+
+def of_files(bench: Bench, rng: random.Random) -> Iterator[Damaged]:
+    """Each file of the last snapshot in each way; of earlier ones, each file in one way."""
+    for killed, snapshot in enumerate(bench.snapshots):
+        earlier = bench.snapshots[killed - 1] if killed else {}
+        for number, file in enumerate(sorted(snapshot)):
+            for at, how in enumerate(DAMAGES):
+                if how == "older" and (file not in earlier or earlier[file] == snapshot[file]):
+                    continue
+                if how in ("flip", "cut") and not snapshot[file]:
+                    continue
+                if killed == len(KILLED_AT) - 2 or at == (number + killed) % len(DAMAGES):
+                    yield Damaged(bench.verb, killed, file, how, rng.randrange(1 << 20))
+
+
+def of_limits(bench: Bench) -> Iterator[Limited]:
+    """Sizes of files, open files and disks between nothing and what the run takes; a full disk for what it prints."""
+    largest = max(map(len, bench.reference.values()))
+    whole = sum(map(len, bench.reference.values()))
+    for step in range(8):
+        yield Limited(bench.verb, Limits(file=4096 + (largest - 4096) * step // 7))
+        yield Limited(bench.verb, Limits(opened=step))
+        yield Limited(bench.verb, Limits(), disk=8192 + whole * (step + 1) // 5)
+    yield Limited(bench.verb, Limits(full=True))
+
+
+def faults(benches: Sequence[Bench], count: int | None, seed: int) -> list[Fault]:
+    """All limits, all files, and each call that isn't another verb's too; a share of them where fewer are asked for,
+    and calls again, of every verb, where more are. count: None is all of them once, and `LEAST` at least."""
+    rng = random.Random(seed)
+    found: list[Fault] = []
+    seen: set[Site] = set()
+    for bench in benches:
+        found += [*of_limits(bench), *of_files(bench, rng), *of_calls(bench, seed, seen)]
+        seen |= set(bench.sites)
+    count = max(LEAST, len(found)) if count is None else count
+    turn = seed + 1
+    while len(found) < count:
+        more: list[Fault] = [fault for bench in benches for fault in of_calls(bench, turn)]
+        rng.shuffle(more)
+        found += islice(more, count - len(found))
+        turn += 1
+    return [found[number * len(found) // count] for number in range(count)]
+
+
+def made(count: int | None, seed: int, start: int = 0) -> list[str]:
+    """Make faults, from the `start`-th, and print how it goes; count: as `faults` has it. Returns a line for each that
+    ended as none should."""
     found: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench.made(Path(scratch).resolve())
-        print(f"{bench.calls} calls in an undisturbed run", flush=True)
-        for index, fault in enumerate(faults(bench.calls, count, seed), 1):
-            if said := bench.tried(fault):
-                found.append(f"{fault}: {said}")
+        folder = Path(scratch).resolve()
+        set_up(folder)
+        benches = {verb: Bench.made(folder, verb) for verb in VERBS}
+        for verb, bench in benches.items():
+            files = sum(map(len, bench.snapshots))
+            print(f"{verb}: {len(bench.sites)} calls from {len(set(bench.sites))} places, {files} files of killed runs")
+        drawn = faults(list(benches.values()), count, seed)
+        for number, fault in enumerate(drawn[start:], start):
+            try:
+                said = benches[fault.verb].tried(fault)
+            except OSError as refused:
+                if not isinstance(fault, Limited) or fault.disk is None:
+                    raise
+                print(f"fault {number}, {fault}: left out, {refused}", flush=True)
+                continue
+            if said:
+                found.append(f"fault {number}, {fault}: {said}")
                 print(found[-1], flush=True)
-            if index % 50 == 0:
-                print(f"{index} of {count} faults, {len(found)} wrong", flush=True)
+            if (number + 1) % 50 == 0:
+                print(f"{number + 1} of {len(drawn)} faults, {len(found)} wrong", flush=True)
     return found
-
-
-def main() -> int:
-    """1 and a line for each fault that ended as none should, or 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    found = made(arguments.faults, arguments.seed)
-    print(
-        f"{arguments.faults} faults: each ended in the same bytes or one line" if not found else f"{len(found)} wrong"
-    )
-    return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,6 +4,8 @@ One undisturbed run gives the reference and its length. Then, again and again: a
 killed at a seeded random moment of that length (up to three times in a row), then run to its end. After every kill the
 output must not be there, or be whole; at the end every file of it must equal the reference byte for byte, except
 timing.json, which tells how the run went, and nothing may be left beside it.
+
+With `--faults` a thousand errors of the system and damaged files take the place of the kills (`benchmarks.faults`).
 """
 
 from __future__ import annotations
@@ -110,7 +112,15 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", type=int, nargs="?", const=0, help="so many faults; no number: each there is")
+    parser.add_argument("--start", type=int, default=0, help="with --faults: go on from this one")
     arguments = parser.parse_args()
+    if arguments.faults is not None:
+        from benchmarks import faults as on_purpose
+
+        wrong = on_purpose.made(arguments.faults or None, arguments.seed, arguments.start)
+        print(f"{len(wrong)} wrong" if wrong else "each fault ended in the same bytes or one line")
+        return 1 if wrong else 0
     with tempfile.TemporaryDirectory() as scratch:
         faults = torture(arguments, Path(scratch))
     print("\n".join(faults) or "every result is the same, byte for byte")

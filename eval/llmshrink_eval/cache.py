@@ -21,6 +21,7 @@ from typing import Any
 
 from llmshrink_eval.bounded import OWN_LIMIT, read_json
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.listing import below
 
 Key = Mapping[str, object]
 
@@ -33,9 +34,12 @@ _USED: list[Path] = []
 def kept_here() -> bool:
     """Whether this process has kept anything that the same evaluation would find: in whatever cache, a result or the
     beginning of one, which is still there."""
-    return any(
-        path.is_file() or any(file.is_file() and file.stat().st_size for file in path.rglob("*")) for path in _USED
-    )
+    try:
+        return any(
+            path.is_file() or any(file.is_file() and file.stat().st_size for file in below(path)) for path in _USED
+        )
+    except OSError:  # it can't be seen, so nothing is promised
+        return False
 
 
 def default_folder() -> Path:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from llmshrink_eval.bounded import read_json
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.listing import named
 from llmshrink_eval.weightfiles import INDEX_FILE, weight_files
 
 SIDE_FILES = (
@@ -57,7 +58,7 @@ def fingerprint_folder(folder: Path, cache_dir: Path) -> str:
     if not (folder / "config.json").is_file():
         raise EvalError(f"{folder}: no config.json; name a folder that holds a model")
     weights = weight_files(folder)
-    beside = {file for pattern in SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
+    beside = {file for file in named(folder, *SIDE_FILES) if file.is_file()}
     digest = hashlib.sha256()
     for file in sorted({*weights, *beside}):
         digest.update(f"{file_digest(file, cache_dir)}  {file.relative_to(folder).as_posix()}\n".encode())

@@ -91,7 +91,7 @@ def _load(path: Path, options: LoadOptions) -> Any:
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
         return model
-    streamed = _streamed(path, options, common)
+    streamed = _streamed(path, options)
     if streamed is not None:
         return streamed
     return _whole(path, device_map={"": "disk"}, offload_folder=str(options.offload), **common)
@@ -104,14 +104,15 @@ def _whole(path: Path, **settings: Any) -> Any:
     return pretrained(path, config, **settings)
 
 
-def _streamed(path: Path, options: LoadOptions, common: dict[str, Any]) -> Any | None:
+def _streamed(path: Path, options: LoadOptions) -> Any | None:
     """The model without weights, and accelerate told where they are; None if they aren't there under their names."""
     import accelerate
     from transformers import AutoModelForCausalLM
 
     config = running_config(path, trust_remote_code=options.trust_remote_code)
+    trusted = options.trust_remote_code
     with accelerate.init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, **common)
+        model = AutoModelForCausalLM.from_config(config, dtype=options.used_dtype, trust_remote_code=trusted)
         model.tie_weights()
     places = _places(path)
     wanted = dict(model.named_parameters(remove_duplicate=False))

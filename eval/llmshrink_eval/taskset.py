@@ -23,6 +23,7 @@ from typing import Any
 
 from llmshrink_eval.beginning import Bos
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.listing import below
 
 NEAREST = 3
 CAUSE_LENGTH = 200
@@ -91,7 +92,7 @@ def check_tasks(options: TaskOptions) -> None:
     for folder in options.folders:
         if not folder.is_dir():
             raise EvalError(f"{folder}: no such folder of tasks")
-        if next(folder.rglob("*.yaml"), None) is None:
+        if not any(file.suffix == ".yaml" for file in below(folder)):
             raise EvalError(f"{folder}: holds no task (no .yaml file)")
     with quiet():
         _resolve(options)
@@ -167,7 +168,7 @@ def survey_tasks(options: TaskOptions) -> TaskData:
     enter(options.apply_chat_template, options.seed, options.sample)
     drawn = drawn_items(loaded, options)
     for folder in options.folders:
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted(file for file in below(folder) if file.suffix == ".py"):
             enter(file.relative_to(folder).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest())
     with quiet():
         for name, task in sorted(loaded.tasks.items()):
@@ -245,7 +246,7 @@ def _resolve(options: TaskOptions) -> tuple[Any, list[str]]:
     stamp = tuple(
         (str(file), file.stat().st_mtime_ns, file.stat().st_size)
         for folder in options.folders
-        for file in sorted(folder.rglob("*.yaml"))
+        for file in sorted(file for file in below(folder) if file.suffix == ".yaml")
     )
     manager = _index(options.folders, stamp, False) if options.folders else None
     if manager is None or not _self_contained(manager, options.names):

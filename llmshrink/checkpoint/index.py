@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from llmshrink_eval.listing import named
 from torch import Tensor
 
 from llmshrink.checkpoint.arrival import Arriving
@@ -341,7 +342,7 @@ def _allowed(
 
 
 def _no_safetensors(folder: Path) -> SourceError:
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    pickles = [file.name for file in named(folder, "*.bin", "*.pt", "*.pth")]
     if pickles:
         return SourceError(
             f"{folder}: only pickle weights ({pickles[0]}), which are never loaded because a pickle can run code; "
@@ -350,6 +351,6 @@ def _no_safetensors(folder: Path) -> SourceError:
             f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
             " (and copy the tokenizer's files)"
         )
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    others = [file.name for file in named(folder, "*.safetensors")]
     found = f" (found {', '.join(others[:3])}, which no index names)" if others else ""
     return SourceError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}{found}; name a folder that holds a model")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from llmshrink_eval.listing import named
 from torch import Tensor
 
 from llmshrink.checkpoint.arrival import Arriving
@@ -59,7 +60,7 @@ class Watched(CheckpointIndex):
     def open(cls, folder: str | os.PathLike[str], arriving: Arriving | None = None) -> Self:
         """As CheckpointIndex.open does."""
         # Before the headers are read: what is written after that looks another.
-        states = {file: state_of(file) for file in Path(folder).glob("*.safetensors") if file.is_file()}
+        states = {file: state_of(file) for file in named(Path(folder), "*.safetensors") if file.is_file()}
         index = super().open(folder, arriving)
         index._states = {file: states[file] for file in index.files() if file in states}
         return index

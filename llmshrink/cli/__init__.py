@@ -11,7 +11,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+# What explains an error is here before there is one: none can be imported when no more files may be opened.
+from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
+
 from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, leave_with, reader_left, say_stopped, usage_error
+from llmshrink.cli.system import is_refusal, refusal
+from llmshrink.errors import LlmshrinkError, RecipeError
 
 
 def main() -> None:
@@ -62,10 +67,6 @@ def _carry_out(arguments: Sequence[str]) -> int:
 def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
     """Say what a user did, or what befell the run, and return the exit code; None for what only a bug can do."""
     import typer
-    from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
-
-    from llmshrink.cli.system import is_refusal, refusal
-    from llmshrink.errors import LlmshrinkError, RecipeError
 
     if isinstance(error, RecipeError):
         return _refuse(*error.faults)

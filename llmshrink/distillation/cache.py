@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from llmshrink_eval.bounded import read_json
+from llmshrink_eval.listing import named
 from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
@@ -211,7 +212,7 @@ def make(
     """
     length = windows.input_ids.shape[1]
     each, tokens = bytes_per_token(key.likeliest, split.weight.shape[0]), windows.input_ids.numel()
-    there = sum(path.stat().st_size for path in folder.glob("windows-*.safetensors"))
+    there = sum(path.stat().st_size for path in named(folder, "windows-*.safetensors"))
     check_room(folder, max(0, tokens * each - there), "the teacher's outputs")
     progress.note(f"teacher     {tokens:,} tokens, {each:,} bytes of each to keep: {size(tokens * each)} in {folder}")
     folder.mkdir(parents=True, exist_ok=True)

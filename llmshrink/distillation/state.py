@@ -1,7 +1,9 @@
 """What a training needs to go on, as files that can't run code: safetensors and JSON, where transformers keeps pickles.
 
     NAME.safetensors  the tensors, numbered
-    NAME.json         the sha256 of that file, and the value with each tensor's number in its place
+    NAME.json         the sha256 of that file, the value with each tensor's number in its place, and the value's sha256
+
+Beside them transformers keeps its own account of the training, trainer_state.json; its sha256 is in sealed.json.
 
 A state is a tree of dicts, lists and tuples whose leaves are tensors, numbers, text and None: the parameters that
 learn, an optimizer's and a schedule's state dict, the states of random numbers. In the JSON a dict is its pairs, since
@@ -10,6 +12,7 @@ its keys may be numbers. The arguments of a training are kept nowhere: the comma
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ from llmshrink.errors import CheckpointError
 from llmshrink.run import disk
 
 MODEL, OPTIMIZER, SCHEDULE = "model", "optimizer", "schedule"
+ACCOUNT = "trainer_state.json"
+"""What transformers writes of a training."""
+SEAL = "sealed.json"
 
 
 def random_numbers(process: int) -> str:
@@ -43,7 +49,7 @@ def write(folder: Path, name: str, value: Any) -> None:
     tree = described(value, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     sha256, _ = disk.write_tensors(folder / f"{name}.safetensors", {str(i): each for i, each in enumerate(tensors)})
-    disk.write_json(folder / f"{name}.json", {"sha256": sha256, "value": tree})
+    disk.write_json(folder / f"{name}.json", {"sha256": sha256, "value": tree, "value_sha256": _sum(tree)})
 
 
 def read(folder: Path, name: str) -> Any:
@@ -51,7 +57,7 @@ def read(folder: Path, name: str) -> Any:
     file = folder / f"{name}.safetensors"
     try:
         said = read_json(folder / f"{name}.json")
-        if said["sha256"] != disk.sha256_of(file):
+        if said["sha256"] != disk.sha256_of(file) or said["value_sha256"] != _sum(said["value"]):
             raise ValueError
         with CheckpointIndex(folder, read_header(file).entries) as index:
             return _made(said["value"], index)
@@ -60,6 +66,23 @@ def read(folder: Path, name: str) -> Any:
             f"{folder / name}.json: isn't what the training wrote there: remove {folder}, and the run goes on from the "
             "checkpoint before it, or from the start"
         ) from error
+
+
+def seal(folder: Path) -> None:
+    """Note the sum of what transformers wrote of the training: a checkpoint is whole from then on."""
+    disk.write_json(folder / SEAL, {"sha256": disk.sha256_of(folder / ACCOUNT)})
+
+
+def sealed(folder: Path) -> bool:
+    """Whether that is there and what it was. Raises OSError where the system doesn't tell."""
+    try:
+        return bool(read_json(folder / SEAL)["sha256"] == disk.sha256_of(folder / ACCOUNT))
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sum(tree: Any) -> str:
+    return hashlib.sha256(disk.json_text(tree).encode()).hexdigest()
 
 
 def described(value: Any, tensors: list[Tensor]) -> Any:

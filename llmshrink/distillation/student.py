@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from llmshrink_eval.listing import named
 from torch import Tensor, nn
 
 from llmshrink.checkpoint.decompressed import Decompressed
@@ -161,7 +162,7 @@ def _offsets(folder: Path) -> dict[str, Tensor]:
     """Linear -> what its codes were rounded from, as the run that made the student kept it; else they start there."""
     from safetensors.torch import load_file
 
-    return {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
+    return {name: each for file in named(folder, "*.safetensors") for name, each in load_file(file).items()}
 
 
 def _is_two_of_four(codes: Tensor) -> bool:

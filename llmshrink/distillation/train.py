@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from llmshrink_eval.bounded import read_json
+from llmshrink_eval.listing import below, named
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.preflight import check_room
@@ -132,20 +133,18 @@ def _check_room(module: torch.nn.Module, folder: Path, optim: str) -> None:
     """
     trained = sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
     one = trained * (3 if optim.startswith("adamw_torch") else 1)
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in below(folder) if path.is_file())
     check_room(folder, max(0, 3 * one - there), CHECKPOINTS)
 
 
 def last_whole(folder: Path, processes: int) -> Path | None:
-    """The Trainer's last checkpoint that it finished: it writes its state last, and each process its part."""
+    """The Trainer's last checkpoint that was finished: it is sealed then, and each process has written its part."""
     names = [state.MODEL, state.OPTIMIZER, state.SCHEDULE, *map(state.random_numbers, range(processes))]
     whole = {}
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            said = read_json(checkpoint / "trainer_state.json")
-            step = int(said["global_step"])
-        except (OSError, ValueError, KeyError, TypeError):
+    for checkpoint in named(folder, "checkpoint-*"):
+        if not state.sealed(checkpoint):
             continue
+        step = int(read_json(checkpoint / state.ACCOUNT)["global_step"])
         if checkpoint.name == f"checkpoint-{step}" and all(state.is_there(checkpoint, name) for name in names):
             whole[step] = checkpoint
     return whole[max(whole)] if whole else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.distillation import state
@@ -210,6 +211,11 @@ class DistillTrainer(Trainer):
 
     def _save_scaler(self, output_dir: str) -> None:
         assert self.accelerator.scaler is None, "float16 is never trained in"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            state.seal(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _save_rng_state(self, output_dir: str) -> None:
         state.write(Path(output_dir), state.random_numbers(self.args.process_index), state.random_state())

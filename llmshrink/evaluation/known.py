@@ -28,6 +28,7 @@ import llmshrink_eval
 from llmshrink_eval.cache import Cache, default_folder
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.fingerprint import file_digest, fingerprint_folder
+from llmshrink_eval.listing import below
 from llmshrink_eval.outcome import Evaluation
 from llmshrink_eval.prepare import versions_of
 from llmshrink_eval.results import Results
@@ -162,7 +163,7 @@ def _text(spec: str | None, cache: Path) -> str | None:
 def _tasks(folder: Path, cache: Path) -> list[list[str]] | None:
     """The definitions in a folder of tasks; None where one includes a file from outside."""
     found = []
-    for file in sorted({*folder.rglob("*.yaml"), *folder.rglob("*.py")}):
+    for file in sorted(file for file in below(folder) if file.suffix in (".yaml", ".py")):
         for included in (
             _INCLUDE.findall(file.read_text(encoding="utf-8", errors="replace")) if file.suffix == ".yaml" else ()
         ):
@@ -195,7 +196,7 @@ def _code() -> str:
     digest = hashlib.sha256()
     ours, theirs = (Path(package.__file__ or "").parent for package in (llmshrink, llmshrink_eval))
     for root in (theirs, *(ours / room for room in ROOMS)):
-        for file in sorted(file for file in root.rglob("*") if file.suffix in (".py", ".j2", ".css", ".js")):
+        for file in sorted(file for file in below(root) if file.suffix in (".py", ".j2", ".css", ".js")):
             state = file.stat()
             digest.update(f"{root.name} {file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmshrink.checkpoint.beside import own_code
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.files import read_config
 from llmshrink.errors import CheckpointError
@@ -163,8 +164,10 @@ def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_
     (target / "model.safetensors.index.json").write_text(json.dumps(document))
     config.dtype = dtype
     config.save_pretrained(target)
-    for code in folder.glob("*.py"):
-        shutil.copy2(code, target)
+    if trust_remote_code:
+        for name in own_code(folder):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, target / name)
 
 
 def _opened(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> tuple[Any, Decompressed]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_eval.listing import below, named
 
 from llmshrink.calibration.activations import Batch
 from llmshrink.checkpoint.index import CheckpointIndex
@@ -52,8 +53,8 @@ def plan(source: Path, output: Path, format: Format, *, overwrite: bool) -> Plan
     everything = sum(map(stored.nbytes, tensors))
     others = [index.entry(key) for key in index if key not in conversion.old_keys()]
     all_weights = weights + sum(math.prod(entry.shape) for entry in others)
-    beside = sum(path.stat().st_size for path in source.rglob("*") if path.is_file() and path.parent != source)
-    beside += sum(path.stat().st_size for path in source.glob("*") if path.is_file() and path.name not in files)
+    beside = sum(path.stat().st_size for path in below(source) if path.is_file() and path.parent != source)
+    beside += sum(path.stat().st_size for path in named(source, "*") if path.is_file() and path.name not in files)
     # Building the model brings the libraries that the verification will hold.
     largest = max((math.prod(shape) for shape in conversion.shapes.values()), default=0)
     flush, byte = writing(output)

@@ -20,11 +20,12 @@ from typing import Any
 from llmshrink_eval.bounded import Unreadable, parse_yaml
 from llmshrink_eval.inert import code, escaped, fenced
 
-from llmshrink.errors import CheckpointError
+from llmshrink.errors import CheckpointError, SourceError
 from llmshrink.run import disk
 from llmshrink.run.inspect import InspectReport, inspect
 from llmshrink.run.licence import Licence, licence_of
 from llmshrink.run.original import Original, original_of
+from llmshrink.run.output import RECORD
 from llmshrink.run.report import SiteRow, VerifyReport, changes, size
 from llmshrink.run.seal import known_files, note_files, read_seal, seal_of, weight_bytes, write_seal
 from llmshrink.run.storage import format_of
@@ -79,7 +80,11 @@ def write_card(folder: Path, more: str = "") -> None:
 
 def beyond(folder: Path) -> str | None:
     """What README.md has after the card; None where it doesn't begin with that, as somebody edited it."""
-    text, own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "", card(folder)
+    own = card(folder)
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    except UnicodeDecodeError:
+        return None
     return text.removeprefix(own) if text.startswith(own) else None
 
 
@@ -96,17 +101,13 @@ class Subject:
 
     @classmethod
     def of(cls, folder: Path) -> Subject:
-        """What a checkpoint's folder says of it. Raises SourceError when it isn't an output."""
+        """What a checkpoint's folder says of it. Raises SourceError when it isn't an output, or no card can say it."""
+        record = read_record(folder)
+        if (said := disk.unwritable(record)) is not None:
+            raise SourceError(f"{folder / RECORD}: {said}; correct that, or make it again")
         file = folder / "recipe.yaml"
         recipe = file.read_text(encoding="utf-8", errors="replace").rstrip() if file.is_file() else None
-        return cls(
-            read_record(folder),
-            inspect(folder),
-            licence_of(folder),
-            recipe,
-            weight_bytes(folder),
-            original_of(folder),
-        )
+        return cls(record, inspect(folder), licence_of(folder), recipe, weight_bytes(folder), original_of(folder))
 
 
 def card(

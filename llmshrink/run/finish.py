@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import parse_json, read_json
+from llmshrink_eval.listing import named
 from torch import Tensor
 
 from llmshrink.checkpoint.beside import LeftBehind, belongs, left_behind, side_files
@@ -212,7 +213,8 @@ def left_out_of(
     source: Path, index: CheckpointIndex, *, trust_remote_code: bool = False, besides: Sequence[Path] = ()
 ) -> LeftBehind:
     """What of a source's folder a run doesn't carry over; what runs of ours left there is no news."""
-    known = {file.name for file in index.files()} | {record.parent.name for record in source.glob(f"*/{RECORD}")}
+    known = {file.name for file in index.files()}
+    known |= {path.name for path in named(source, "*") if (path / RECORD).exists()}
     if is_ours(source):
         known |= {RECORD, TIMING, OFFSETS, *(name.partition("/")[0] for name in (*OWN, str(SEAL)))}
     return left_behind(source, trust_remote_code=trust_remote_code, besides=besides, known=known)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import Unreadable, parse_json, read_json
+from llmshrink_eval.listing import named
 
 from llmshrink.checkpoint.unchanged import Changed, Watched
 from llmshrink.errors import OutputError
@@ -33,6 +34,7 @@ from llmshrink.run.difference import changed_beside, first_difference
 from llmshrink.run.foreign import refuse_foreign
 from llmshrink.run.lock import LOCK, Lock
 from llmshrink.run.output import RECORD, check_output, entries, in_place, is_ours, partial_folder
+from llmshrink.run.recordfile import check_line
 
 JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoint"
@@ -110,7 +112,7 @@ class Workspace:
         """Bytes of the shards that are already in the workspace, whether or not they will be kept."""
         if not self.checkpoint.is_dir():
             return 0
-        return sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in named(self.checkpoint, "*.safetensors"))
 
     def begin(
         self,
@@ -184,12 +186,14 @@ class Workspace:
                 folder.chmod(mode | stat.S_IRWXU)
 
     def _verified(self, lines: list[dict[str, Any]]) -> list[Part]:
-        """The longest run of parts from the start whose shards are there with the right bytes."""
+        """The longest run of parts from the start, in a run's order, whose shards are there with the right bytes."""
         held: list[Part] = []
         for line in lines:
             if "name" not in line:
                 continue  # of what was read
             part = Part(line["name"], line["shards"], line["rows"])
+            if not _follows(part, held):
+                return held
             for name, shard in part.shards.items():
                 path = self.checkpoint / name
                 if (
@@ -320,6 +324,14 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def _follows(part: Part, held: list[Part]) -> bool:
+    """Whether a run writes such a part behind those: blocks one after another, behind what isn't of one."""
+    blocks = sum(each.of_block for each in held)
+    if part.of_block:
+        return bool(held) and part.name == f"block {blocks}"
+    return not blocks and part.name not in {each.name for each in held}
+
+
 def _line(value: dict[str, Any]) -> str:
     """A line of the journal: the CRC-32 of the rest as 8 hex digits, a space, JSON."""
     body = json.dumps(value)
@@ -337,7 +349,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         checksum, _, body = each.removesuffix(b"\n").partition(b" ")
         if not each.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
             break
-        lines.append(parse_json(body))
+        try:
+            value = parse_json(body)
+            check_line(value, first=not lines)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            break  # somebody else's, however right its checksum
+        lines.append(value)
     if raw and not lines:
         why = "is of an earlier llmshrink" if raw[0].startswith(b"{") else "is damaged"
         raise OutputError(

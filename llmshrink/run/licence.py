@@ -17,6 +17,7 @@ from typing import Any
 
 from llmshrink_eval.bounded import Unreadable, parse_yaml
 from llmshrink_eval.inert import plain
+from llmshrink_eval.listing import named
 
 from llmshrink.checkpoint.beside import TERMS
 
@@ -174,7 +175,7 @@ def _link(head: dict[str, Any], folder: Path) -> str | None:
 
 
 def _by_file(folder: Path, gated: bool) -> Licence:
-    files = sorted(path for pattern in ("LICENSE*", "LICENCE*") for path in folder.glob(pattern) if path.is_file())
+    files = [path for path in named(folder, "LICENSE*", "LICENCE*") if path.is_file()]
     for file in files:
         with file.open(encoding="utf-8", errors="replace") as stream:
             text = stream.read(BEGINNING)

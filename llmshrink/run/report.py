@@ -219,4 +219,8 @@ def rows_of(stored: Sequence[dict[str, Any]]) -> list[SiteRow]:
     from pydantic import TypeAdapter
 
     rows = [SiteRow(**{**row, "shape": tuple(row["shape"]), "events": tuple(row["events"])}) for row in stored]
-    return TypeAdapter(list[SiteRow]).validate_python([asdict(row) for row in rows])
+    found = TypeAdapter(list[SiteRow]).validate_python([asdict(row) for row in rows])
+    for row in found:
+        if row.activations not in (None, "int8", "fp8") or min(*row.shape, row.bytes, row.bits or 1) < 0:
+            raise ValueError(f"{row.name}: not what a run writes")
+    return found

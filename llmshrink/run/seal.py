@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import read_json
+from llmshrink_eval.listing import below, named
 
 from llmshrink.run import disk
 from llmshrink.run.journal import Part
 from llmshrink.run.output import RECORD, WRITTEN_LATER
+from llmshrink.run.recordfile import Seal
 from llmshrink.run.report import VerifyReport
 from llmshrink.run.verify import REFERENCE, device_of, read_record
 
@@ -72,11 +74,12 @@ def write_seal(folder: Path, seal: Mapping[str, Any]) -> None:
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """The seal, or None where there is none that can be read."""
+    """The seal, or None where there is none, or none that makes sense. Raises OSError where the system doesn't tell."""
     try:
-        seal = read_json(folder / SEAL)
-        return seal if isinstance(seal["files"], dict) and isinstance(seal["with"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        seal: dict[str, Any] = read_json(folder / SEAL)
+        Seal.model_validate(seal)
+        return seal
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -98,7 +101,7 @@ def _sum(path: Path) -> str | None:
 def files_of(folder: Path) -> list[str]:
     """Every file of a checkpoint as a path with slashes, sorted; what is hidden isn't part of one."""
     found = []
-    for path in folder.rglob("*"):
+    for path in below(folder):
         relative = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
             found.append(relative.as_posix())
@@ -107,4 +110,4 @@ def files_of(folder: Path) -> list[str]:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of all files of weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in named(folder, "*.safetensors"))

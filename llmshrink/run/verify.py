@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from llmshrink_eval.bounded import read_json
 from llmshrink_eval.errors import EvalError
-from pydantic import BaseModel
 from torch import Tensor
 
 from llmshrink.calibration.activations import Batch
@@ -35,6 +34,7 @@ from llmshrink.run.arithmetic import Arithmetic
 from llmshrink.run.asked import DTYPES, dtype_name, pick_arithmetic, pick_device
 from llmshrink.run.memory import give_back
 from llmshrink.run.output import RECORD
+from llmshrink.run.recordfile import Record
 from llmshrink.run.report import VerifyReport, rows_of
 from llmshrink.run.storage import format_of
 
@@ -50,33 +50,16 @@ threads the sums are the same; elsewhere they are rounded otherwise. What a run 
 of that: SmolLM2-135M in 4 bits differs by .031 where another CPU computes it in bfloat16 too, by .034 in float32."""
 
 
-class _Record(BaseModel):
-    """The types of what is read of a record, beside its sites."""
-
-    model: str
-    recipe: str
-    notes: list[str]
-    quality: dict[str, Any]
-    kv_cache: dict[str, tuple[float, float]] | None = None
-    structure: dict[str, Any] | None = None
-    shards: dict[str, str] = {}
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """llmshrink.json of an output. Raises SourceError when the folder isn't one, CheckpointError for a link."""
     check_link(folder / RECORD, folder)
     try:
         record: dict[str, Any] = read_json(folder / RECORD)
-        identity = record["identity"]
-        whole = {"quality", "notes", "model", "recipe"} <= record.keys()
-        dtype = getattr(torch, identity["dtype"].removeprefix("torch."))
+        dtype = getattr(torch, Record.model_validate(record).identity.dtype.removeprefix("torch."))
         rows_of(record["sites"])
-        _Record.model_validate(record)
-        whole = whole and isinstance(dtype, torch.dtype) and isinstance(identity["device"], str)
-        whole = whole and isinstance(identity["batch_size"], int) and identity["batch_size"] > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_output(folder) from error
-    if not whole:
+    if not isinstance(dtype, torch.dtype):
         raise _no_output(folder)
     read_config(folder)
     return record

@@ -3,18 +3,16 @@
 The child leads a process group of its own, so that Ctrl-C reaches it once, from here, and so that whatever it leaves
 behind can be ended with it. What it prints goes to stderr; stdout has our lines alone. SIGINT, SIGTERM, SIGHUP and
 SIGQUIT are passed on; a second one ends the whole group, for a server that hangs. Should this process be killed with no
-chance to pass anything on, Linux sends the child a SIGTERM.
+chance to pass anything on, the whole group ends as well (`llmshrink_eval.engines.watched`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +22,8 @@ from types import FrameType
 from typing import Any, Self
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
+from llmshrink_eval.engines.child import start
+
 from llmshrink.errors import LlmshrinkError
 
 POLL = 0.25
@@ -31,7 +31,6 @@ POLL = 0.25
 PROGRESS = 15.0
 """Seconds between two lines while it starts: 15 s of CPU, which is minutes of wall time on a busy machine."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,11 @@ class Address:
         """Whether only this machine can reach it. False for a name that nobody knows, too."""
         try:
             found = socket.getaddrinfo(self.host or None, None, flags=socket.AI_PASSIVE)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter of a name that none can be
             return False
-        return all(ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in found)
+        places = [ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found]
+        # Which addresses of IPv4 within IPv6 are loopback depends on Python's version.
+        return all((getattr(place, "ipv4_mapped", None) or place).is_loopback for place in places)
 
     @property
     def url(self) -> str:
@@ -68,8 +69,8 @@ class Address:
             with socket.socket(family, kind) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
-        except OSError as error:
-            said = (error.strerror or str(error)).lower()
+        except (OSError, UnicodeError) as error:
+            said = (getattr(error, "strerror", None) or str(error)).lower()
             raise LlmshrinkError(
                 f"can't listen on {self.host}, port {self.port}: {said}; name another with --port or --host"
             ) from error
@@ -85,6 +86,7 @@ def run(
 ) -> int:
     """Run a server until it ends; returns its exit code (128 + the signal's number where one ended it).
 
+    words: a command of `llmshrink_eval.engines.child.python`; environment: all of it.
     say: gets a line every PROGRESS seconds while it starts. ready: called once, with the seconds it took, when its
     health check answers.
     """
@@ -138,14 +140,7 @@ class _Child:
             for handled in _PASSED_ON:
                 self._before[handled] = signal.signal(handled, self._receive)
         try:
-            self.process = subprocess.Popen(
-                self._words,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,
-                start_new_session=True,
-                preexec_fn=_end_with(os.getpid()),
-            )
+            self.process = start(self._words, self._environment, stdout=_STDERR)
         except BaseException:
             self._restore()
             raise
@@ -157,6 +152,8 @@ class _Child:
         try:
             self._kill()
             self.process.wait()
+            assert self.process.stdin is not None
+            self.process.stdin.close()
         finally:
             self._restore()
 
@@ -179,17 +176,3 @@ class _Child:
 
 
 _STDERR = 2
-
-
-def _end_with(parent: int) -> Callable[[], None] | None:
-    """What the child does before it becomes the server: ask Linux for a SIGTERM when `parent` is gone."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(128 + signal.SIGTERM)
-
-    return ask

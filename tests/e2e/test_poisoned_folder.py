@@ -1,27 +1,30 @@
-"""Files called as modules lie in the current folder, as they may in one that was downloaded: none of them runs."""
+"""Files called as modules lie in the current folder, as they may in one that was downloaded: none of them runs.
+
+What `serve` and `--engine vllm` start is tried so in tests/engine/test_endings.py.
+"""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from poison import MODULES, plain, poison
 
 import llmshrink
 
 PROGRAM = Path(sys.executable).with_name("llmshrink")
-MODULES = ("torch", "transformers", "safetensors", "vllm", "lm_eval", "datasets", "llmshrink_eval", "numpy", "yaml")
 COMMON = ("--samples", "2", "--seq-len", "32")
+ONE_STEP = ("--steps", "1", "--batch-size", "1", "--seq-len", "16")
 VERBS = {
     "quantize": ("{model}", "-o", "{out}", "--calibration", "{text}", *COMMON),
     "prune": ("{model}", "-o", "{out}", "--recipe", "magnitude-2of4", "--calibration", "{text}", *COMMON),
     "compress": ("{model}", "-o", "{out}", "--recipe", "sparsegpt-2of4-gptq-w4a16", "--calibration", "{text}", *COMMON),
     "plan": ("{model}", "--calibration", "{text}", *COMMON),
     "convert": ("{sparse}", "-o", "{out}", "--format", "llmshrink"),
-    "distill": ("{model}", "{small}", "-o", "{out}", "--data", "{text}", "--dry-run"),
+    "distill": ("{model}", "{small}", "-o", "{out}", "--data", "{text}", *ONE_STEP),
     "eval": (
         "{small}",
         "-o",
@@ -73,17 +76,8 @@ def paths(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytest.T
     return {"model": model, "small": small, "sparse": sparse, "text": story}
 
 
-def poison(folder: Path, modules: tuple[str, ...]) -> Path:
-    """Modules that leave a mark when they are imported; returns where."""
-    mark = folder.parent / "ran"
-    for name in modules:
-        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(99)\n")
-    return mark
-
-
 def ran(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=plain(), capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

@@ -163,3 +163,16 @@ def test_only_what_the_model_itself_raises_is_the_model_s() -> None:
     with pytest.raises(ZeroDivisionError) as broken:
         model(torch.tensor([[1]]))
     assert raised_by_model(broken.value) is None
+
+
+@pytest.mark.parametrize("limit", ["x", True, {"": 0}, [1]])
+def test_a_tokenizers_limit_that_is_no_number_is_one_line(
+    limit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model(tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": limit}))
+    capsys.readouterr()
+    assert run(["plan", str(folder), "--calibration", "demo", "--samples", "2", "--seq-len", "32"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llmshrink: error: ") and said.count("\n") == 1 and "model_max_length" in said

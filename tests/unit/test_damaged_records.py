@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +17,15 @@ from llmshrink_eval.cache import Cache
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.taskset import _check_examples
 
+import llmshrink
 from llmshrink.checkpoint.files import read_weight_map
 from llmshrink.distillation.cache import _read_manifest
 from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, SourceError
 from llmshrink.evaluation.verbs import _refuse_foreign_results
+from llmshrink.run.card import beyond
+from llmshrink.run.journal import Part, _follows, _line, _read_lines
 from llmshrink.run.output import RECORD, strangers
+from llmshrink.run.report import rows_of
 from llmshrink.run.seal import SEAL, read_seal
 from llmshrink.run.verify import read_record
 
@@ -115,3 +121,114 @@ def test_more_examples_than_a_task_has_are_refused() -> None:
         _check_examples("facts", task(10, 10))
     with pytest.raises(EvalError, match="task facts has 10 examples"):
         _check_examples("facts", task(10, 1000, same=False))
+
+
+# Lines whose checksum is right, and that no run wrote.
+
+HEAD = {"identity": {"a": 1}, "kept": 0, "sources": {}}
+OUTSIDE = {"name": "outside", "shards": {}, "rows": []}
+LINES: list[Any] = [
+    {**OUTSIDE, "name": 3},
+    {**OUTSIDE, "name": "\ud800"},
+    {**OUTSIDE, "shards": {"a": 7}},
+    {**OUTSIDE, "shards": {"../a": {"sha256": "", "bytes": 1}}},
+    {**OUTSIDE, "shards": {"a": {"sha256": "", "bytes": -1}}},
+    {**OUTSIDE, "rows": [1]},
+    {**OUTSIDE, "name": "block 0", "rows": [{"name": "q"}]},
+    {"sources": None},
+    {"sources": {"model": {"folder": "m", "files": "x", "sums": {}}}},
+    {"sources": {"model": {"folder": "m", "files": {}, "sums": {"a": None}}}},
+    *([], None, 1, "x"),
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=repr)
+def test_a_line_of_a_journal_that_no_run_writes_ends_it(line: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text("\n".join(map(_line, [HEAD, OUTSIDE, line, OUTSIDE])) + "\n")
+    assert _read_lines(path) == [HEAD, OUTSIDE]
+    path.write_text(_line(line) + "\n")
+    with pytest.raises(OutputError, match="is damaged, so that its run can't go on"):
+        _read_lines(path)
+
+
+def test_parts_that_do_not_follow_each_other_are_made_again() -> None:
+    def part(name: str) -> Part:
+        return Part(name, {}, [])
+
+    outside = [part("outside")]
+    assert _follows(part("outside"), []) and _follows(part("analysis"), outside) and _follows(part("block 0"), outside)
+    assert not _follows(part("block 0"), [])
+    assert not _follows(part("block 1"), outside)
+    assert not _follows(part("outside"), outside)
+    assert not _follows(part("analysis"), [*outside, part("block 0")])
+
+
+RECORD_FIELDS: dict[str, tuple[Any, ...]] = {
+    "model": (None, 1, []),
+    "recipe": (None, {}),
+    "blocks": ("2", -1, None, 1.5),
+    "quality": ({}, None, {"tokens": "many"}),
+    "identity": ({}, {"dtype": "torch.float32"}, []),
+    "notes": ([1], "x", None),
+    "kv_cache": ({"a": [1]}, [1], {"a": ["x", "y"]}),
+    "shards": ({"../a": "b"}, {"a": 1}, []),
+    "files": ("x", [1]),
+    "sites": (None, [1], [{}]),
+    "serve_tp": (0, "1", None),
+    "distill": ([], {"teacher": "t"}),
+}
+
+
+@pytest.mark.parametrize("field", RECORD_FIELDS)
+def test_a_field_of_a_record_that_no_run_writes_is_one_line(field: str, made: Path, tmp_path: Path) -> None:
+    whole = json.loads((made / RECORD).read_text())
+    assert read_record(made) == whole
+    (tmp_path / "config.json").write_bytes((made / "config.json").read_bytes())
+    for value in RECORD_FIELDS[field]:
+        (tmp_path / RECORD).write_text(json.dumps({**whole, field: value}))
+        with pytest.raises(SourceError, match=r"no readable llmshrink\.json there"):
+            read_record(tmp_path)
+
+
+def test_rounded_inputs_of_a_kind_that_there_is_none_of_are_no_record(made: Path) -> None:
+    row = json.loads((made / RECORD).read_text())["sites"][0]
+    assert rows_of([row]) and rows_of([{**row, "activations": "int8"}])
+    for changed in ({"activations": "../x"}, {"bytes": -5}, {"shape": [3, -1]}):
+        with pytest.raises(ValueError, match="not what a run writes"):
+            rows_of([{**row, **changed}])
+
+
+def test_a_seal_of_other_types_is_none(made: Path, tmp_path: Path) -> None:
+    whole = json.loads((made / SEAL).read_text())
+    (tmp_path / SEAL).parent.mkdir()
+    for changed in ({"by": 3}, {"with": {"device": -0.5}}, {"positions": "x"}, {"tolerance": None}, {"files": [1]}):
+        (tmp_path / SEAL).write_text(json.dumps({**whole, **changed}))
+        assert read_seal(tmp_path) is None
+    (tmp_path / SEAL).write_text(json.dumps(whole))
+    assert read_seal(tmp_path) == whole
+
+
+def test_a_seal_that_the_system_does_not_tell_is_no_absent_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_seal(tmp_path) is None
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("llmshrink.run.seal.read_json", refused)
+    with pytest.raises(OSError, match="Too many"):
+        read_seal(tmp_path)
+
+
+def test_a_card_that_is_not_text_was_edited_by_somebody(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "made")
+    assert beyond(folder) is not None
+    (folder / "README.md").write_bytes((folder / "README.md").read_bytes() + b"\xff")
+    assert beyond(folder) is None
+
+
+@pytest.fixture(scope="module")
+def made(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "out"
+    llmshrink.quantize(model_of(), output=out, calibration=story, samples=2, seq_len=32, group_size=32)
+    return out

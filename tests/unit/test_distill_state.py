@@ -103,7 +103,7 @@ def test_random_numbers_go_on_where_they_stood(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["any.json", "any.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "pickle"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "pickle", "other number"])
 def test_a_damaged_state_is_refused_with_a_way_out(file: str, damage: str, tmp_path: Path) -> None:
     state.write(tmp_path, "any", {"weights": torch.ones(8), "step": 3})
     path = tmp_path / file
@@ -111,7 +111,14 @@ def test_a_damaged_state_is_refused_with_a_way_out(file: str, damage: str, tmp_p
     if damage == "gone":
         path.unlink()
     else:
-        harm = {"cut": data[:-9], "flip": data[:40] + bytes([data[40] ^ 1]) + data[41:], "pickle": pickle.dumps({1: 2})}
+        harm = {
+            "other number": data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
+            if file == "any.safetensors"
+            else data.replace(b"3", b"4"),
+            "cut": data[:-9],
+            "flip": data[:40] + bytes([data[40] ^ 1]) + data[41:],
+            "pickle": pickle.dumps({1: 2}),
+        }
         path.write_bytes(harm[damage])
     with pytest.raises(CheckpointError, match=r"any.json: isn't what the training wrote there: remove .*, and the run"):
         state.read(tmp_path, "any")
@@ -159,6 +166,7 @@ def test_a_checkpoint_holds_no_pickle_and_none_is_read(
     said = json.loads((checkpoint / "trainer_state.json").read_text())
     said["best_model_checkpoint"] = f"/nowhere/{Path(said['best_model_checkpoint']).name}"
     (checkpoint / "trainer_state.json").write_text(json.dumps(said))
+    state.seal(checkpoint)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
     assert run().ok
@@ -189,11 +197,24 @@ def test_a_checkpoint_that_is_a_link_or_another_s_is_not_gone_on_from(
     assert run().ok
 
 
+def test_an_account_of_the_training_that_was_changed_is_not_gone_on_from(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    state.write(folder, "model", {})
+    account = folder / "trainer_state.json"
+    account.write_text('{"global_step": 2, "log_history": [{"eval_kl": 1}]}')
+    assert not state.sealed(folder)
+    state.seal(folder)
+    assert state.sealed(folder)
+    account.write_text(account.read_text().replace("eval_kl", "eval_km"))
+    assert not state.sealed(folder)
+
+
 def test_a_checkpoint_that_is_not_whole_is_not_the_last(tmp_path: Path) -> None:
     for step in (2, 4):
         for name in ("model", "optimizer", "schedule", "random-0", "random-1"):
             state.write(tmp_path / f"checkpoint-{step}", name, {})
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        state.seal(tmp_path / f"checkpoint-{step}")
     assert last_whole(tmp_path, 2) == tmp_path / "checkpoint-4"
     (tmp_path / "checkpoint-4" / "random-1.json").unlink()
     assert last_whole(tmp_path, 2) == tmp_path / "checkpoint-2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import socket
@@ -371,29 +372,31 @@ class Health(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 """
 RUNNER = """
-import os, sys
+import sys
+from llmshrink_eval.engines.child import ours, python
 from llmshrink.serving import server
 server.PROGRESS = 0.2
 port, delay, code = sys.argv[1:]
-words = [sys.executable, "-c", sys.stdin.read(), port, delay, code]
+words = python("small_server", port, delay, code)
 def ready(seconds):
     print("ready", flush=True)
 def say(line):
     print(line, flush=True)
-sys.exit(server.run(words, dict(os.environ), server.Address("127.0.0.1", int(port)), say=say, ready=ready))
+sys.exit(server.run(words, ours({}), server.Address("127.0.0.1", int(port)), say=say, ready=ready))
 """
 
 
 class Running:
-    """`server.run` over the small server, in a process of its own."""
+    """`server.run` over the small server, a module in `folder`, in a process of its own."""
 
-    def __init__(self, delay: float, code: int) -> None:
+    def __init__(self, folder: Path, delay: float, code: int) -> None:
+        (folder / "small_server.py").write_text(SERVER)
         words = [sys.executable, "-c", RUNNER, str(free_port()), str(delay), str(code)]
+        paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        assert self.process.stdin is not None and self.process.stdout is not None and self.process.stderr is not None
-        self.process.stdin.write(SERVER)
-        self.process.stdin.close()
+        environment = {**os.environ, "PYTHONPATH": paths}
+        self.process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment)
+        assert self.process.stdout is not None and self.process.stderr is not None
         self.grandchild = psutil.Process(int(self.process.stderr.readline().split()[1]))
         self.said = self.process.stdout
 
@@ -414,36 +417,36 @@ class Running:
         return code
 
 
-def test_it_waits_until_healthy_and_says_that_it_waits() -> None:
-    running = Running(1.0, 0)
+def test_it_waits_until_healthy_and_says_that_it_waits(tmp_path: Path) -> None:
+    running = Running(tmp_path, 1.0, 0)
     assert "starting, 0 s" in running.until("ready")
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_reach_the_server_and_its_exit_code_is_kept(number: signal.Signals) -> None:
-    running = Running(0, 17)
+def test_signals_reach_the_server_and_its_exit_code_is_kept(number: signal.Signals, tmp_path: Path) -> None:
+    running = Running(tmp_path, 0, 17)
     running.until("ready")
     running.process.send_signal(number)
     assert running.end() == 17
 
 
-def test_a_signal_while_it_starts_ends_it() -> None:
-    running = Running(30, 3)
+def test_a_signal_while_it_starts_ends_it(tmp_path: Path) -> None:
+    running = Running(tmp_path, 30, 3)
     time.sleep(0.5)
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 3
 
 
-def test_a_server_that_ends_before_it_is_healthy_gives_its_exit_code() -> None:
-    running = Running(-1, 5)
+def test_a_server_that_ends_before_it_is_healthy_gives_its_exit_code(tmp_path: Path) -> None:
+    running = Running(tmp_path, -1, 5)
     assert running.end() == 5
     assert "ready" not in running.said.read()
 
 
-def test_a_second_signal_ends_a_server_that_hangs() -> None:
-    running = Running(0, 99)
+def test_a_second_signal_ends_a_server_that_hangs(tmp_path: Path) -> None:
+    running = Running(tmp_path, 0, 99)
     running.until("ready")
     running.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
@@ -452,25 +455,25 @@ def test_a_second_signal_ends_a_server_that_hangs() -> None:
     assert running.end() == 128 + signal.SIGKILL
 
 
-def test_the_health_check_asks_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_health_check_asks_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    running = Running(0, 0)
+    running = Running(tmp_path, 0, 0)
     running.until("ready")
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a signal")
-def test_the_server_ends_with_whoever_started_it() -> None:
-    running = Running(0, 0)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_the_server_and_what_it_started_end_with_whoever_started_it(number: signal.Signals, tmp_path: Path) -> None:
+    running = Running(tmp_path, 0, 0)
     running.until("ready")
     (child,) = psutil.Process(running.process.pid).children()
-    running.process.kill()
-    running.process.wait()
-    child.wait(30)
+    running.process.send_signal(number)
+    running.end()
+    assert psutil.wait_procs([child], timeout=30) == ([child], [])
 
 
 def test_the_command_line_refuses_with_2_and_the_reason(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 A child is given `-P`, and `PYTHONSAFEPATH` for what it starts in turn: otherwise the current folder comes first among
 the places where it looks for modules, and a `torch.py` that lies there, or came with a model, would run.
 
-A child whose parent is killed reads the end of its standard input, which is a pipe that the parent alone holds open
-(`end_with_input`, or a loop over its lines). That holds for `kill -9` too, when the parent can't say anything.
+All of them are started by `start`, and end with the process that did, and all that they started with them: after a
+`kill -9` too, when nobody can say anything any more (`watched`).
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import os
 import resource
@@ -19,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from llmshrink_eval.engines import watched
 from llmshrink_eval.errors import EvalFailed
 
 LOOK_SECONDS = 1.0
@@ -47,6 +49,39 @@ def isolated(environment: Mapping[str, str]) -> dict[str, str]:
 def ours(more: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child that runs a module of ours: this process's, `more`, and where it finds them."""
     return isolated({**os.environ, **more, "PYTHONPATH": import_path()})
+
+
+def start(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes] | None = None,
+    bufsize: int = -1,
+) -> subprocess.Popen[bytes]:
+    """Start a command of `python`, in a session of its own; its standard input is a pipe, and ends it when it ends.
+
+    environment: all of it, as `ours` or `isolated` make it. stderr: None is this process's. bufsize: as Popen
+    takes it. Raises OSError where the
+    system starts no process.
+    """
+    executable, safe, _, module, *words = command
+    assert list(command[:3]) == python("")[:3], "a child of ours is a module that `python` runs"
+    return subprocess.Popen(
+        [executable, safe, watched.__file__, str(os.getpid()), module, *words],
+        env=isolated(environment),
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=stderr,
+        bufsize=bufsize,
+        start_new_session=True,
+    )
+
+
+def end_with_parent() -> None:
+    """For a process that was forked and runs nothing else: end when the one that forked it does. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(watched.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def import_path() -> str:
@@ -81,15 +116,7 @@ class Answering:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         try:
             # Nothing is buffered here: a fork would write again what waits.
-            self._process = subprocess.Popen(
-                python(module),
-                env=ours({}),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                bufsize=0,
-                start_new_session=True,
-            )
+            self._process = start(python(module), ours({}), stdout=subprocess.PIPE, stderr=self._log, bufsize=0)
         except BaseException:
             self._log.close()
             raise

@@ -5,13 +5,12 @@
 Every line on the standard input is a JSON object, written by `cost_process`: folder, loader (`module:function`, or
 null), running (the fields of options.Running), batch_sizes, threads. For each a child is forked; its answer is a line
 on the standard output, either {"cost": ...} or {"error": one line, "kind": "input" | "failed" | "died"}. This process
-itself only imports, and runs nothing: it has no other thread when it forks, and no child finds a trace of the model
-before it.
+itself only imports, and runs nothing: it has no other threads when it forks than those that wait for its end
+(`watched`), and no child finds a trace of the model before it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -21,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.configfile import read_config
+from llmshrink_eval.engines.child import end_with_parent
 from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
 from llmshrink_eval.options import ModelSpec, Running
-
-PR_SET_PDEATHSIG = 1
-"""Linux: the signal that a process gets when the one that started it ends (prctl(2))."""
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -79,14 +76,8 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600], "kind": "died"}
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> None:
     """Import, then answer until the input ends."""
-    _die_with_parent()
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     for name in ("torch", "transformers.models.llama.modeling_llama", "accelerate", "safetensors.torch"):
@@ -94,7 +85,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         child = os.fork()
         if child == 0:
-            _die_with_parent()
+            end_with_parent()
             os.write(out, json.dumps(_answer(json.loads(line))).encode() + b"\n")
             os._exit(0)
         _, status = os.waitpid(child, 0)

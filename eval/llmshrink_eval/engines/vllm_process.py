@@ -1,8 +1,8 @@
 """vLLM's process, seen from outside: started for one model, asked one thing after another, and ended with all it began.
 
 After a failed start later ones in the same process fail too, its threads and memory go away with the process, and
-nothing that it prints is ours: so a process for each model. It is its own session, and ends when this one does, however
-that comes to its end: its standard input is closed then.
+nothing that it prints is ours: so a process for each model. It ends when this one does, however that comes to its end
+(`child`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import OWN_LIMIT, read_json
-from llmshrink_eval.engines.child import ours, python
+from llmshrink_eval.engines import child
 from llmshrink_eval.errors import EvalError, EvalFailed
 
 START_SECONDS = 1800.0
@@ -79,13 +79,11 @@ class VllmProcess:
         question, self._log = self.folder / "start.json", self.folder / "log.txt"
         question.write_text(json.dumps(start), encoding="utf-8")
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                python("llmshrink_eval.engines.vllm_worker", os.fspath(question)),
-                env=ours(ENVIRONMENT),
-                stdin=subprocess.PIPE,
+            self._process = child.start(
+                child.python("llmshrink_eval.engines.vllm_worker", os.fspath(question)),
+                child.ours(ENVIRONMENT),
                 stdout=subprocess.PIPE,
                 stderr=log,
-                start_new_session=True,
             )
         self._unread = b""
         try:

@@ -4,8 +4,7 @@ START: model, dtype, max_model_len, kv_cache_bytes, trust_remote_code. Then each
 object that asks something: `do`, its arguments, and `answer`, a path. On the standard output one line says how it went:
 {"done": true} when the answer lies at its path as JSON, or {"error": one line, "kind": "input" | "failed" | "engine"};
 before it any number of {"progress": [done, total, state]}. The first such line, without a question, says that the model
-is loaded. Whatever vLLM and its libraries print goes to the standard error. When the input ends, so does the process,
-and whatever it has started.
+is loaded. Whatever vLLM and its libraries print goes to the standard error.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from llmshrink_eval.bounded import OWN_LIMIT, read_json
-from llmshrink_eval.engines.child import end_with_input
 from llmshrink_eval.errors import EvalError, EvalFailed
 
 LONGEST_ERROR = 600
@@ -179,16 +176,14 @@ def main(start: Path) -> None:
         out.write(json.dumps(said) + "\n")
         out.flush()
 
-    questions: SimpleQueue[bytes] = SimpleQueue()
-    end_with_input(questions.put)
     try:
         worker = Worker(read_json(start, limit=OWN_LIMIT), tell)
     except Exception as error:
         tell(_error(error))
         return
     tell({"done": True})
-    while True:
-        question = json.loads(questions.get())
+    for line in sys.stdin.buffer:
+        question = json.loads(line)
         answer = Path(question.pop("answer"))
         try:
             said = getattr(worker, question.pop("do"))(**question)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from llmshrink_eval.bounded import OWN_LIMIT, read_json
-from llmshrink_eval.engines.child import ours, python
+from llmshrink_eval.engines.child import ours, python, start
 
 from llmshrink.checkpoint.files import read_config
 from llmshrink.errors import LlmshrinkError
@@ -188,14 +188,7 @@ def _ask(request: dict[str, object], engine: Installed, timeout: float) -> list[
         question.write_text(json.dumps(request))
         command = python("llmshrink.serving.vllm.worker", os.fspath(question), os.fspath(answer))
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                env=ours(ENVIRONMENT),
-                stdin=subprocess.PIPE,  # whose end is the worker's
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = start(command, ours(ENVIRONMENT), stdout=output, stderr=subprocess.STDOUT)
             try:
                 status = process.wait(timeout)
             except subprocess.TimeoutExpired as expired:

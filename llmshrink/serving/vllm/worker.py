@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import OWN_LIMIT, read_json
-from llmshrink_eval.engines.child import end_with_input
 
 LONGEST_ERROR = 600
 
@@ -61,5 +60,4 @@ def main(question: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
-    end_with_input()
     main(Path(sys.argv[1]), Path(sys.argv[2]))
