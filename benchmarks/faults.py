@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -220,13 +220,11 @@ class Bench:
     def _on_small_disk(self, size: int) -> str:
         place = self.folder / "disk"
 
-        def act(resize: object) -> str:
-            there = Bench(self.folder, self.verb, self.reference)
-            there.__class__ = _OnDisk
+        def act(resize: Callable[[int], None]) -> str:
+            there = _OnDisk(self.folder, self.verb, self.reference)
             said = there.run().complaint()
             if said:
                 return said
-            assert callable(resize)
             resize(64 << 20)
             again = there.run() if not there.output.exists() else None
             if again is not None and again.code:
