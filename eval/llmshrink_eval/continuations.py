@@ -3,16 +3,19 @@
 lm-eval reads each choice of an item as a sequence of its own, in batches that are padded to the longest, and makes the
 logits of the whole vocabulary at every position. Here what sequences share at their beginning is computed once
 (`forest`), and logits are made at the positions that are asked for, a few at a time (`head`). The answers are the same
-up to rounding, as they are between two sizes of a batch.
+up to rounding, as they are between two sizes of a batch: 1e-4 nats in float32, and hundredths for a model that rounds
+its inputs to 8 bits, where what lies at the edge of two steps falls on either side.
 
-A model for which that doesn't hold, since it has no mask of attention, keeps a state, or looks at a window shorter than
-the sequences, reads them in batches as lm-eval does. Each stretch of requests finds out with its own longest sequence.
+A model for which that doesn't hold reads sequences in batches as lm-eval does: one that has no mask of attention, keeps
+a state, or looks at a window shorter than the sequences. Each stretch of requests finds out with some of its own
+sequences. Where the longest position in a forward decides how all are turned (rope of the types `longrope` and
+`dynamic`), sequences beyond the original length are read one by one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from llmshrink_kernels.products import multiply_fast
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from llmshrink_eval.errors import EvalError
 from llmshrink_eval.forest import Batch, Packed, batch_of, pack, row_of
 from llmshrink_eval.head import Splitter, split
 from llmshrink_eval.passes import BATCH_TOKENS, LOGITS, PROOF_TOKENS, ROWS, WHOLE_LOGITS, input_device
@@ -29,9 +33,15 @@ ROW_NODES = 256
 """Of a row of a forest, or twice the longest sequence: attention costs as the length, and a longer row shares more."""
 LEAST_SHARED = 1.1
 """Tokens of the sequences alone to those of the forest, below which there is nothing to share."""
+PROOF_SEQUENCES, PROOF_ROWS = 8, 16
+"""Of a stretch, from its shortest to its longest, and positions of each, the last, at which logits are compared."""
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """How far a log-probability in a forest may be from that of the sequence alone, relative to 1 or to itself. In other
-dtypes, eight steps of theirs."""
+dtypes it is APART steps of theirs, and MOVED from other tokens beside the sequence."""
+APART, MOVED = 64, 2
+
+LONGEST_DECIDES = ("dynamic", "longrope")
+"""transformers' names of ropes that go by the longest position of a forward."""
 
 Request = tuple[Any, list[int], list[int]]
 """(lm-eval's strings, or None; the context's tokens; the continuation's)"""
@@ -77,6 +87,11 @@ class ContinuationLM(HFLM):  # type: ignore[misc]  # lm-eval isn't typed
 
     def _asked(self, request: Request) -> Asked:
         _, context, continuation = request
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise EvalError(
+                f"tasks: a continuation of {len(continuation):,} tokens after {len(context):,} can't be scored: there"
+                f" must be some of both, and the model reads {self.max_length:,}; leave that task or item out"
+            )
         room = self.max_length + 1
         length = len(context) + len(continuation)
         if length > room:
@@ -95,7 +110,21 @@ def answer_all(model: Any, asked: Sequence[Asked], most: int | None = None) -> I
     if not asked:
         return
     multiply_fast(model)
-    reader = Reader(model, asked)
+    reader = Reader(model, asked[0].tokens)
+    limit = _rope_limit(model.config)
+    beyond = [index for index, one in enumerate(asked) if limit is not None and len(one.tokens) > limit]
+    within = sorted(set(range(len(asked))) - set(beyond))
+    for place, answer in _answer_together(reader, [asked[index] for index in within], most):
+        yield within[place], answer
+    for index in beyond:
+        for _, answer in reader.alone([asked[index]]):
+            yield index, answer
+
+
+def _answer_together(reader: Reader, asked: Sequence[Asked], most: int | None) -> Iterator[tuple[int, Answer]]:
+    """As `answer_all`, of requests that may be read in one forward."""
+    if not asked:
+        return
     longest = max(len(one.tokens) for one in asked)
     nodes = reader.fitting if most is None else most * longest
     rows = pack([one.tokens for one in asked], max(longest, min(nodes, max(ROW_NODES, 2 * longest))))
@@ -103,50 +132,74 @@ def answer_all(model: Any, asked: Sequence[Asked], most: int | None = None) -> I
     widest = max(len(row.tokens) for row in rows)
     if read >= LEAST_SHARED * shared and forest_holds(reader, asked, widest):
         for batch in _by_nodes(rows, nodes):
-            yield from reader.forest(batch)
+            yield from reader.forest(asked, batch)
         return
     order = sorted(range(len(asked)), key=lambda one: (-len(asked[one].tokens), asked[one].tokens, one))
     size = max(1, nodes // longest)
     for start in range(0, len(order), size):
-        yield from reader.alone(order[start : start + size])
+        batch_order = order[start : start + size]
+        for place, answer in reader.alone([asked[index] for index in batch_order]):
+            yield batch_order[place], answer
 
 
 def forest_holds(reader: Reader, asked: Sequence[Asked], nodes: int) -> bool:
     """Whether this model says of sequences in a forest what it says of them alone.
 
-    The longest sequence is read alone, and at the end of a row of about so many nodes, after one that has nothing in
-    common with it and others that leave it half way. Where rounding hides more than CLOSE, once more with other tokens
-    in these: that mustn't change anything.
+    Some sequences, the shortest and the longest among them, are each read alone, and at the end of a row of at least so
+    many nodes, after one that has nothing in common with the longest and others that leave it half way. Where rounding
+    hides more than CLOSE, once more with other tokens in these: that mustn't change anything.
     """
-    index = max(range(len(asked)), key=lambda one: len(asked[one].tokens))
-    tokens = asked[index].tokens
-    half = len(tokens) // 2
+    order = sorted((one.tokens for one in asked), key=lambda tokens: (-len(tokens), tokens))
+    last = min(PROOF_SEQUENCES, len(order)) - 1
+    sequences = [order[round(number * (len(order) - 1) / max(1, last))] for number in range(last + 1)]
+    longest, half = sequences[0], len(sequences[0]) // 2
+    places = [range(max(0, len(tokens) - PROOF_ROWS), len(tokens)) for tokens in sequences]
     try:
-        alone = reader.log_probabilities(_ids_alone([row_of([tokens])]), plain=True)[0]
+        alone = torch.cat(
+            [
+                reader.log_probabilities(_ids_alone([tokens]), list(place), plain=True)
+                for tokens, place in zip(sequences, places, strict=True)
+            ]
+        )
         found = []
         for shift in (1,) if reader.dtype in CLOSE else (1, 2):
             others = [
-                tuple((token + shift + 2 * number) % reader.vocabulary for token in tokens)
-                for number in range(max(1, nodes // (len(tokens) - half) - 2))
+                tuple((token + shift + 2 * number) % reader.vocabulary for token in longest)
+                for number in range(max(1, nodes // (len(longest) - half) - 2))
             ]
-            row = row_of([others[0], *(tokens[:half] + other[half:] for other in others), tokens])
-            path = row.paths[-1][1]
-            found.append(reader.log_probabilities(batch_of([row], reader.dtype), plain=False)[0][list(path)])
+            row = row_of([others[0], *(longest[:half] + other[half:] for other in others), *sequences])
+            paths = [path for _, path in row.paths[-len(sequences) :]]
+            nodes_of = [path[place] for path, wanted in zip(paths, places, strict=True) for place in wanted]
+            found.append(reader.log_probabilities(batch_of([row], reader.dtype), nodes_of, plain=False))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return False  # a model that doesn't take such a mask, or numbered positions
-    step = torch.finfo(reader.dtype).eps
-    allowed = CLOSE.get(reader.dtype, 8 * step) * alone.abs().clamp(min=1)
-    apart, moved = (found[0] - alone).abs(), (found[-1] - found[0]).abs()
-    return bool((apart <= allowed).all() and (moved <= allowed / 4).all())
+    step, scale = torch.finfo(reader.dtype).eps, alone.abs().clamp(min=1)
+    apart, moved = (found[0] - alone).abs() / scale, (found[-1] - found[0]).abs() / scale
+    return bool((apart <= CLOSE.get(reader.dtype, APART * step)).all() and (moved <= MOVED * step).all())
+
+
+def _rope_limit(config: Any) -> int | None:
+    """Tokens beyond which the longest position of a forward changes what is computed at all of them; None: never."""
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    limits = [
+        one.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for one in (parameters, *parameters.values())
+        if isinstance(one, Mapping) and one.get("rope_type") in LONGEST_DECIDES
+    ]
+    return min(limits, default=None)
 
 
 class Reader:
     """A model and its output layer, apart where that is proven to be the same."""
 
-    def __init__(self, model: Any, asked: Sequence[Asked]) -> None:
-        self._model, self._asked = model, asked
+    def __init__(self, model: Any, tokens: Sequence[int]) -> None:
+        """tokens: a sequence to prove it with."""
+        self._model = model
         self._device = input_device(model)
-        first = torch.tensor([asked[0].tokens[:PROOF_TOKENS]], device=self._device)
+        first = torch.tensor([tokens[:PROOF_TOKENS]], device=self._device)
         self._splitter: Splitter | None = split(model, first)
         self.dtype: torch.dtype = model.dtype
         self.vocabulary = int(model.config.get_text_config().vocab_size)
@@ -158,29 +211,29 @@ class Reader:
             BATCH_TOKENS if self._splitter is not None else max(1, min(BATCH_TOKENS, WHOLE_LOGITS // self.vocabulary))
         )
 
-    def forest(self, rows: Sequence[Packed]) -> Iterator[tuple[int, Answer]]:
+    def forest(self, asked: Sequence[Asked], rows: Sequence[Packed]) -> Iterator[tuple[int, Answer]]:
         """The answers to the requests whose sequences lie in these rows."""
         batch = batch_of(rows, self.dtype)
         wanted = [
-            (sequence, number, path[-len(self._asked[sequence].targets) :])
+            (sequence, number, path[-len(asked[sequence].targets) :])
             for number, row in enumerate(rows)
             for sequence, path in row.paths
         ]
-        yield from self._answers(self._states(batch, plain=False), wanted)
+        yield from self._answers(self._states(batch, plain=False), asked, wanted)
 
-    def alone(self, indices: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+    def alone(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Answer]]:
         """The answers to these requests, each sequence in a row of its own; padding follows it, and isn't seen."""
-        rows = [row_of([self._asked[index].tokens]) for index in indices]
-        wanted = []
-        for number, index in enumerate(indices):
-            end, count = len(self._asked[index].tokens), len(self._asked[index].targets)
-            wanted.append((index, number, tuple(range(end - count, end))))
-        yield from self._answers(self._states(_ids_alone(rows), plain=True), wanted)
+        wanted = [
+            (index, index, tuple(range(len(one.tokens) - len(one.targets), len(one.tokens))))
+            for index, one in enumerate(asked)
+        ]
+        batch = _ids_alone([one.tokens for one in asked])
+        yield from self._answers(self._states(batch, plain=True), asked, wanted)
 
-    def log_probabilities(self, batch: Batch, *, plain: bool) -> Tensor:
-        """float32 [rows, length, vocabulary]: of a small batch, all of them."""
-        states = self._states(batch, plain=plain)
-        return torch.stack([self._logits(row).log_softmax(-1) for row in states])
+    def log_probabilities(self, batch: Batch, places: Sequence[int], *, plain: bool) -> Tensor:
+        """float32 [places, vocabulary]: of a batch of one row, at these places of it."""
+        states = self._states(batch, plain=plain)[0]
+        return self._logits(states[torch.tensor(places, device=states.device)]).log_softmax(-1)
 
     def _states(self, batch: Batch, *, plain: bool) -> Tensor:
         """What logits are made of: [rows, length, width]. plain: each row is a sequence, by the model's own mask."""
@@ -200,12 +253,13 @@ class Reader:
             return head(states)
 
     def _answers(
-        self, states: Tensor, wanted: Sequence[tuple[int, int, Sequence[int]]]
+        self, states: Tensor, asked: Sequence[Asked], wanted: Sequence[tuple[int, int, Sequence[int]]]
     ) -> Iterator[tuple[int, Answer]]:
         """wanted: (request, row of `states`, the places in it that foretell the request's targets)."""
         rows = torch.tensor([row for _, row, places in wanted for _ in places])
         columns = torch.tensor([place for _, _, places in wanted for place in places])
-        targets = torch.tensor([token for request, _, _ in wanted for token in self._asked[request].targets])
+        targets = torch.tensor([token for request, _, _ in wanted for token in asked[request].targets])
+        assert len(columns) == len(targets), (len(columns), len(targets))
         nats, greedy = self._scored(states[rows.to(states.device), columns.to(states.device)], targets)
         start = 0
         for request, _, places in wanted:
@@ -225,11 +279,11 @@ class Reader:
         return torch.cat(nats), torch.cat(greedy)
 
 
-def _ids_alone(rows: Sequence[Packed]) -> Batch:
+def _ids_alone(sequences: Sequence[Sequence[int]]) -> Batch:
     """Rows that are each one sequence, without the mask that a model makes for them itself."""
-    length = max(len(row.tokens) for row in rows)
-    ids = torch.tensor([[*row.tokens, *[0] * (length - len(row.tokens))] for row in rows])
-    return Batch(ids, torch.arange(length).expand(len(rows), -1), torch.empty(0))
+    length = max(map(len, sequences))
+    ids = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in sequences])
+    return Batch(ids, torch.arange(length).expand(len(sequences), -1), torch.empty(0))
 
 
 def _by_nodes(rows: Sequence[Packed], most: int) -> Iterator[list[Packed]]:

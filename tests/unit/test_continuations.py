@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmshrink_eval import continuations
 from llmshrink_eval.continuations import Asked, ContinuationLM, Reader, answer_all, forest_holds
+from llmshrink_eval.errors import EvalError
 from llmshrink_eval.forest import ROOT, batch_of, pack
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmshrink.demo import model_folder
 
@@ -88,7 +89,7 @@ def test_answers_are_those_of_each_sequence_by_itself(
         return forward(self, input_ids=input_ids, **more)
 
     monkeypatch.setattr(type(demo), "forward", counted)
-    asked = requests(9)
+    asked = requests(20)
     with torch.inference_mode():
         found = dict(answer_all(demo, asked, most))
     assert sorted(found) == list(range(len(asked)))
@@ -138,7 +139,7 @@ class Refusing(Window):
 def test_a_model_for_which_a_forest_is_wrong_reads_sequences_alone(kind: type[Window], places: int, demo: Any) -> None:
     model, asked = kind(demo, places), requests(5)
     with torch.inference_mode():
-        assert not forest_holds(Reader(model, asked), asked, 120)
+        assert not forest_holds(Reader(model, asked[0].tokens), asked, 120)
         found = dict(answer_all(model, asked))
     for index, one in enumerate(asked):
         assert found[index].nats == pytest.approx(by_itself_of(model, one), abs=1e-4)
@@ -152,19 +153,59 @@ def by_itself_of(model: Any, one: Asked) -> float:
 
 def test_a_window_longer_than_the_sequences_is_no_hindrance(demo: Any) -> None:
     asked = requests(5)
-    model = Window(demo, 130)
+    model = Window(demo, 400)
     with torch.inference_mode():
-        assert not forest_holds(Reader(model, asked), asked, 256), "in a row that is longer it is one"
-        assert forest_holds(Reader(model, asked), asked, 120)
+        assert not forest_holds(Reader(model, asked[0].tokens), asked, 500), "in a row that is longer it is one"
+        assert forest_holds(Reader(model, asked[0].tokens), asked, 120)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 24},
+        {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 24,
+            "short_factor": [1.0] * 16,
+            "long_factor": [4.0] * 16,
+            "factor": 4.0,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_long_sequence_turns_no_other(rope: dict[str, Any]) -> None:
+    config = AutoConfig.from_pretrained(model_folder())
+    head = config.hidden_size // config.num_attention_heads
+    for name in ("short_factor", "long_factor"):
+        if name in rope:
+            rope = {**rope, name: rope[name][:1] * (head // 2)}
+    config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **rope}
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), config=config, dtype=torch.float32).eval()
+    asked = [one for one in requests(9) if len(one.tokens) <= 24]
+    asked.insert(3, Asked(tuple(range(1, 60)), (60, 61)))
+    with torch.inference_mode():
+        found = dict(answer_all(model, asked))
+    for index, one in enumerate(asked):
+        assert found[index].nats == pytest.approx(by_itself(model, one)[0], abs=1e-4), index
+
+
+@pytest.mark.parametrize(("context", "continuation"), [([3], []), ([], [3]), ([3], list(range(1, 50)))])
+def test_what_cannot_be_scored_is_refused(context: list[int], continuation: list[int], demo: Any) -> None:
+    from llmshrink.demo import tokenizer
+
+    lm = ContinuationLM(pretrained=demo, tokenizer=tokenizer.build(512), batch_size=3, max_length=48)
+    ordinary = _pairs(requests(4))
+    with pytest.raises(EvalError, match=f"a continuation of {len(continuation)} tokens after {len(context)} can't be"):
+        lm._loglikelihood_tokens([*ordinary, (("x", "y"), context, continuation)], disable_tqdm=True)
 
 
 def test_half_precision_is_proven_by_what_must_not_matter() -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.bfloat16).eval()
     asked = requests(5)
     with torch.inference_mode():
-        assert forest_holds(Reader(model, asked), asked, 120)
+        assert forest_holds(Reader(model, asked[0].tokens), asked, 120)
         deaf = Deaf(model, 0)
-        assert not forest_holds(Reader(deaf, asked), asked, 120)
+        assert not forest_holds(Reader(deaf, asked[0].tokens), asked, 120)
 
 
 def _pairs(asked: Sequence[Asked]) -> list[Any]:
