@@ -130,7 +130,8 @@ class _Runner:
     def __init__(self, model: Any, windows: Windows, tokenizer: Any, keep: Path | None, against: Path | None) -> None:
         self._model, self._windows, self._tokenizer = model, windows, tokenizer
         self._device = input_device(model)
-        multiply_fast(model)
+        if isinstance(model, torch.nn.Module):  # not an engine, which multiplies by its own
+            multiply_fast(model)
         first = windows.input_ids[:1, : min(PROOF_TOKENS, int(windows.lengths[0]))].to(self._device)
         self._splitter: Splitter | None = split(model, first)
         self.against = None if against is None else Baseline.open(against, windows, self._device)
