@@ -2,7 +2,8 @@
 
 transformers takes most fields as they are, and what follows of a wrong one comes later and elsewhere: a comparison of
 a list with a number, where the first text is read. So the files are read within limits, and the fields that decide how
-text is read or written are held to what they can be. What is in tokenizer.json is the tokenizers library's to check.
+text is read or written are held to what they can be. What is in tokenizer.json is the tokenizers library's to check,
+but for how long it may make a text (`tokenizerfile`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from llmshrink_eval.bounded import Unreadable, read_json, shown
 from llmshrink_eval.configfile import WAY_OUT
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.tokenizerfile import check_growth
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 GENERATION_FILE = "generation_config.json"
@@ -87,9 +89,11 @@ _NOT_NULL = ("model_input_names",)
 
 def check_tokenizer(folder: Path) -> None:
     """Raise EvalError, in one line, where a file of the tokenizer can't be read, or a field isn't what one of its name
-    can be. A file that isn't there is none of ours to miss."""
+    can be, or tokenizer.json makes texts too long. A file that isn't there is none of ours to miss."""
     for name in TOKENIZER_FILES:
-        _check(folder / name, _OF_TOKENIZER if name == "tokenizer_config.json" else {})
+        found = _check(folder / name, _OF_TOKENIZER if name == "tokenizer_config.json" else {})
+        if name == "tokenizer.json":
+            check_growth(folder / name, found)
 
 
 def check_generation(folder: Path) -> None:
@@ -97,9 +101,10 @@ def check_generation(folder: Path) -> None:
     _check(folder / GENERATION_FILE, _OF_GENERATION)
 
 
-def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> None:
+def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> dict[str, Any]:
+    """What the file holds, once it is checked; nothing where it isn't there."""
     if not file.is_file():
-        return
+        return {}
     try:
         found = read_json(file)
     except OSError as error:
@@ -113,3 +118,4 @@ def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> None:
         absent = name not in found or (value is None and name not in _NOT_NULL)
         if not absent and not fits(value):
             raise EvalError(f"{file}: {name} is {shown(value)}, and has to be {wanted}; {WAY_OUT}")
+    return found
