@@ -31,6 +31,8 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "num_fewshot": (0, 1000),
 }
 """Option, with underscores -> the least and the most."""
+MOST_GROUP = 2**20
+"""Inputs that share a scale: no matrix has as many."""
 MOST_TOKENS = 2**32
 """Of a text that is held in memory, 9 bytes each: what sixteen thousand steps of 256 windows of 1024 take."""
 

@@ -7,6 +7,7 @@ type. Here all of them are one, `Unreadable`, whose text is what follows the fil
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import stat
 from collections.abc import Callable, Iterator
@@ -19,6 +20,12 @@ OWN_LIMIT = 2_000_000_000
 """Bytes of what our own processes and caches write: a task's items, an engine's answer."""
 DEEPEST = 100
 """Levels of nesting: no config and no conversation has as many, and code that goes down them ends at a thousand."""
+
+
+MOST_VALUES = 5_000_000
+"""Of JSON, each brace, bracket and comma counted for one: the largest tokenizer.json has two million, and so many empty
+objects take half a gigabyte."""
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
 
 
 class _Short(reprlib.Repr):
@@ -40,14 +47,21 @@ def shown(value: object) -> str:
     return _Short().repr(value)
 
 
-def parse_json(text: bytes | str, *, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value. hook: makes an object of its pairs (json.loads' object_pairs_hook), and may raise what it likes.
+def parse_json(
+    text: bytes | str, *, hook: Callable[[list[tuple[str, Any]]], Any] | None = None, own: bool = False
+) -> Any:
+    """The value. hook: makes an object of its pairs (json.loads' object_pairs_hook), and may raise what it likes. own:
+    a process of ours wrote it, so that its values aren't counted.
 
-    Raises Unreadable for what isn't UTF-8 or JSON, is nested more than DEEPEST deep, or has a number of more digits
-    than Python takes (4300).
+    Raises Unreadable for what isn't UTF-8 or JSON, is nested more than DEEPEST deep, has a number of more digits than
+    Python takes (4300), or more than MOST_VALUES values.
     """
     try:
-        found = json.loads(text, object_pairs_hook=hook)
+        # As json does, but for the encodings that it would guess.
+        plain = text if isinstance(text, str) else text.decode("utf-8-sig", "surrogatepass")
+        if not own and _values(plain) > MOST_VALUES:
+            raise Unreadable(f"has more than {MOST_VALUES:,} values")
+        found = json.loads(plain, object_pairs_hook=hook)
     except UnicodeDecodeError as error:
         raise Unreadable(f"isn't UTF-8 ({error.reason} at byte {error.start})") from error
     except RecursionError as error:
@@ -66,14 +80,25 @@ def parse_json(text: bytes | str, *, hook: Callable[[list[tuple[str, Any]]], Any
 
 def read_json(path: Path, *, limit: int = JSON_LIMIT) -> Any:
     """The value in a file. Raises OSError as opening it does, Unreadable as `parse_json` does, and for a file of more
-    than `limit` bytes or one that isn't a regular file (a pipe never ends)."""
+    than `limit` bytes or one that isn't a regular file (a pipe never ends). limit: OWN_LIMIT for what a process of ours
+    wrote, whose values aren't counted."""
     if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):
         raise Unreadable("isn't a file")
     with path.open("rb") as file:
         text = file.read(limit + 1)
     if len(text) > limit:
         raise Unreadable(f"has more than {limit:,} bytes")
-    return parse_json(text)
+    return parse_json(text, own=limit == OWN_LIMIT)
+
+
+def _values(text: str) -> int:
+    """How many values JSON has, or more; what its strings hold is told apart only where it might make them too many."""
+    count = _marks(text)
+    return count if count <= MOST_VALUES else _marks(_STRING.sub("", text))
+
+
+def _marks(text: str) -> int:
+    return sum(map(text.count, "{[,"))
 
 
 def too_deep(value: Any) -> bool:

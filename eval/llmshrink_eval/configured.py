@@ -9,6 +9,7 @@ never changed by it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,9 +114,10 @@ def multiply_in(config: Any, dtype: torch.dtype) -> Any:
 
 def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the model in `folder`, for which transformers reads config.json too. Raises EvalError for
-    files that can't be a tokenizer's, else whatever transformers does."""
+    files that can't be a tokenizer's, and a folder whose name isn't UTF-8, else whatever transformers does."""
     from transformers import AutoTokenizer
 
+    _check_spelling(os.fspath(folder))
     check_tokenizer(Path(folder))
     try:
         config = running_config(folder, trust_remote_code=trust_remote_code)
@@ -124,6 +126,17 @@ def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     return AutoTokenizer.from_pretrained(
         folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
     )
+
+
+def _check_spelling(folder: str) -> None:
+    """Raise EvalError for a path that isn't text: the tokenizers library opens no other."""
+    try:
+        folder.encode()
+    except UnicodeEncodeError as error:
+        said = folder.encode("utf-8", "replace").decode()
+        raise EvalError(
+            f"{said}: the folder's name isn't UTF-8, and no tokenizer is read from there; rename it"
+        ) from error
 
 
 def settle(config: Any) -> Any:

@@ -26,8 +26,12 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+GENERATION = "transformers.generation."
+
+
 def raised_by_model(error: BaseException) -> str | None:
-    """One line for what the code of a model's own class raised, in transformers or in its repository; None for else.
+    """One line for what the code of a model's own class raised, in transformers or in its repository, or what lets it
+    generate by its generation_config.json; None for else.
 
     It is the model's where the innermost code outside torch and Python's own library is: an error in what somebody
     calls from within a model's forward isn't.
@@ -37,10 +41,15 @@ def raised_by_model(error: BaseException) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [(str(frame.f_globals.get("__name__", "")), frame) for frame in frames]
     own = [(name, frame) for name, frame in names if name.partition(".")[0] not in ("torch", *sys.stdlib_module_names)]
-    if not own or not own[-1][0].startswith(("transformers.models.", "transformers_modules.")):
+    if not own or not own[-1][0].startswith(("transformers.models.", "transformers_modules.", GENERATION)):
         return None
     name, frame = own[-1]
     said = " ".join(str(error).split()).rstrip(".")[:300]
+    if name.startswith(GENERATION):
+        return (
+            f"transformers' own code ({name}, line {frame.f_lineno}) can't generate: {type(error).__name__}: {said}; "
+            "the model's generation_config.json or its weights aren't fit for it: correct or download them again"
+        )
     return (
         f"the model's own code ({name}, line {frame.f_lineno}) fails: {type(error).__name__}: {said}; its config.json "
         "and its weights don't belong together, or this transformers doesn't suit it: correct or download it again"

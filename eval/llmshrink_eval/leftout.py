@@ -21,6 +21,8 @@ HOPELESS = 1000
 """Records without a usable one among them, after which no more are read."""
 LONGEST_LINE = 64_000_000
 """Bytes of a record's line: fifteen copies of War and Peace."""
+PASSED_OVER = 16
+"""A longer line is passed over while it has so many times LONGEST_LINE; what goes on is no file of lines."""
 FREE_BYTES, EXPANSION = 1 << 28, 256
 """A row group may unpack to so many bytes, or to so many times those of its file: text packs to a third or a tenth, and
 only what nobody wrote to a thousandth."""
@@ -33,6 +35,10 @@ SHOWN = 3
 
 class Unusable(ValueError):
     """Why a record can't be used, as what follows its place in a line."""
+
+
+class Endless(Unusable):
+    """A line that isn't passed over either: the file isn't read on."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ def parse_line(line: bytes) -> Any:
 
 
 def bounded_line(file: IO[bytes]) -> tuple[bytes, int]:
-    """The next line, no more than LONGEST_LINE and a byte of it, and how long it is; empty at the end."""
+    """The next line, no more than LONGEST_LINE and a byte of it, and how long it is; empty at the end. Raises
+    Endless for one of more than PASSED_OVER times as much."""
     line = file.readline(LONGEST_LINE + 1)
     length = len(line)
     if length > LONGEST_LINE:
@@ -101,6 +108,10 @@ def bounded_line(file: IO[bytes]) -> tuple[bytes, int]:
         while piece and not piece.endswith(b"\n"):
             piece = file.readline(1 << 20)
             length += len(piece)
+            if length > PASSED_OVER * LONGEST_LINE:
+                raise Endless(
+                    f"is longer than {PASSED_OVER * LONGEST_LINE:,} bytes, and no more is read; one record a line is"
+                )
     return line, length
 
 
@@ -117,7 +128,7 @@ class Parquet:
 
         self._path, self._bytes = path, path.stat().st_size
         try:
-            self._file = pyarrow.parquet.ParquetFile(path)
+            self._file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             self.names: list[str] = list(self._file.schema_arrow.names)
             groups = range(self._file.num_row_groups)
             self.rows = [self._file.metadata.row_group(group).num_rows for group in groups]

@@ -2,7 +2,8 @@
 
 transformers takes most fields as they are, and what follows of a wrong one comes later and elsewhere: a comparison of
 a list with a number, where the first text is read. So the files are read within limits, and the fields that decide how
-text is read or written are held to what they can be. What is in tokenizer.json is the tokenizers library's to check.
+text is read or written are held to what they can be. What is in tokenizer.json is the tokenizers library's to check,
+but for how long it may make a text (`tokenizerfile`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from typing import Any
 
 from llmshrink_eval.bounded import Unreadable, read_json, shown
 from llmshrink_eval.configfile import WAY_OUT
-from llmshrink_eval.errors import EvalError
+from llmshrink_eval.errors import EvalError, one_line
+from llmshrink_eval.tokenizerfile import check_growth
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 GENERATION_FILE = "generation_config.json"
+
+MOST_STOPS, LONGEST_STOP = 64, 1000
+"""Texts that end what is generated, and characters of one."""
 
 Check = Callable[[Any], bool]
 
@@ -56,6 +61,11 @@ def _ids(value: Any) -> bool:
     return one(value) or (isinstance(value, list) and all(map(one, value)))
 
 
+def _stops(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return _texts(texts) and len(texts) <= MOST_STOPS and all(1 <= len(each) <= LONGEST_STOP for each in texts)
+
+
 _FLAG: tuple[Check, str] = (lambda value: isinstance(value, bool), "true or false")
 _COUNT: tuple[Check, str] = (_whole(0, 2**31), f"a whole number from 0 to {2**31:,}")
 _SHARE: tuple[Check, str] = (_number(0, 1), "a number from 0 to 1")
@@ -77,6 +87,8 @@ _OF_TOKENIZER: dict[str, tuple[Check, str]] = {
 _OF_GENERATION: dict[str, tuple[Check, str]] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _IDS),
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_beams"), _COUNT),
+    "no_repeat_ngram_size": _COUNT,
+    "stop_strings": (_stops, f"text, or up to {MOST_STOPS} texts, of 1 to {LONGEST_STOP:,} characters"),
     **dict.fromkeys(("top_p", "min_p", "typical_p"), _SHARE),
     **dict.fromkeys(("temperature", "repetition_penalty"), _FACTOR),
     **dict.fromkeys(("do_sample", "use_cache"), _FLAG),
@@ -87,19 +99,32 @@ _NOT_NULL = ("model_input_names",)
 
 def check_tokenizer(folder: Path) -> None:
     """Raise EvalError, in one line, where a file of the tokenizer can't be read, or a field isn't what one of its name
-    can be. A file that isn't there is none of ours to miss."""
+    can be, or tokenizer.json makes texts too long. A file that isn't there is none of ours to miss."""
     for name in TOKENIZER_FILES:
-        _check(folder / name, _OF_TOKENIZER if name == "tokenizer_config.json" else {})
+        found = _check(folder / name, _OF_TOKENIZER if name == "tokenizer_config.json" else {})
+        if name == "tokenizer.json":
+            check_growth(folder / name, found)
 
 
 def check_generation(folder: Path) -> None:
-    """The same of generation_config.json."""
-    _check(folder / GENERATION_FILE, _OF_GENERATION)
-
-
-def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> None:
-    if not file.is_file():
+    """The same of generation_config.json, and where transformers can't make its settings of it."""
+    found = _check(folder / GENERATION_FILE, _OF_GENERATION)
+    if not found:
         return
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**found).to_json_string()
+    except Exception as error:  # of any type: a field may be named as a method is
+        raise EvalError(
+            f"{folder / GENERATION_FILE}: transformers can't use it ({one_line(error)}); {WAY_OUT}"
+        ) from error
+
+
+def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> dict[str, Any]:
+    """What the file holds, once it is checked; nothing where it isn't there."""
+    if not file.is_file():
+        return {}
     try:
         found = read_json(file)
     except OSError as error:
@@ -113,3 +138,4 @@ def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> None:
         absent = name not in found or (value is None and name not in _NOT_NULL)
         if not absent and not fits(value):
             raise EvalError(f"{file}: {name} is {shown(value)}, and has to be {wanted}; {WAY_OUT}")
+    return found

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmshrink_eval.answers import KeptAnswers
 from llmshrink_eval.beginning import Bos, beginning_of
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.generation import follow
 from llmshrink_eval.paired import compare_items
 from llmshrink_eval.results import Paired, Task
 from llmshrink_eval.taskrun import Item, TaskRun, collect
@@ -66,6 +67,7 @@ def run_tasks(
     from llmshrink_eval.continuations import ContinuationLM
 
     loaded = load_tasks(options)
+    follow(model)
     add_bos = bos_of_tasks(tokenizer, model.config.model_type, options.bos)
     with quiet():
         lm = ContinuationLM(

@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any
 
 from llmshrink_eval.engines.child import bound_memory, decode, encode
+from llmshrink_eval.leftout import LONE_SURROGATE
 
 MEMORY = 2 << 30
 """Bytes that a template may take, beyond what this process has when it starts."""
@@ -41,7 +42,8 @@ def in_words(error: Exception) -> str:
     """What a template came upon, on one line."""
     import jinja2
 
-    said = " ".join(str(error).split())[:LONGEST] or type(error).__name__
+    # A template may say anything, and what it says is written into records.
+    said = " ".join(str(error).encode(errors="backslashreplace").decode().split())[:LONGEST] or type(error).__name__
     return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
 
 
@@ -52,10 +54,12 @@ def is_deliberate(error: Exception) -> bool:
     return type(error) is jinja2.TemplateError
 
 
-def check_length(text: str, most: int) -> None:
-    """Raise OverflowError for a text of more characters."""
+def check_text(text: str, most: int) -> None:
+    """Raise OverflowError for a text of more characters, ValueError for one that no tokenizer takes."""
     if len(text) > most:
         raise OverflowError(f"it writes {len(text):,} characters, and {most:,} are the most")
+    if not text.isascii() and LONE_SURROGATE.search(text):
+        raise ValueError("it writes half of a surrogate pair, which is no character")
 
 
 def main() -> None:
@@ -74,7 +78,7 @@ def main() -> None:
             **{**question["special"], **({} if date is None else dated(date)), **question["how"]},
         )
         (text,), marks = rendered
-        check_length(text, question["characters"])
+        check_text(text, question["characters"])
         return {"text": text, "marks": marks[0] if question["marks"] else []}
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmshrink_eval.template_process import PROCESS, Question, TemplateFailed, Unsendable
-from llmshrink_eval.template_worker import ASKS_DATE, check_length, dated, in_words, is_deliberate
+from llmshrink_eval.template_worker import ASKS_DATE, check_text, dated, in_words, is_deliberate
 
 SECONDS = 10.0
 """Of the processor, that a template may take for one conversation; usual ones take a thousandth of a second."""
@@ -135,7 +135,7 @@ def _by_its_code(
                 [dict(message) for message in messages], tools=list(tools) if tools else None, tokenize=False, **given
             )
         )
-        check_length(text, MOST_CHARACTERS)
+        check_text(text, MOST_CHARACTERS)
     except Exception as error:  # whatever that code comes upon
         raise TemplateFailed(in_words(error), deliberate=is_deliberate(error)) from error
     return text

@@ -9,13 +9,14 @@ documents: the GPTQ protocol joins them too. Records that hold no text are left 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from llmshrink_eval.errors import EvalError
-from llmshrink_eval.leftout import LeftOut, Parquet, Tally, Unusable, bounded_line, parse_line, pick_text
+from llmshrink_eval.leftout import Endless, LeftOut, Parquet, Tally, Unusable, bounded_line, parse_line, pick_text
 
 TEXT_KEYS = ("text", "content")
 DEFAULT_SPLIT = "test"
@@ -89,8 +90,13 @@ def _read_txt(path: Path) -> Iterator[Found]:
 
 def _read_jsonl(path: Path) -> Iterator[Found]:
     with path.open("rb") as file:
-        lines = iter(lambda: bounded_line(file)[0], b"")
-        for number, line in enumerate(lines, start=1):
+        for number in itertools.count(1):
+            try:
+                line, length = bounded_line(file)
+            except Endless as error:
+                raise EvalError(f"--text {path}: line {number} {error}") from error
+            if not length:
+                return
             if line.strip():
                 try:
                     record = parse_line(line)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import shown
-from llmshrink_eval.leftout import Parquet, Unusable, bounded_line, parse_line
+from llmshrink_eval.leftout import Endless, Parquet, Unusable, bounded_line, parse_line
 
 from llmshrink.calibration.folders import DEFAULT_SPLIT, data_files, is_saved, saved_rows
 from llmshrink.calibration.records import (
@@ -127,9 +127,14 @@ def _read_jsonl(paths: Sequence[Path], seed: int) -> Iterator[Record]:
     for which, path in enumerate(paths):
         position = number = 0
         with path.open("rb") as file:
-            while (found := bounded_line(file))[1]:
-                line, length = found
+            while True:
                 number += 1
+                try:
+                    line, length = bounded_line(file)
+                except Endless as error:
+                    raise CalibrationError(f"--calibration {path}: line {number} {error}") from error
+                if not length:
+                    break
                 if line.strip():
                     files.append(which)
                     offsets.append(position)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmshrink_eval.generation import follow
 from torch import Tensor
 
 from llmshrink.calibration.tokens import TokenWindows
@@ -112,6 +113,7 @@ def _prompts(real: TokenWindows, numbers: range, opening: tuple[int, ...]) -> Te
 def _sample(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
     """int64 [windows, length], on the CPU, from a generator of its own seed."""
     device = next(model.parameters()).device
+    follow(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         found: Tensor = model.generate(

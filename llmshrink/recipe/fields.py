@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from llmshrink.limits import MOST_GROUP
+
 BITS = (2, 3, 4, 8)
 BITSANDBYTES = ("bnb-int8", "bnb-nf4", "bnb-nf4-double")
 """Methods that are bitsandbytes' own; what they make is stored as that library stores it."""
@@ -55,6 +57,8 @@ def known_group(group_size: int | None) -> int | None:
     """The same, or a fault."""
     if group_size is not None and group_size != -1 and group_size < 1:
         raise PydanticCustomError("group_size", "isn't -1 (one group a row) or a positive number of inputs")
+    if group_size is not None and group_size > MOST_GROUP:
+        raise PydanticCustomError("group_size", f"is more than {MOST_GROUP:,} inputs; -1 is one group a row")
     return group_size
 
 

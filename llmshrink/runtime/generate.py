@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from llmshrink_eval.beginning import LACKING, Bos, beginning_of
+from llmshrink_eval.generation import follow
 from llmshrink_eval.templates import Refused, TemplateFault, chat_text
 from torch import Tensor
 
@@ -86,8 +87,8 @@ class Generation:
 
     @property
     def decode_rate(self) -> float | None:
-        """New tokens a second after the first; None where there was one."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+        """New tokens a second after the first; None where there was one, or no clock tells them apart."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds > 0 else None
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -131,6 +132,8 @@ def generate(
     ids = encode(tokenizer, prompt, chat=templated, name=source.name, model_type=config.model_type, bos=bos)
     check_length(ids.shape[1], sampling.max_new_tokens, limit)
     loaded = load(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    stops = loaded.generation_config.stop_strings or []
+    follow(loaded)
     ids = ids.to(loaded.device)
     heard = _listener(tokenizer, on_text)
     with torch.inference_mode():
@@ -138,7 +141,12 @@ def generate(
         torch.manual_seed(sampling.seed)
         heard.started = time.perf_counter()
         output = loaded.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=heard, **_padding(loaded), **sampling.options()
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=heard,
+            stopping_criteria=_stopping(tokenizer, [stops] if isinstance(stops, str) else stops, ids.shape[1]),
+            **_padding(loaded),
+            **sampling.options(),
         )
     new = output[0, ids.shape[1] :]
     packed = [module for module in loaded.modules() if isinstance(module, PACKED)]
@@ -220,6 +228,21 @@ def _padding(model: Any) -> dict[str, int]:
     end = config.eos_token_id
     end = end[0] if isinstance(end, list) else end
     return {"pad_token_id": end} if config.pad_token_id is None and end is not None else {}
+
+
+def _stopping(tokenizer: Any, stops: Sequence[str], prompt_tokens: int) -> Any:
+    """What ends a text that holds one of `stops`. transformers' own goes through the vocabulary first, which it can't
+    for every tokenizer."""
+    from transformers import StoppingCriteriaList
+
+    # A character is four tokens at most, and a token that isn't a whole one is read with those around it.
+    tail = 4 * max(map(len, stops), default=0) + 8
+
+    def over(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        text = tokenizer.decode(ids[0, prompt_tokens:][-tail:], skip_special_tokens=False)
+        return torch.tensor([any(stop in text for stop in stops)], device=ids.device)
+
+    return StoppingCriteriaList([over] if stops else [])
 
 
 def _listener(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import resource
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from llmshrink_eval import leftout
 from llmshrink_eval.engines.child import Ended
 from llmshrink_eval.errors import EvalError
-from llmshrink_eval.leftout import LONGEST_LINE, Parquet, Unusable, bounded_line
+from llmshrink_eval.leftout import LONGEST_LINE, PASSED_OVER, Parquet, Unusable, bounded_line
 from llmshrink_eval.text import load_text
 
 from llmshrink.calibration.text import load_documents
@@ -149,11 +150,24 @@ def test_an_honest_group_of_many_batches_is_read_whole(
 
 
 @READERS
+def test_a_page_that_isnt_as_its_checksum_says_is_refused(read: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    """One byte of a text, so that what is read would be a text too."""
+    data = parquet_of(pyarrow.table({"text": ["a story of a dog"]}), compression="none", write_page_checksum=True,
+                      use_dictionary=False, write_statistics=False)  # fmt: skip
+    (tmp_path / "text.parquet").write_bytes(data)
+    assert read(tmp_path / "text.parquet") == ["a story of a dog"]
+    assert data.count(b"of a dog") == 1
+    (tmp_path / "text.parquet").write_bytes(data.replace(b"of a dog", b"of a fog"))
+    with pytest.raises((CalibrationError, EvalError), match=r"row group 0 can't be read .*; copy the file again"):
+        read(tmp_path / "text.parquet")
+
+
+@READERS
 def test_a_line_without_an_end_is_left_out(
     read: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leftout, "LONGEST_LINE", 50_000)
-    lines = ['{"text": "first"}', '{"text": "' + "x" * 3_000_000 + '"}', '{"text": "last"}']
+    lines = ['{"text": "first"}', '{"text": "' + "x" * 700_000 + '"}', '{"text": "last"}']
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     kept = [said for said in read(tmp_path / "text.jsonl") if "longer" not in said]
     assert kept == ["first", "last"]
@@ -162,11 +176,26 @@ def test_a_line_without_an_end_is_left_out(
 
 def test_a_long_line_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leftout, "LONGEST_LINE", 10)
+    monkeypatch.setattr(leftout, "PASSED_OVER", 10**6)
     file = io.BytesIO(b"x" * 3_000_000 + b"\n" + b"0123456789\n" + b"0123456789\nend")
     found = [bounded_line(file) for _ in range(5)]
     assert [length for _, length in found] == [3_000_001, 11, 11, 3, 0]
     assert [len(line) for line, _ in found] == [11, 11, 11, 3, 0]
     assert LONGEST_LINE == 64_000_000
+
+
+@READERS
+def test_a_file_of_one_endless_line_is_left(
+    read: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PASSED_OVER * LONGEST_LINE == 1_024_000_000
+    monkeypatch.setattr(leftout, "LONGEST_LINE", 1_000_000)
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "first"}\n')
+    os.truncate(file, 40_000_000_000)
+    with pytest.raises((CalibrationError, EvalError)) as caught:
+        read(file)
+    assert f"{file}: line 2 is longer than 16,000,000 bytes, and no more is read" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,43 @@ def test_what_real_tokenizers_and_settings_hold_is_taken(tmp_path: Path) -> None
         check_generation(folder)
 
 
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("[" + "{}," * 9 + "{}]", True),
+        ('["' + '{},\\"[' * 99 + '", 1, 2, 3]', False),  # within a text they are none
+        ('[{"a": ["b", "c,"]}, "\\\\", {"d,": 2}]', False),
+        ('"' + '\\"' * 50 + "," * 50, None),  # a text that doesn't end
+    ],
+)
+def test_values_of_json_are_counted_before_they_are_made(
+    text: str, refused: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert bounded.MOST_VALUES == 5_000_000
+    monkeypatch.setattr(bounded, "MOST_VALUES", 10)
+    says = {True: "^has more than 10 values$", None: "^isn't JSON "}.get(refused)
+    (tmp_path / "file.json").write_text(text)
+    for read in (
+        lambda: parse_json(text),
+        lambda: parse_json(text.encode()),
+        lambda: read_json(tmp_path / "file.json"),
+    ):
+        if says is None:
+            assert read() == json.loads(text)
+        else:
+            with pytest.raises(Unreadable, match=says):
+                read()
+    if refused:  # what our own processes wrote isn't counted
+        assert read_json(tmp_path / "file.json", limit=bounded.OWN_LIMIT) == json.loads(text)
+
+
+def test_other_encodings_of_json_are_none() -> None:
+    assert parse_json(b'\xef\xbb\xbf["a"]') == ["a"]
+    for name in ("utf-16", "utf-16-le", "utf-32"):
+        with pytest.raises(Unreadable, match=r"isn't (UTF-8|JSON)"):
+            parse_json('["a"]'.encode(name))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -153,6 +153,35 @@ def test_whatever_a_template_does_is_one_line(pieces: list[str], joins: list[str
     assert "\n" not in said
 
 
+HALF = "it writes half of a surrogate pair, which is no character"
+WRITES_HALF = "{{ messages[0].content }}{{ '\\ud800' }}"
+
+
+def test_half_a_surrogate_pair_is_no_text_of_a_template(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words.chat_template = WRITES_HALF
+    for run in (chat_text, chat_marks):
+        with pytest.raises(TemplateFault, match=f"fails on any conversation .*{HALF}"):
+            run(words, TALK)
+    with pytest.raises(CalibrationError, match=HALF):
+        windows(words, [TALK], WRITES_HALF)
+    with pytest.raises(LlmshrinkError, match=f"{HALF}.*or give --no-chat"):
+        prompt_ids(words, "Once", chat=True, name="m")
+    # Of one conversation, it is that one's.
+    words.chat_template = PLAIN + "{% if messages[0].content == 'Once' %}{{ '\\udfff' }}{% endif %}"
+    with pytest.raises(Refused, match=HALF):
+        chat_text(words, TALK)
+    words.chat_template = "{{ raise_exception('no \\ud800') }}"
+    with pytest.raises(Refused, match=r"no \\ud800"):
+        chat_text(words, TALK)
+
+    def own(*_: Any, **__: Any) -> str:
+        return "\ud800"
+
+    monkeypatch.setattr(type(words), "apply_chat_template", own)
+    with pytest.raises(TemplateFault, match=HALF):
+        chat_text(words, TALK)
+
+
 def test_a_template_of_its_own_for_tools_is_taken(words: Any) -> None:
     record = Record(TALK, "line 1", tools=(TOOL,))
     found = windows(words, [record], {"tool_use": TOOLED})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +177,20 @@ def test_a_tokenizers_limit_that_is_no_number_is_one_line(
     assert run(["plan", str(folder), "--calibration", "demo", "--samples", "2", "--seq-len", "32"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("llmshrink: error: ") and said.count("\n") == 1 and "model_max_length" in said
+
+
+@pytest.mark.parametrize("verb", ["plan", "generate", "eval"])
+def test_a_folder_whose_name_isnt_utf8_is_to_be_renamed(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / os.fsdecode(b"mod\xff")
+    try:
+        make_model(tmp_path / "model").rename(folder)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    more = {"plan": [], "generate": ["Once"], "eval": ["--text", "demo", "-o", str(tmp_path / "report")]}[verb]
+    capsys.readouterr()
+    assert run([verb, str(folder), *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llmshrink: error: ") and said.count("\n") == 1
+    assert "mod" in said and "the folder's name isn't UTF-8" in said and said.endswith("rename it\n")

@@ -165,6 +165,17 @@ ignore: lm_head
     }
 
 
+def test_a_group_of_more_inputs_than_any_matrix_has_is_refused() -> None:
+    step: Any = load_recipe("rtn-w4a16", flags={"group_size": 2**20}).steps[0]
+    assert step.quantize.group_size == 2**20
+    for size in (2**20 + 1, 10**30):
+        says = f"{size} is more than 1,048,576 inputs; -1 is one group a row"
+        (said,) = faults("rtn-w4a16", flags={"group_size": size})
+        assert said == f"--group-size: steps[0].quantize.group_size: {says}"
+        (said,) = faults("rtn-w4a16", sets=[f"steps.0.quantize.group_size={size}"])
+        assert said.endswith(says)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -67,7 +67,7 @@ def words() -> Any:
 )
 def test_the_text_is_what_transformers_writes(template: str, how: dict[str, Any], words: Any) -> None:
     words.chat_template = template
-    tools = [{"type": "function", "function": {"name": "look", "of": [1, 2.5, None, "\ud83d\ude00 ü"]}}]
+    tools = [{"type": "function", "function": {"name": "look", "of": [1, 2.5, None, "\U0001f600 ü"]}}]
     assert chat_text(words, TALK, tools=tools, **how) == words.apply_chat_template(
         TALK, tools=tools, tokenize=False, **how
     )
@@ -89,7 +89,7 @@ def test_values_of_parquet_are_written_as_they_are_and_others_refused(words: Any
     words.chat_template = "{% for m in messages %}{{ m.extra }}|{% endfor %}"
     values = [
         *(datetime.datetime(2026, 1, 2, 3), datetime.date(2026, 1, 2), datetime.timedelta(1), datetime.time(3)),
-        *(decimal.Decimal("1.10"), b"\xff", 1.5, None, True, 2**100, ["a", {"b": 1}], "\ud83d" + "\ude00"),
+        *(decimal.Decimal("1.10"), b"\xff", 1.5, None, True, 2**100, ["a", {"b": 1}], "\U0001f600"),
     ]
     text = chat_text(words, [{"role": "user", "extra": value} for value in values])
     assert text == "".join(f"{value}|" for value in values)

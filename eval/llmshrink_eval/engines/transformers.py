@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmshrink_eval.beginning import beginning_of
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.generation import follow
 from llmshrink_eval.model import LoadOptions, load_model, model_limit
 from llmshrink_eval.options import SHOWN_TOKENS, SPEED_NEW, SPEED_PROMPT, ModelSpec, Running
 from llmshrink_eval.progress import Progress
@@ -119,6 +120,7 @@ class TransformersEngine:
         from llmshrink_eval.passes import input_device
 
         beginning = beginning_of(self._tokenizer, self.loaded.config.model_type, self._running.bos)
+        follow(self.loaded)
         found = []
         for prompt in prompts:
             read = beginning.of(self._tokenizer(prompt)["input_ids"])
