@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import read_json
+from llmshrink_eval.refused import refused
 
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from llmshrink.checkpoint.links import check_link, real
@@ -254,10 +255,8 @@ def _is_pickle(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(4).startswith(_PICKLE)
     except OSError as error:
-        raise CheckpointError(
-            f"{as_text(str(path))}: can't be read: {(error.strerror or str(error)).lower()}; let this user read it, or "
-            "remove it if it isn't the model's"
-        ) from error
+        way = "let this user read it, or remove it if it isn't the model's"
+        raise CheckpointError(f"{as_text(str(path))}: can't be read: {refused(error, way)}") from error
 
 
 def _readable(path: Path) -> bool:

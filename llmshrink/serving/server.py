@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, Self
 
 from llmshrink_eval.engines.child import start
+from llmshrink_eval.refused import refused
 
 from llmshrink.errors import LlmshrinkError
 
@@ -74,9 +75,10 @@ class Address:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
         except (OSError, UnicodeError) as error:
-            said = (getattr(error, "strerror", None) or str(error)).lower()
+            way = "name another with --port or --host"
+            said = refused(error, way) if isinstance(error, OSError) else f"{error}; {way}"
             raise LlmshrinkError(
-                f"can't listen on {self.host}, port {self.port}: {said}; name another with --port or --host"
+                f"can't listen on {self.host}, port {self.port}: {said[:1].lower()}{said[1:]}"
             ) from error
 
 
