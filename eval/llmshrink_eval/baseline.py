@@ -34,6 +34,7 @@ from llmshrink_eval.errors import EvalError, EvalFailed
 from llmshrink_eval.head import Head, Tail
 from llmshrink_eval.protocol import Windows
 from llmshrink_eval.records import CheckedLines
+from llmshrink_eval.refused import save_tensors
 
 VERSION = 2
 HEAD_FILE = "head.safetensors"
@@ -237,11 +238,9 @@ def _crc32(path: Path) -> int:
 
 
 def _write_head(path: Path, head: Head) -> None:
-    from safetensors.torch import save_file
-
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
     if all(bool((tensor.bfloat16().to(tensor.dtype) == tensor).all()) for tensor in tensors.values()):
         tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     unfinished = path.with_name(path.name + ".part")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+    save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
     unfinished.replace(path)

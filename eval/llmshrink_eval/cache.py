@@ -22,6 +22,7 @@ from typing import Any
 from llmshrink_eval.bounded import OWN_LIMIT, read_json
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.listing import below
+from llmshrink_eval.refused import refused
 
 Key = Mapping[str, object]
 
@@ -120,8 +121,7 @@ class Cache:
         return self.root / part / f"{_digest([VERSION, key])[:40]}.json"
 
     def _unwritable(self, error: OSError) -> EvalError:
-        reason = error.strerror or str(error)
-        return EvalError(f"{self.root}: can't be written: {reason}; choose another folder with --cache")
+        return EvalError(f"{self.root}: can't be written: {refused(error, 'choose another folder with --cache')}")
 
 
 def _canonical(value: object) -> str:

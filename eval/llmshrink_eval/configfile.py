@@ -17,6 +17,7 @@ from typing import Any
 
 from llmshrink_eval.bounded import Unreadable, numbers_in, read_json, shown
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.refused import UNREAD, refused
 
 CONFIG_LIMIT = 16_000_000
 """Bytes of a config.json."""
@@ -85,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise EvalError(f"{folder}: no config.json there; name a model's folder") from error
     except OSError as error:
-        raise EvalError(f"{file}: can't be read: {error.strerror or error}") from error
+        raise EvalError(f"{file}: can't be read: {refused(error, UNREAD)}") from error
     except Unreadable as error:
         raise EvalError(f"{file}: can't be read as JSON: it {error}; download or copy it again") from error
     if not isinstance(config, dict):

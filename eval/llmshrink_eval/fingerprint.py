@@ -23,6 +23,7 @@ from pathlib import Path
 from llmshrink_eval.bounded import read_json
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.listing import named
+from llmshrink_eval.refused import UNREAD, refused
 from llmshrink_eval.weightfiles import INDEX_FILE, weight_files
 
 SIDE_FILES = (
@@ -78,7 +79,7 @@ def file_digest(file: Path, cache_dir: Path) -> str:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         changed = _state(real) != before
     except OSError as error:
-        raise EvalError(f"{file}: can't be read: {error.strerror or error}") from error
+        raise EvalError(f"{file}: can't be read: {refused(error, UNREAD)}") from error
     if changed:
         raise EvalError(f"{file}: was written while it was read; run again when whoever writes it has finished")
     if time.time_ns() - max(before[2], before[3]) > SETTLED_NS:
@@ -112,5 +113,5 @@ def _remember(memo: Path, state: tuple[object, ...], digest: str) -> None:
         os.replace(unfinished.name, memo)
     except OSError as error:
         raise EvalError(
-            f"{memo.parent}: can't be written: {error.strerror or error}; choose another folder for the cache"
+            f"{memo.parent}: can't be written: {refused(error, 'choose another folder for the cache')}"
         ) from error

@@ -11,6 +11,7 @@ from typing import Any
 from llmshrink_eval.bounded import parse_json
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.progress import Progress
+from llmshrink_eval.refused import refused
 from llmshrink_eval.results import ModelResult, Results
 
 Samples = dict[str, list[dict[str, Any]]]
@@ -48,10 +49,8 @@ class Evaluation:
             for name in stale:
                 (folder / name).unlink(missing_ok=True)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise EvalError(
-                f"{folder}: the report can't be written: {reason}; choose another folder with -o"
-            ) from error
+            reason = refused(error, "choose another folder with -o")
+            raise EvalError(f"{folder}: the report can't be written: {reason}") from error
         return self.results
 
     def _written(self, folder: Path) -> Results | None:

@@ -15,6 +15,7 @@ from typing import Any
 from llmshrink_eval.bounded import Unreadable, read_json, shown
 from llmshrink_eval.configfile import WAY_OUT
 from llmshrink_eval.errors import EvalError, one_line
+from llmshrink_eval.refused import UNREAD, refused
 from llmshrink_eval.tokenizerfile import check_growth
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -128,7 +129,7 @@ def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> dict[str, Any
     try:
         found = read_json(file)
     except OSError as error:
-        raise EvalError(f"{file}: can't be read: {error.strerror or error}") from error
+        raise EvalError(f"{file}: can't be read: {refused(error, UNREAD)}") from error
     except Unreadable as error:
         raise EvalError(f"{file}: can't be read as JSON: it {error}; download or copy it again") from error
     if not isinstance(found, dict):

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.leftout import Endless, LeftOut, Parquet, Tally, Unusable, bounded_line, parse_line, pick_text
+from llmshrink_eval.refused import refused
 
 TEXT_KEYS = ("text", "content")
 DEFAULT_SPLIT = "test"
@@ -45,7 +46,7 @@ def load_text(spec: str, *, limit_documents: int | None = None) -> Text:
     try:
         return _load(spec, limit_documents)
     except OSError as error:
-        raise EvalError(f"--text {spec:.300}: can't be read: {error.strerror or error}; {OTHER_WAYS}") from error
+        raise EvalError(f"--text {spec:.300}: can't be read: {refused(error, OTHER_WAYS)}") from error
 
 
 def _load(spec: str, limit_documents: int | None) -> Text:

@@ -16,6 +16,7 @@ from typing import TypeGuard
 
 from llmshrink_eval.bounded import Unreadable, parse_json, read_json, shown
 from llmshrink_eval.errors import EvalError
+from llmshrink_eval.refused import UNREAD, refused
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -104,7 +105,7 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
             text = stream.read(length)
         described = parse_json(text)
     except OSError as error:
-        raise EvalError(f"{file}: can't be read: {error.strerror or error}") from error
+        raise EvalError(f"{file}: can't be read: {refused(error, UNREAD)}") from error
     except Unreadable as error:
         raise _broken(file, f"it {error}") from error
     if not isinstance(described, dict):

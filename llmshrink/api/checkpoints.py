@@ -30,7 +30,8 @@ def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transfo
     with what the run that made the checkpoint computed; "vllm" runs the real engine in its own process and compares
     it with transformers on the same checkpoint. One of bitsandbytes is then also loaded by plain transformers with that
     library, as anyone would, and held to the run. Every file's checksum is compared with the run's first: so one bit is
-    seen in a row of the embedding that no prompt touches.
+    seen in a row of the embedding that no prompt touches. The report isn't ok with a file of weights that was added or
+    whose checksum differs, nor with a damaged record or seal; other files that were changed or added are named.
     """
     from llmshrink.run.seal import checked
     from llmshrink.run.verify import verify as against_run
@@ -39,9 +40,9 @@ def verify(path: PathLike, *, engine: Literal["transformers", "vllm"] = "transfo
     if engine not in ("transformers", "vllm"):
         raise SourceError(f"engine={engine!r}: not an engine that can verify; pass 'transformers' or 'vllm'")
     folder = _folder(path)
-    damaged, changed = checked(folder)
+    found = checked(folder)
     report = verify_vllm(folder) if engine == "vllm" else against_run(folder)
-    return replace(report, ok=report.ok and not damaged, damaged=damaged, changed=changed)
+    return replace(report, ok=report.ok and found.ok, **vars(found))
 
 
 def recipes() -> dict[str, Recipe]:

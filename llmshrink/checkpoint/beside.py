@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import read_json
+from llmshrink_eval.refused import refused
 
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from llmshrink.checkpoint.links import check_link, real
@@ -48,7 +49,12 @@ TOKENIZER = (
     "target.spm",
     "*.tiktoken",
 )
-TEMPLATES = ("chat_template.json", "*chat_template*.jinja", "additional_chat_templates/*.jinja")
+TEMPLATES = (
+    "chat_template.json",
+    "chat_template*.jinja",
+    "*.chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 SETTINGS = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -57,13 +63,28 @@ SETTINGS = (
     "video_preprocessor_config.json",
     "feature_extractor_config.json",
 )
-TERMS = re.compile(
-    r"(model[-_])?(licen[cs]e|copying|copyright|notices?|use[-_]policy|terms[-_]of[-_]use|third[-_]party[-_]notices?)"
-    r"([-_.](apache|mit|bsd|[al]?gpl|cc|mpl|openrail|llama|gemma|qwen|code|model|weights)[a-z0-9.-]*?)?"
-    r"(\.(md|txt|rst|html|pdf))?|licenses/[a-z0-9.-]+\.txt|readme\.md",
-    re.IGNORECASE,
+_LICENCE = (
+    r"(?:apache|mit|0?bsd|[al]?gpl|gfdl|cc|mpl|epl|eupl|bsl|isc|zlib|unlicen[cs]e|ofl|artistic|afl|cddl|odbl|odc|pddl|"
+    r"wtfpl|psf|python|ms|ncsa|cdla|open|rail|openrail|openrail[+]?m|llama|gemma|qwen|deepseek|mistral|falcon|bigscience|"
+    r"bigcode|nvidia|code|models?|weights|data|docs|community|research|commercial|non|noncommercial|permissive|sharing|"
+    r"license|licence|agreement|clause|only|or|and|later|new|revised|with|exception|llvm|by|nc|sa|nd|igo|m|x11|en|zh|cn)"
 )
-"""Licences and the card: a file whose name merely begins so, as license.key, may be anything."""
+_VERSION = r"v?\d+"
+_LICENCES = rf"{_LICENCE}(?:{_VERSION})?(?:[-_.](?:{_LICENCE}(?:{_VERSION})?|{_VERSION}))*"
+"""A licence's name as files have it: Apache-2.0, llama3.1, CC-BY-NC-4.0, GPL-3.0-or-later. Known words and versions
+alone, since any other word (key, token, server) says that the file may be anything. Each name can be read in one way
+only, so that none takes long."""
+_ENDING = r"(?:\.(?:md|txt|rst|html|pdf))?"
+_TERMS = (
+    r"(?:model[-_])?(?:licen[cs]e|copying|copyright|notices?|use[-_]policy|terms[-_]of[-_]use|third[-_]party[-_]notices?)"
+    rf"(?:[-_.]{_LICENCES})?{_ENDING}"
+)
+TERMS = re.compile(
+    rf"{_TERMS}|licenses/(?:{_TERMS}|{_LICENCES}\.(?:txt|md)|licenseref-{_LICENCES}\.(?:txt|md))|readme\.md",
+    re.IGNORECASE | re.ASCII,
+)
+"""Licences and the card: a file whose name merely begins so, as license.key, may be anything. In LICENSES/ a file has
+the name of its licence, as REUSE has it."""
 SOURCE_CARD = "SOURCE_README.md"
 """What the source's README.md is called in an output, whose own card is README.md."""
 WANTED = (*TOKENIZER, *TEMPLATES, *SETTINGS, "LICENSES/*.txt")
@@ -130,7 +151,12 @@ def side_files(
     for path in _candidates(source):
         name = path.relative_to(source).as_posix()
         told = as_text(name)
-        if not (belongs(told) or name in code) or not path.is_file() or _within(path, besides) or _is_pickle(path):
+        if (
+            not (belongs(told if told == name else _guessed(told)) or name in code)
+            or not path.is_file()
+            or _within(path, besides)
+            or _is_pickle(path)
+        ):
             continue
         if told != name:
             raise CheckpointError(
@@ -213,6 +239,11 @@ def _candidates(source: Path) -> list[Path]:
     return sorted(path for folder in folders for path in folder.iterdir())
 
 
+def _guessed(told: str) -> str:
+    """A name of which a part can't be read, as it could be: with a word in that part's place that belongs anywhere."""
+    return re.sub("\ufffd+", "mit", told)
+
+
 def _within(path: Path, folders: Sequence[Path]) -> bool:
     apart = {each for folder in folders for each in (folder.absolute(), real(folder))}
     own = {path.absolute(), real(path), *path.absolute().parents, *real(path).parents}
@@ -224,10 +255,8 @@ def _is_pickle(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(4).startswith(_PICKLE)
     except OSError as error:
-        raise CheckpointError(
-            f"{as_text(str(path))}: can't be read: {(error.strerror or str(error)).lower()}; let this user read it, or "
-            "remove it if it isn't the model's"
-        ) from error
+        way = "let this user read it, or remove it if it isn't the model's"
+        raise CheckpointError(f"{as_text(str(path))}: can't be read: {refused(error, way)}") from error
 
 
 def _readable(path: Path) -> bool:

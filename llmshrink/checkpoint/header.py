@@ -18,6 +18,7 @@ from typing import TypeGuard
 
 import torch
 from llmshrink_eval.bounded import Unreadable, parse_json, shown
+from llmshrink_eval.refused import UNREAD, refused
 
 from llmshrink.checkpoint.files import is_lfs_pointer
 from llmshrink.errors import CheckpointError
@@ -81,7 +82,7 @@ def read_header(file: Path) -> Header:
             length = int.from_bytes(start, "little")
             start += stream.read(length if length <= HEADER_LIMIT else 64)
     except OSError as error:
-        raise CheckpointError(f"{file}: can't be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{file}: can't be read: {refused(error, UNREAD)}") from error
     return parse_header(file, start, size)
 
 

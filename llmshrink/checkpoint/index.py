@@ -24,6 +24,7 @@ from typing import Self
 
 import torch
 from llmshrink_eval.listing import named
+from llmshrink_eval.refused import refused
 from torch import Tensor
 
 from llmshrink.checkpoint.arrival import Arriving
@@ -254,7 +255,7 @@ class CheckpointIndex:
                 done += count
         except OSError as error:
             raise CheckpointError(
-                f"{entry.file}: {entry.key} can't be read: {error.strerror or error}; check the disk, or copy it again"
+                f"{entry.file}: {entry.key} can't be read: {refused(error, 'check the disk, or copy it again')}"
             ) from error
 
     def _open(self, file: Path) -> int:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llmshrink_eval.refused import refused
+
 from llmshrink.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_weight_map
 from llmshrink.checkpoint.recognise import adapter, is_adapter, refuse_unready
 from llmshrink.errors import LlmshrinkError, SourceError
@@ -232,7 +234,7 @@ def explain(name: str, revision: str | None, error: Exception) -> str:
     if unreachable(error) and getattr(error, "errno", None) is None:
         return f"{which}: the connection to the Hub broke; check the network, and run again to go on"
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{which}: the download stopped: {error.strerror}; free space or check the network, and run again"
+        return f"{which}: the download stopped: {refused(error, 'check the network')}; then run again"
     return f"{which}: the download failed ({type(error).__name__}); run again to go on, or {_OTHER_WAYS}"
 
 

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 # What explains an error is here before there is one: none can be imported when no more files may be opened.
 from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
 
-from llmshrink.cli.stopping import INTERRUPTED, PROGRAM, Signals, leave_with, reader_left, say_stopped, usage_error
+from llmshrink.cli.stopping import (
+    INTERRUPTED,
+    PROGRAM,
+    Signals,
+    leave_with,
+    reader_left,
+    say_last,
+    say_stopped,
+    usage_error,
+)
 from llmshrink.cli.system import is_refusal, refusal
 from llmshrink.errors import LlmshrinkError, RecipeError
 
@@ -91,7 +100,7 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
 
 def _refuse(*lines: str) -> int:
     for line in lines:
-        print(f"{PROGRAM}: error: {' '.join(line.split())}", file=sys.stderr)
+        say_last(f"{PROGRAM}: error: {' '.join(line.split())}")
     return 2
 
 

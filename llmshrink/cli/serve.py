@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
+
+from llmshrink.cli.stopping import say_last
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Options that aren't ours are vLLM's."""
@@ -48,5 +49,5 @@ def serve(
         say=say,
     )
     if status:
-        print(f"llmshrink: vLLM ended with exit code {status}", file=sys.stderr)
+        say_last(f"llmshrink: vLLM ended with exit code {status}")
     return status

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any, Self
@@ -94,8 +95,22 @@ def say_stopped(arguments: Sequence[str], code: int) -> int:
     found = goes_on(arguments)
     if found is not None:
         line += f"; {found.said}:\n  {shlex.join([PROGRAM, *found.words])}"
-    print(line, file=sys.stderr)
+    say_last(line)
     return code
+
+
+def say_last(line: str) -> None:
+    """A line on stderr before the command ends, whose exit code stays what it is where stderr takes no more."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: IO[str]) -> None:
+    """Have a stream that can't be written go nowhere, or Python complains again while it shuts down."""
+    with suppress(OSError, ValueError):  # nothing can be opened, or it is no real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @dataclass(frozen=True)
@@ -186,8 +201,7 @@ def reader_left() -> bool:
     """
     gone = [stream for stream in (sys.stdout, sys.stderr) if _broken(stream)]
     for stream in gone:
-        # Without this, Python would complain again while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence(stream)
     return bool(gone)
 
 

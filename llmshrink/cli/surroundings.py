@@ -14,6 +14,8 @@ import os
 import sys
 import tempfile
 
+from llmshrink_eval.refused import refused
+
 
 def settle() -> None:
     """Make streams print whatever comes, and see to it that there is a home folder. Raises LlmshrinkError."""
@@ -60,8 +62,8 @@ def _give_home() -> None:
         home = private_folder()
     except OSError as error:
         raise LlmshrinkError(
-            f"user {os.getuid()} has no home folder, and {tempfile.gettempdir()} can't be written "
-            f"({error.strerror or error}); set HOME to a folder"
+            f"user {os.getuid()} has no home folder, and {tempfile.gettempdir()} can't be written: "
+            f"{refused(error, 'set HOME to a folder')}"
         ) from error
     os.environ["HOME"] = str(home)
     print(

@@ -21,7 +21,9 @@ def verify(
 ) -> int:
     """Reload OUT and compare.
 
-    Exits with 1, naming the worst prompt, when it is further off than the stated tolerance.
+    Exits with 1, naming the worst prompt, when it is further off than the stated tolerance; and when weights, the
+    record or the seal aren't what the run wrote, by their checksums, or weights were added. Other files that were
+    changed or added since are named.
     """
     from llmshrink import api
 

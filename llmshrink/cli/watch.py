@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmshrink.cli.stopping import say_last
+
 if TYPE_CHECKING:
     import typer
     from llmshrink_eval.progress import Progress
@@ -101,7 +103,7 @@ def show_results(results: Results, output: str, *, as_json: bool) -> int:
         print(f"report      {Path(output) / 'report.html'}")
     for each in failed:
         value = "not measured" if each.value is None else f"{each.value:.6g}"
-        print(f"llmshrink: {each.model}: {each.condition} isn't met: {value}", file=sys.stderr)
+        say_last(f"llmshrink: {each.model}: {each.condition} isn't met: {value}")
     return 1 if failed else 0
 
 

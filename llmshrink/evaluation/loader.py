@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmshrink_eval.refused import save_tensors
+
 from llmshrink.checkpoint.beside import own_code
 from llmshrink.checkpoint.decompressed import Decompressed
 from llmshrink.checkpoint.files import read_config
@@ -146,8 +148,6 @@ def load_own_format(path: str, options: LoadOptions) -> Any:
 
 def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
     """A copy of the checkpoint in `folder` without its compression, every floating-point tensor in `dtype`."""
-    from safetensors.torch import save_file
-
     config, reader = _opened(folder, dtype, trust_remote_code=trust_remote_code)
     if reader.rounds_too:
         raise CheckpointError(f"{folder}: {reader.rounds_too}, which no dense copy of it does; leave --offload out")
@@ -157,7 +157,7 @@ def write_dense(folder: Path, target: Path, dtype: torch.dtype, *, trust_remote_
     with reader:
         for number, tensors in enumerate(_shards(reader, dtype)):
             name = f"model-{number:05}.safetensors"
-            save_file(tensors, target / name, metadata={"format": "pt"})
+            save_tensors(tensors, target / name, {"format": "pt"})
             index |= dict.fromkeys(tensors, name)
             size += sum(tensor.nbytes for tensor in tensors.values())
     document = {"metadata": {"total_size": size}, "weight_map": index}

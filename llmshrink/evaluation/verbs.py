@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmshrink_eval.bounded import read_json
+from llmshrink_eval.refused import refused
 
 from llmshrink.errors import LlmshrinkError, OutputError
 from llmshrink.evaluation.naming import DEMO, is_demo_task, task_names
@@ -197,8 +198,8 @@ def _demo_tasks(cache: Path) -> Path:
                 if not _same(file, folder / file.name):
                     file.replace(folder / file.name)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{cache}: can't be written: {reason}; choose another folder with --cache") from error
+        reason = refused(error, "choose another folder with --cache")
+        raise OutputError(f"{cache}: can't be written: {reason}") from error
     return folder
 
 

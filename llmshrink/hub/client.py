@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from llmshrink_eval.refused import UNREAD, refused
+
 from llmshrink.checkpoint.source import unreachable
 from llmshrink.errors import LlmshrinkError
 
@@ -124,7 +126,7 @@ def explain(error: Exception, name: str) -> str:
     if status in PASSING:
         return f"the Hub answered with HTTP {status} to {len(WAITS) + 1} tries and more; run the same command later"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} can't be read: {error.strerror}"
+        return f"{error.filename} can't be read: {refused(error, UNREAD)}"
     if unreachable(error):
         return "the connection to the Hub broke, and again each time; check the network, and run the same command again"
     said = getattr(error, "server_message", None)

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from llmshrink_eval.bounded import YAML_LIMIT, Unreadable, parse_yaml, shown
+from llmshrink_eval.refused import refused
 
 from llmshrink.errors import RecipeError
 from llmshrink.paths import expanded
@@ -156,8 +157,9 @@ def _find(name: str) -> tuple[str, str]:
             raise RecipeError([f"{name}: over {YAML_LIMIT:,} bytes: not a recipe"])
         return name, path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError([f"{name}: can't be read: {reason}; name a YAML file"]) from error
+        way = "name a YAML file"
+        reason = refused(error, way) if isinstance(error, OSError) else f"not UTF-8 text; {way}"
+        raise RecipeError([f"{name}: can't be read: {reason}"]) from error
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from llmshrink_eval.beginning import Bos
+from llmshrink_eval.refused import refused
 
 from llmshrink.calibration.tokens import TokenWindows
 from llmshrink.checkpoint.index import CheckpointIndex
@@ -90,7 +91,7 @@ def check_work_dir(folder: Path | None) -> None:
         os.rmdir(tempfile.mkdtemp(dir=place))  # permissions don't bind root, nor say that /proc takes no folder
     except OSError as error:
         raise OutputError(
-            f"--work-dir {folder}: {place} isn't a folder that can be written to ({error.strerror}); name another"
+            f"--work-dir {folder}: {place} isn't a folder that can be written to: {refused(error, 'name another')}"
         ) from error
 
 

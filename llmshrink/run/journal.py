@@ -26,6 +26,7 @@ from typing import Any
 
 from llmshrink_eval.bounded import Unreadable, parse_json, read_json
 from llmshrink_eval.listing import named
+from llmshrink_eval.refused import refused
 
 from llmshrink.checkpoint.unchanged import Changed, Watched
 from llmshrink.errors import OutputError
@@ -297,8 +298,8 @@ class Workspace:
             disk.replace(self.output, self._aside)
         except OSError as error:
             raise OutputError(
-                f"output {self.output} can't be renamed ({(error.strerror or str(error)).lower()}), so that the result "
-                "couldn't take its place; choose another folder with -o"
+                f"output {self.output} can't be renamed, so that the result couldn't take its place: "
+                f"{refused(error, 'choose another folder with -o')}"
             ) from error
         finally:
             if self._aside.exists():

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llmshrink_eval.refused import refused
+
 from llmshrink.errors import OutputError
 from llmshrink.run.foreign import create, refuse_foreign
 
@@ -31,7 +33,7 @@ class Lock:
         try:
             self._held = self._open()
         except OSError as error:
-            raise OutputError(f"can't write to {self.folder}: {error.strerror}; choose another -o") from error
+            raise OutputError(f"can't write to {self.folder}: {refused(error, 'choose another -o')}") from error
         if self._held is None:
             who = self._holder()
             raise OutputError(

@@ -8,58 +8,23 @@ hidden folder inside OUT, on the same medium, and its files are moved one by one
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from llmshrink_eval.bounded import read_json
-
-from llmshrink.checkpoint.beside import WANTED, belongs
 from llmshrink.errors import OutputError
-from llmshrink.paths import as_text
 
 RECORD = "llmshrink.json"
 WRITTEN_LATER = ("README.md", "timing.json", "verify/verified.json")
 """Of an output, beside its weights and the files that its record names: card, times, seal."""
-OF_NOBODY = ("__pycache__", ".DS_Store", "lost+found")
-"""What systems leave in folders by themselves."""
 HIDDEN = ".llmshrink"
 """How the names of folders begin in which runs work inside OUT, where they can't beside it."""
+WORKSPACES = tuple(f"{HIDDEN}{ending}" for ending in (".partial", ".student", ".student.partial"))
+"""All of them."""
 SHOWN = 4
 
 
 def is_ours(folder: Path) -> bool:
     """Whether `folder` was written by llmshrink: only such a folder is ever replaced."""
     return (folder / RECORD).is_file()
-
-
-def strangers(folder: Path) -> list[str]:
-    """What lies in an output of ours and no run of llmshrink left there, a folder of such things with a slash.
-
-    Ours are the files that its record names, the record, and what is written beside it (`WRITTEN_LATER`). A record of
-    before it named files: what belongs to a model by its name is taken for ours.
-    """
-    try:
-        record = read_json(folder / RECORD)
-        named = record.get("files")
-        known = {RECORD, *WRITTEN_LATER, *record.get("shards", {}), *(named or ())}
-    except (OSError, ValueError, AttributeError, TypeError):  # a damaged record names nothing
-        named, known = [], {RECORD, *WRITTEN_LATER}
-    paths = (*known, *(WANTED if named is None else ()))
-    folders = {parent.as_posix() for name in paths for parent in PurePosixPath(name).parents}
-    found = []
-    waiting = [folder]
-    while waiting:
-        for path in sorted(waiting.pop().iterdir()):
-            name = path.relative_to(folder).as_posix()
-            if path.is_dir() and not path.is_symlink():
-                if name in folders:
-                    waiting.append(path)
-                elif path.name not in OF_NOBODY and not name.startswith(f"{HIDDEN}."):
-                    found.append(f"{name}/")
-            elif name not in known and path.name not in OF_NOBODY:
-                if named is None and (belongs(name) or path.suffix in (".safetensors", ".yaml", ".json")):
-                    continue
-                found.append(name)
-    return sorted(map(as_text, found))
 
 
 def in_place(output: Path) -> bool:
@@ -81,13 +46,34 @@ def partial_folder(output: Path) -> Path:
     return beside(output, ".partial")
 
 
+def of_nobody(path: Path) -> bool:
+    """Whether systems leave such a thing in folders by themselves, so that it may go without a word: Finder's file,
+    Python's folder with nothing but compiled modules, a file system's with nothing in it (or that stays, where the
+    folder is its root)."""
+    if path.is_symlink():
+        return False
+    if path.name == ".DS_Store":
+        return path.is_file()
+    if path.name == "__pycache__":
+        return path.is_dir() and all(compiled(each) for each in path.iterdir())
+    if path.name == "lost+found" and path.is_dir():
+        return in_place(path.parent) or (os.access(path, os.R_OK) and not any(path.iterdir()))
+    return False
+
+
+def compiled(path: Path) -> bool:
+    """Whether a file is what Python makes of a module by itself."""
+    return path.parent.name == "__pycache__" and path.suffix == ".pyc" and path.is_file() and not path.is_symlink()
+
+
+def workspace_in(path: Path) -> bool:
+    """Whether this is a folder inside an output in which a run worked."""
+    return path.name in WORKSPACES and path.is_dir() and not path.is_symlink()
+
+
 def entries(output: Path) -> list[str]:
     """What is in a folder, but for what runs work in and what systems leave."""
-    return sorted(
-        path.name
-        for path in output.iterdir()
-        if path.name not in OF_NOBODY and not (path.name.startswith(f"{HIDDEN}.") and path.is_dir())
-    )
+    return sorted(path.name for path in output.iterdir() if not of_nobody(path) and not workspace_in(path))
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -102,6 +88,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"output {output} exists and wasn't written by llmshrink; choose another folder with -o")
     if not overwrite:
         raise OutputError(f"output {output} exists; replace it with --overwrite or choose another folder with -o")
+    # What tells them knows all that a run leaves, and so needs this module.
+    from llmshrink.run.strangers import strangers
+
     others = strangers(output)
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""

@@ -57,8 +57,9 @@ class VerifyReport:
 
     against: what `engine` was held to. ok: value <= tolerance, where `measure` says what the value is, in nats.
     mean_difference, max_difference: of next-token log-probabilities, in nats. worst: the prompt that differs most.
-    damaged: weights and records whose checksum isn't the one that the run wrote; with any, ok is False. changed: other
-    files of which that is so.
+    sealed: whether there was a seal, with the checksums of all that isn't weights; None: checksums weren't compared.
+    damaged: weights, records and seals that aren't what the run wrote; with any, ok is False. changed: other files of
+    which that is so. added: files that engines read and no run wrote; with weights among them, ok is False.
     """
 
     ok: bool
@@ -71,8 +72,10 @@ class VerifyReport:
     mean_difference: float
     max_difference: float
     worst: str
+    sealed: bool | None = None
     damaged: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -92,6 +95,13 @@ class VerifyReport:
             found.append(f"damaged: {', '.join(self.damaged)}: not what the run wrote; copy the folder again")
         if self.changed:
             found.append(f"changed since it was made: {', '.join(self.changed)}")
+        if self.added:
+            found.append(
+                f"added since it was made: {', '.join(self.added)}: engines may read such files; take away what isn't "
+                "yours"
+            )
+        if self.sealed is False and "verify/verified.json" not in self.damaged:
+            found.append("no seal: verify/verified.json isn't there, so that only the weights' checksums were compared")
         return found
 
 

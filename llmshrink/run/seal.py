@@ -9,13 +9,18 @@ Which files those are the record says (`files`): what somebody puts beside them 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmshrink_eval.bounded import read_json
 from llmshrink_eval.listing import below, named
 
+from llmshrink.checkpoint.beside import belongs
+from llmshrink.checkpoint.index import INDEX_FILE
+from llmshrink.paths import as_text
 from llmshrink.run import disk
 from llmshrink.run.journal import Part
 from llmshrink.run.output import RECORD, WRITTEN_LATER
@@ -26,6 +31,12 @@ from llmshrink.run.verify import REFERENCE, device_of, read_record
 SEAL = Path("verify") / "verified.json"
 FREE = WRITTEN_LATER
 """What a seal says nothing of."""
+READ_TOO = (
+    *("config.json", INDEX_FILE, "adapter_config.json", "params.json"),
+    *("hf_quant_config.json", "quant_config.json", "quantize_config.json"),
+)
+"""What transformers or vLLM reads of a folder where it is there, besides a model's side files, weights and Python: an
+adapter is laid over the model, and Mistral's own params.json comes before config.json."""
 
 
 def shard_sums(parts: Iterable[Part]) -> dict[str, str]:
@@ -83,15 +94,52 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def checked(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is no longer as the record and the seal have it, by checksum, or is gone: weights, the record and what a
-    reload is held to first, then other files. Without a seal, the weights alone. Raises SourceError for no output."""
+@dataclass(frozen=True)
+class Checked:
+    """What checksums say of an output. Names are paths within it.
+
+    sealed: whether there is a seal; without one the weights alone were compared. damaged: weights, the record, what a
+    reload is held to, and a seal that can't be read, that are no longer what was written, or gone. changed: other files
+    of which that is so. added: files that are no part of it, and that whoever loads it reads all the same.
+    """
+
+    sealed: bool
+    damaged: tuple[str, ...]
+    changed: tuple[str, ...]
+    added: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the weights that are loaded are those that were written."""
+        return not self.damaged and not any(name.endswith(".safetensors") for name in self.added)
+
+
+def checked(folder: Path) -> Checked:
+    """Compare every file of an output with its record and its seal. Raises SourceError for no output."""
     record, seal = read_record(folder), read_seal(folder)
+    known = known_files(record, seal)
     sealed = {} if seal is None else seal["files"]
     weights = record.get("shards", {})
-    differ = sorted(name for name, known in {**sealed, **weights}.items() if _sum(folder / name) != known)
-    vital = {*weights, RECORD, REFERENCE.as_posix()}
-    return tuple(name for name in differ if name in vital), tuple(name for name in differ if name not in vital)
+    differ = {name for name, sha in {**sealed, **weights}.items() if _sum(folder / name) != sha}
+    differ |= {name for name in known or () if not (folder / name).is_file()}
+    if seal is None and os.path.lexists(folder / SEAL):
+        differ.add(SEAL.as_posix())
+    vital = {*weights, RECORD, REFERENCE.as_posix(), SEAL.as_posix()}
+    return Checked(
+        sealed=seal is not None,
+        damaged=tuple(as_text(name) for name in sorted(differ & vital)),
+        changed=tuple(as_text(name) for name in sorted(differ - vital)),
+        added=tuple(as_text(name) for name in _added(folder, weights, known)),
+    )
+
+
+def _added(folder: Path, weights: Mapping[str, str], known: frozenset[str] | None) -> list[str]:
+    """Files that are neither weights of the record nor known, and that transformers or vLLM would read."""
+    others = set(files_of(folder)) - {RECORD, *FREE, *weights, *(known or ())}
+    more = {name for name in others if weights and name.endswith(".safetensors") and "/" not in name}
+    if known is not None:
+        more |= {name for name in others if name.endswith(".py") or name in READ_TOO or belongs(name)}
+    return sorted(more)
 
 
 def _sum(path: Path) -> str | None:

@@ -71,9 +71,11 @@ def value(words: Sequence[str], names: Sequence[str]) -> str | None:
         if _name(word) in names:
             _, equals, after = word.partition("=")
             following = words[place + 1] if place + 1 < len(words) else None
-            if not equals and following is None:
-                raise LlmshrinkError(f"{word} has no value")
             found = after if equals else following
+            # An unset variable of the shell leaves nothing, and the next option would be the key.
+            if not found or (not equals and found.startswith("--")):
+                behind = f" (what follows is {found:.40})" if found else ""
+                raise LlmshrinkError(f"{word} has no value{behind}; give one, or leave the option out")
     return found
 
 

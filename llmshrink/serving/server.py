@@ -20,9 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
-from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from llmshrink_eval.engines.child import start
+from llmshrink_eval.refused import refused
 
 from llmshrink.errors import LlmshrinkError
 
@@ -53,9 +53,14 @@ class Address:
         return all((getattr(place, "ipv4_mapped", None) or place).is_loopback for place in places)
 
     @property
+    def reached(self) -> str:
+        """The host by which this machine reaches it."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+
+    @property
     def url(self) -> str:
-        """How this machine reaches it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        """Where this machine reaches it."""
+        host = self.reached
         return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def check_free(self) -> None:
@@ -70,9 +75,10 @@ class Address:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
         except (OSError, UnicodeError) as error:
-            said = (getattr(error, "strerror", None) or str(error)).lower()
+            way = "name another with --port or --host"
+            said = refused(error, way) if isinstance(error, OSError) else f"{error}; {way}"
             raise LlmshrinkError(
-                f"can't listen on {self.host}, port {self.port}: {said}; name another with --port or --host"
+                f"can't listen on {self.host}, port {self.port}: {said[:1].lower()}{said[1:]}"
             ) from error
 
 
@@ -114,14 +120,22 @@ def _until_healthy(process: subprocess.Popen[bytes], address: Address, waiting: 
 
 def _healthy(address: Address) -> bool:
     import ssl
+    from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
-    # No proxy knows our own child, and its certificate isn't for its loopback name.
-    ways = [ProxyHandler({}), HTTPSHandler(context=ssl._create_unverified_context())]
+    # Spoken to directly: no proxy knows our own child, where a redirect leads is another server, and its certificate
+    # isn't for its loopback name.
+    connection = (
+        HTTPSConnection(address.reached, address.port, timeout=10, context=ssl._create_unverified_context())
+        if address.tls
+        else HTTPConnection(address.reached, address.port, timeout=10)
+    )
     try:
-        with build_opener(*ways).open(f"{address.url}/health", timeout=10) as response:
-            return bool(response.status == 200)
-    except OSError:  # URLError and HTTPError are such
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):  # the latter of what speaks no HTTP
         return False
+    finally:
+        connection.close()
 
 
 class _Child:

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from llmshrink_eval.engines import child
+from llmshrink_eval.refused import FULL, WAYS_OUT
 from poison import MODULES, poison
 
 import llmshrink
 from llmshrink.cli import run
-from llmshrink.cli.system import FULL, WAYS_OUT
 from llmshrink.errors import LlmshrinkError
 from llmshrink.serving.launch import Installed, server_environment, server_words
 from llmshrink.serving.server import Address

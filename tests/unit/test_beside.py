@@ -25,7 +25,10 @@ MODEL = {
     "processor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
     "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "License.md", "qwen.tiktoken", "tekken.json", "source.spm",
     "MODEL_LICENSE", "THIRD_PARTY_NOTICES.txt", "COPYRIGHT", "TERMS_OF_USE.md", "LICENSES/MIT.txt", "licence.rst",
-    "LICENSE-APACHE", "LICENSE.MIT.txt", "tokenizer.model.v3", "tool_chat_template_x.jinja", "sentencepiece.bpe.model",
+    "LICENSE-APACHE", "LICENSE.MIT.txt", "LICENSE-llama3.1.txt", "license_gemma_2.html", "LICENSE-CC-BY-NC-4.0.md",
+    "LICENSES/Apache-2.0.txt", "LICENSES/CC-BY-4.0.txt", "LICENSES/GPL-3.0-or-later.txt", "LICENSES/BSD-3-Clause.txt",
+    "LICENSES/CC0-1.0.txt", "LICENSES/0BSD.txt", "LICENSES/LicenseRef-Qwen.txt", "LICENSES/LICENSE-MIT.txt",
+    "tokenizer.model.v3", "chat_template_tools.jinja", "tools.chat_template.jinja", "sentencepiece.bpe.model",
 }  # fmt: skip
 TRAINING = {
     "checkpoint-500/model.safetensors", "checkpoint-500/tokenizer.json", "runs/Nov01/events.out.tfevents.1",
@@ -48,6 +51,11 @@ def _write(folder: Path, names: set[str]) -> None:
         "vocab-private-customers.json", "old.model", "id_rsa", "credentials.json", "a.pickle", "a.joblib", "a.pt2",
         "a.npy", "a.distcp", "model.bak", "tokenizer.json.bak", "events.out.tfevents.1", "LICENSES/key.pem",
         "additional_chat_templates/notes.txt", "x/LICENSE",
+        "license.cc.pem", "license-code.sh", "license-cc-2.7z", "LICENSE-MIT.key", "license_code_key",
+        "license.mit.txt.gpg", "LICENSE-" + "1." * 120 + "x", "LICENSE-" + "mit0-cc0-bsd3-" * 16 + "x",
+        "license-apache..txt", "LICENSE-MIT\n.txt", "LICENSES/key.txt", "LICENSES/api-key.txt", "LICENSES/id_rsa.txt",
+        "LICENSES/Apache-2.0", "LICENSES/MIT.pem", "LICENSES/token.md", "LICENSES/LicenseRef-hf_token.txt",
+        "LICENSES/private/MIT.txt", "secret_chat_template.jinja", "my-secret-chat_template.jinja", "chat_template.pem",
     ],
 )  # fmt: skip
 def test_a_name_that_merely_looks_like_it_doesnt_belong(name: str) -> None:
@@ -66,6 +74,21 @@ def test_only_what_belongs_to_a_model_goes_on(tmp_path: Path) -> None:
     assert set(left.names) == tops | {"merges-pipe.txt", "vocab.txt"}
     assert left.count == len(left.names)
     assert left.lines()[0].endswith(f"and {left.count - 4} more: not part of the model")
+
+
+@pytest.mark.parametrize(
+    "name", [b"\xff.tiktoken", b"LICENSES/\xff.txt", b"LICENSE-\xff.md", b"additional_chat_templates/\xff.jinja"]
+)
+def test_what_may_be_the_models_and_has_no_name_in_utf_8_is_refused_wherever_it_lies(
+    name: bytes, tmp_path: Path
+) -> None:
+    _write(tmp_path, {"config.json", "tokenizer.json", "LICENSES/MIT.txt", "additional_chat_templates/a.jinja"})
+    for each in (name, name + b".log"):  # the latter stays behind, as one of that ending does
+        (tmp_path / os.fsdecode(each)).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="its name isn't UTF-8, so that no record could have it; rename"):
+        list(side_files(tmp_path))
+    (tmp_path / os.fsdecode(name)).unlink()
+    assert len(list(side_files(tmp_path))) == 3
 
 
 def test_links_are_followed_inside_the_folder_and_into_its_own_cache(tmp_path: Path) -> None:

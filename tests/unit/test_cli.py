@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 from helpers import make_model
+from llmshrink_eval.refused import FULL, WAYS_OUT
 
 from llmshrink import __version__, api
 from llmshrink.cli import app, run
-from llmshrink.cli.system import WAYS_OUT
 from llmshrink.errors import CheckpointError, RecipeError
 from llmshrink.recipe.read import load_recipe, shipped
 from llmshrink.run.output import partial_folder
@@ -264,7 +264,7 @@ def test_what_a_user_did_is_said_alone_on_stderr_a_line_a_fault(
 
 
 @pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("number", sorted(WAYS_OUT))
+@pytest.mark.parametrize("number", sorted(set(WAYS_OUT) - set(FULL)))
 def test_what_the_system_refuses_says_whether_work_is_kept(
     number: int, kept: bool, twin: Twin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

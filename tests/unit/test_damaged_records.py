@@ -24,9 +24,10 @@ from llmshrink.errors import CheckpointError, LlmshrinkError, OutputError, Sourc
 from llmshrink.evaluation.verbs import _refuse_foreign_results
 from llmshrink.run.card import beyond
 from llmshrink.run.journal import Part, _follows, _line, _read_lines
-from llmshrink.run.output import RECORD, strangers
+from llmshrink.run.output import RECORD
 from llmshrink.run.report import rows_of
 from llmshrink.run.seal import SEAL, read_seal
+from llmshrink.run.strangers import strangers
 from llmshrink.run.verify import read_record
 
 DAMAGED = {

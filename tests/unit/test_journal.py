@@ -21,7 +21,9 @@ from llmshrink.errors import OutputError
 from llmshrink.run import disk
 from llmshrink.run.journal import Part, Workspace
 from llmshrink.run.lock import LOCK, locked
-from llmshrink.run.output import RECORD, WRITTEN_LATER, check_output, strangers
+from llmshrink.run.output import RECORD, WRITTEN_LATER, check_output
+from llmshrink.run.seal import SEAL
+from llmshrink.run.strangers import strangers
 
 IDENTITY = {"recipe": "a", "seed": 0}
 
@@ -178,7 +180,8 @@ def ours(folder: Path) -> Path:
 
 def test_what_a_run_leaves_is_no_stranger(tmp_path: Path) -> None:
     out = ours(tmp_path / "out")
-    for name in ("__pycache__/a.pyc", ".DS_Store", "verify/.DS_Store"):
+    (out / "lost+found").mkdir()
+    for name in ("__pycache__/a.pyc", ".DS_Store", "verify/.DS_Store", ".llmshrink.student.partial/lock"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).touch()
     assert strangers(out) == []
@@ -198,6 +201,13 @@ def test_what_a_run_leaves_is_no_stranger(tmp_path: Path) -> None:
         (".git/HEAD", ".git/"),
         ("model-lora.safetensors", "model-lora.safetensors"),
         ("merges.txt", "merges.txt"),
+        ("__pycache__/notes.txt", "__pycache__/notes.txt"),
+        ("__pycache__/mine/a.pyc", "__pycache__/mine/"),
+        ("verify/__pycache__/a.py", "verify/__pycache__/a.py"),
+        ("lost+found/notes.txt", "lost+found/"),
+        (".DS_Store/notes.txt", ".DS_Store/"),
+        (".llmshrink.mine/x", ".llmshrink.mine/"),
+        ("verify/.llmshrink.partial/x", "verify/.llmshrink.partial/"),
     ],
 )
 @pytest.mark.parametrize("linked", [False, True])
@@ -208,7 +218,7 @@ def test_files_beside_ours_stop_overwriting_by_name(put: str, told: str, linked:
     first = out / put.split("/")[0]
     if linked and not first.exists():
         first.symlink_to(far)
-        told = told.rstrip("/")
+        told = put.split("/")[0]
     else:
         (out / put).parent.mkdir(parents=True, exist_ok=True)
         (out / put).write_text("work")
@@ -217,6 +227,53 @@ def test_files_beside_ours_stop_overwriting_by_name(put: str, told: str, linked:
         Workspace(out, overwrite=True).__enter__()
     assert sorted(out.rglob("*")) == sorted([*before, *added])
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["far", "out"]
+
+
+@pytest.mark.parametrize("name", ["__pycache__/notes.txt", "lost+found/notes.txt", ".DS_Store/x", ".llmshrink.mine/x"])
+def test_a_folder_with_somebody_s_file_is_not_empty(name: str, tmp_path: Path) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("work")
+    with pytest.raises(OutputError, match="exists and wasn't written by llmshrink"):
+        check_output(tmp_path / "out", overwrite=True)
+
+
+def sealed(out: Path, files: list[str]) -> None:
+    """Give an output a seal of these files."""
+    place = {"device": "cpu", "threads": 1, "versions": {}}
+    sums = {name: disk.sha256_of(out / name) for name in files}
+    seal = {"by": "x", "against": "y", "tolerance": 0.1, "positions": 1, "with": place, "files": sums}
+    (out / SEAL).write_text(json.dumps(seal))
+
+
+def test_only_what_is_as_it_was_made_is_overwritten(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out")
+    files = ["config.json", "tokenizer.json", "verify/held_out.safetensors", RECORD]
+    (out / "tool_chat_template_x.jinja").write_text("of a run of before")
+    record = json.loads((out / RECORD).read_text())
+    (out / RECORD).write_text(json.dumps({**record, "files": [*record["files"], "tool_chat_template_x.jinja"]}))
+    sealed(out, [*files, "tool_chat_template_x.jinja"])
+    assert strangers(out) == []
+    (out / "tokenizer.json").write_text('{"mine": 1}')
+    (out / "tool_chat_template_x.jinja").write_text("mine")
+    changed = ["tokenizer.json (changed since it was made)", "tool_chat_template_x.jinja (changed since it was made)"]
+    assert strangers(out) == changed
+    with pytest.raises(OutputError, match=r"holds tokenizer.json \(changed since it was made\), tool_"):
+        check_output(out, overwrite=True)
+
+
+@pytest.mark.parametrize("seal", [True, False])
+def test_a_record_that_was_edited_makes_nothing_ours(seal: bool, tmp_path: Path) -> None:
+    out = ours(tmp_path / "out")
+    if seal:
+        sealed(out, ["config.json", RECORD])
+    for name in ("thesis.tex", "mine/notes.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("work")
+    record = json.loads((out / RECORD).read_text())
+    more = {"files": [*record["files"], "mine/notes.txt"], "shards": {**record["shards"], "thesis.tex": "0"}}
+    (out / RECORD).write_text(json.dumps({**record, **more}))
+    edited = [f"{RECORD} (changed since it was made)"] if seal else []
+    assert strangers(out) == [*edited, "mine/", "thesis.tex"]
 
 
 def test_files_put_there_during_a_run_stop_its_end_and_nothing_is_lost(tmp_path: Path) -> None:

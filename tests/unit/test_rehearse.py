@@ -341,7 +341,7 @@ def test_a_side_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
             raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(beside, "_candidates", lambda source: [Closed(tmp_path / "merges.txt")])
-    with pytest.raises(CheckpointError, match=r"merges.txt: can't be read: permission denied; let this user read it"):
+    with pytest.raises(CheckpointError, match=r"merges.txt: can't be read: Permission denied; let this user read it"):
         list(side_files(tmp_path))
 
 

@@ -233,6 +233,79 @@ def test_a_file_that_was_corrected_since_is_told_and_one_that_is_gone(
 
 
 @pytest.fixture(scope="module")
+def verified(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole output with its seal, to be copied."""
+    out = tmp_path_factory.mktemp("verified") / "out"
+    llmshrink.quantize(model_of("llama"), output=out, calibration=story, **SMALL)
+    return out
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"by": 1}', "binary", "cut"])
+def test_a_seal_that_cant_be_read_is_damage_and_none_is_said(
+    damage: str, verified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(verified, tmp_path / "out"))
+    seal = out / "verify" / "verified.json"
+    whole = seal.read_bytes()
+    seal.write_bytes({"binary": b"\xff\x00", "cut": whole[:-20]}.get(damage, damage.encode()))
+    assert run(["verify", str(out)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == ["damaged: verify/verified.json: not what the run wrote; copy the folder again"]
+    assert said[0].startswith("NOT VERIFIED")
+
+
+def test_without_a_seal_it_is_said_that_weights_alone_were_compared(
+    verified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(verified, tmp_path / "out"))
+    assert run(["verify", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["sealed"], report["damaged"], report["changed"], report["added"]) == (True, [], [], [])
+    (out / "verify" / "verified.json").unlink()
+    (out / "tokenizer.json").unlink()
+    assert run(["verify", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "changed since it was made: tokenizer.json",
+        "no seal: verify/verified.json isn't there, so that only the weights' checksums were compared",
+    ]
+    assert llmshrink.verify(out).to_dict()["sealed"] is False
+
+
+def test_files_that_were_added_and_would_be_read_are_named(
+    verified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(verified, tmp_path / "out"))
+    read = ["adapter_config.json", "additional_chat_templates/a.jinja", "chat_template.jinja", "modeling_x.py"]
+    for name in (*read, "notes.txt", "results/table.md", "sub/model.safetensors", ".hidden.py"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    assert run(["verify", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"added since it was made: {', '.join(read)}: engines may read such files; take away what isn't yours"
+    ]
+    save_file({"a": torch.zeros(1)}, out / "extra.safetensors")
+    report = llmshrink.verify(out)
+    assert not report.ok and report.value <= report.tolerance
+    assert report.added == tuple(sorted([*read, "extra.safetensors"])) and not report.damaged
+
+
+def test_an_output_is_overwritten_as_it_was_made_and_not_once_edited(
+    verified: Path, model_of: Callable[..., Path], story: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(verified, tmp_path / "out"))
+
+    def again() -> None:
+        llmshrink.quantize(model_of("llama"), output=out, calibration=story, overwrite=True, **SMALL)
+
+    again()
+    assert llmshrink.verify(out).sealed
+    (out / "recipe.yaml").write_text("# mine\n" + (out / "recipe.yaml").read_text())
+    with pytest.raises(OutputError, match=r"holds recipe\.yaml \(changed since it was made\), which no run"):
+        again()
+    assert (out / "recipe.yaml").read_text().startswith("# mine")
+
+
+@pytest.fixture(scope="module")
 def finished(model_of: Callable[..., Path], story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole output, to be copied and damaged."""
     out = tmp_path_factory.mktemp("finished") / "out"

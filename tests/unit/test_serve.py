@@ -7,8 +7,10 @@ import os
 import shlex
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import llmshrink
 from llmshrink.errors import LlmshrinkError
 from llmshrink.formats.compressed_tensors import GroupedIntScheme, quantization_config
 from llmshrink.formats.eight_bit import EightBitScheme
-from llmshrink.serving import options, preflight, serve
+from llmshrink.serving import options, preflight, serve, server
 from llmshrink.serving.launch import Installed, server_environment, server_words
 from llmshrink.serving.options import EngineOptions
 from llmshrink.serving.preflight import SLOW_DENSE, SLOW_FLOAT16, ServeError
@@ -247,7 +249,11 @@ def test_options_are_read_as_vllm_reads_them() -> None:
     [
         (["-tp", "none"], "--tensor-parallel-size none"),
         (["--tensor-parallel-size=0"], "from 1 to 1,024"),
-        (["--dtype"], "--dtype has no value"),
+        (["--dtype"], "--dtype has no value; give one"),
+        (["--api-key", "--enforce-eager"], r"--api-key has no value \(what follows is --enforce-eager\); give one"),
+        (["--api_key", "--dtype", "half"], "--api_key has no value"),
+        (["--api-key="], "--api-key= has no value; give one"),
+        (["--api-key", ""], "--api-key has no value; give one"),
         (["--model", "x"], "the folder comes first"),
         (["--uds=x"], "--host and --port"),
         (["--headless"], "headless"),
@@ -464,6 +470,40 @@ def test_the_health_check_asks_no_proxy(tmp_path: Path, monkeypatch: pytest.Monk
     running.until("ready")
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "healthy"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", True),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", False),
+        (b"", False),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200, False),
+        (b"HTTP/1.1 302 Found\r\nLocation: OTHER\r\nContent-Length: 0\r\n\r\n", False),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[/\r\n\r\n", False),
+    ],
+)
+def test_what_answers_no_http_or_sends_elsewhere_is_not_healthy(answer: bytes, healthy: bool) -> None:
+    """OTHER is a server that would say yes."""
+
+    def answering(said: bytes) -> tuple[socketserver.TCPServer, int]:
+        class Says(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                self.request.recv(4096)
+                self.request.sendall(said)
+
+        made = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Says)
+        threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return made, made.server_address[1]
+
+    other, there = answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    first, here = answering(answer.replace(b"OTHER", f"http://127.0.0.1:{there}/health".encode()))
+    try:
+        assert server._healthy(Address("127.0.0.1", here)) is healthy
+    finally:
+        for each in (first, other):
+            each.shutdown()
+            each.server_close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])

@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from llmshrink_eval.engines import watched
 from llmshrink_eval.errors import EvalFailed
+from llmshrink_eval.refused import NotStarted
 
 LOOK_SECONDS = 1.0
 """Between two looks at a child that hasn't answered."""
@@ -62,20 +63,22 @@ def start(
     """Start a command of `python`, in a session of its own; its standard input is a pipe, and ends it when it ends.
 
     environment: all of it, as `ours` or `isolated` make it. stderr: None is this process's. bufsize: as Popen
-    takes it. Raises OSError where the
-    system starts no process.
+    takes it. Raises NotStarted where the system starts no process.
     """
     executable, safe, _, module, *words = command
     assert list(command[:3]) == python("")[:3], "a child of ours is a module that `python` runs"
-    return subprocess.Popen(
-        [executable, safe, watched.__file__, str(os.getpid()), module, *words],
-        env=isolated(environment),
-        stdin=subprocess.PIPE,
-        stdout=stdout,
-        stderr=stderr,
-        bufsize=bufsize,
-        start_new_session=True,
-    )
+    try:
+        return subprocess.Popen(
+            [executable, safe, watched.__file__, str(os.getpid()), module, *words],
+            env=isolated(environment),
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
+            bufsize=bufsize,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise NotStarted(error, module) from error
 
 
 def end_with_parent() -> None:

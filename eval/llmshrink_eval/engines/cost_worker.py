@@ -23,6 +23,7 @@ from llmshrink_eval.configfile import read_config
 from llmshrink_eval.engines.child import end_with_parent
 from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
 from llmshrink_eval.options import ModelSpec, Running
+from llmshrink_eval.refused import told, way_out
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +71,8 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
     except EvalFailed as error:
         return {"error": str(error), "kind": "failed"}
     except Exception as error:
+        if isinstance(error, OSError) and way_out(error):
+            return {"error": told(error), "kind": "died"}
         said = raised_by_model(error)
         if said is not None:
             return {"error": said, "kind": "input"}

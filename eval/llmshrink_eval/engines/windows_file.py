@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import cast
 
 from llmshrink_eval.protocol import Protocol, Windows
+from llmshrink_eval.refused import save_tensors
 
 _TENSORS = ("input_ids", "lengths", "scored", "document")
 
 
 def save_windows(windows: Windows, path: Path) -> None:
     """Write them whole."""
-    from safetensors.torch import save_file
-
     metadata = {
         name: str(getattr(windows, name))
         for name in ("name", "protocol", "window", "stride", "words", "bytes", "fingerprint", "bos")
     }
-    save_file({name: getattr(windows, name).contiguous() for name in _TENSORS}, path, metadata=metadata)
+    save_tensors({name: getattr(windows, name).contiguous() for name in _TENSORS}, path, metadata)
 
 
 def load_windows(path: Path) -> Windows:
