@@ -1,10 +1,11 @@
 """Inputs that nobody would write: `python -m benchmarks.fuzz` (`make fuzz`), drawn by a seed.
 
-Configs, headers, weights' indexes, calibration records, recipes, records of finished runs, journals and command lines
-are taken as they should be and changed: a value of another kind or size, a key gone or twice, nesting, bytes flipped or
-cut. Each is then read by a verb that reads such a file, in a process that was forked for the purpose and reads a few
-hundred. It must end with exit code 0, 1 or 2 within `PATIENCE` seconds, with a line that says why and no traceback.
-What doesn't is kept, and named; and so is it an error when fewer inputs were drawn than were asked for in the time.
+Configs, tokenizers, chat templates, headers, weights' indexes, calibration records, recipes, records of finished runs,
+journals and command lines are taken as they should be and changed: a value of another kind or size, a key gone or
+twice, nesting, bytes flipped or cut. Each is then read by a verb that reads such a file, in a process that was forked
+for the purpose and reads a few hundred. It must end with exit code 0, 1 or 2 within `PATIENCE` seconds, with a line
+that says why and no traceback. What doesn't is kept, and named; and so is it an error when fewer inputs were drawn than
+were asked for in the time.
 
     python -m benchmarks.fuzz --inputs 5000 --seed 0 --keep build/fuzz
 """
@@ -32,7 +33,15 @@ import torch
 
 from benchmarks import tiny
 from benchmarks.injected import PATIENCE, Ended, carried_out, printing_to, strike_at
-from benchmarks.strange import changed_bytes, changed_json, changed_text, strange
+from benchmarks.strange import (
+    changed_bytes,
+    changed_generation,
+    changed_json,
+    changed_template,
+    changed_text,
+    changed_tokenizer,
+    strange,
+)
 
 MEMORY = 12 << 30
 """Bytes of addresses that a process may have: what wants more is a bomb that wasn't refused."""
@@ -48,7 +57,8 @@ A_PROCESS = 200
 class Kind:
     """One kind of input. file: what is changed, below the folder; the first such. commands: what reads it, in turn.
 
-    structured: whether it may be changed as JSON; else as text and bytes. share: of the inputs, in hundredths.
+    structured: whether it may be changed as JSON; else as text and bytes. share: of the inputs, in hundredths. own: how
+    its JSON is changed, where not as any.
     """
 
     name: str
@@ -56,13 +66,16 @@ class Kind:
     commands: tuple[str, ...]
     structured: bool
     share: int
+    own: Callable[[str, random.Random], bytes] = changed_json
 
 
+SAY = "generate model Once --max-new-tokens 2"
 PLAN = f"plan model {SMALL}"
 KINDS = (
-    Kind("config", "model/config.json", (PLAN, "distill model w4 -o out --data talk.jsonl --dry-run"), True, 11),
-    Kind("config", "model/tokenizer_config.json", (PLAN,), True, 1),
-    Kind("config", "model/generation_config.json", (PLAN, "generate model Once --max-new-tokens 1"), True, 1),
+    Kind("config", "model/config.json", (PLAN, "distill model w4 -o out --data talk.jsonl --dry-run"), True, 9),
+    Kind("side file", "model/tokenizer.json", (PLAN, SAY), True, 4, changed_tokenizer),
+    Kind("side file", "model/tokenizer_config.json", (PLAN, SAY), True, 4, changed_template),
+    Kind("side file", "model/generation_config.json", (SAY,), True, 4, changed_generation),
     Kind("config", "w4/config.json", ("inspect w4", "generate w4 Once --max-new-tokens 1", "verify w4"), True, 4),
     Kind("header", "model/model.safetensors", (PLAN,), False, 4),
     Kind("header", "sharded/model.safetensors.index.json", (f"plan sharded {SMALL}",), True, 4),
@@ -71,9 +84,9 @@ KINDS = (
     Kind("record", "w4/llmshrink.json", ("inspect w4", "push w4 user/name --dry-run", "serve w4 --dry-run"), True, 10),
     Kind("record", "w4/verify/verified.json", ("verify w4", "push w4 user/name --dry-run"), True, 3),
     Kind("record", "w4/README.md", ("push w4 user/name --dry-run",), False, 1),
-    Kind("recipe", "recipe.yaml", (f"plan model --recipe recipe.yaml {TEXT}",), False, 16),
-    Kind("calibration", "talk.jsonl", (PLAN, "distill model w4 -o out --data talk.jsonl --dry-run"), True, 12),
-    Kind("journal", "half.partial/journal.jsonl", (f"quantize model -o half {SMALL}",), True, 12),
+    Kind("recipe", "recipe.yaml", (f"plan model --recipe recipe.yaml {TEXT}",), False, 14),
+    Kind("calibration", "talk.jsonl", (PLAN, "distill model w4 -o out --data talk.jsonl --dry-run"), True, 11),
+    Kind("journal", "half.partial/journal.jsonl", (f"quantize model -o half {SMALL}",), True, 11),
 )
 """The rest are command lines."""
 
@@ -82,7 +95,7 @@ def changed(kind: Kind, data: bytes, rng: random.Random) -> bytes:
     """One input of a kind."""
     if kind.structured and rng.random() < 0.8:
         if not kind.file.endswith(".jsonl"):
-            return changed_json(data.decode(), rng)
+            return kind.own(data.decode(), rng)
         lines = data.splitlines(keepends=True)
         # A journal's lines begin with their checksum, which whoever edits one may put right, or not.
         at = rng.randrange(len(lines))

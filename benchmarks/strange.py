@@ -11,6 +11,63 @@ DEEP = 3000
 MORE_KEYS = ("x", "quantization_config", "text_config", "auto_map", "layer_types", "")
 MORE_BYTES = (b"\0", b"\xff\xfe", b"[" * DEEP, b"9" * 5000, b'{"a":1}', b"&a [*a,*a]", b"\n- ")
 MORE_LINES = ("a: &a [1, 2]", "b: *a", "2020-01-01: 1", "? [a]", "- " * 400, "\t", "!!python/x y")
+STEPS: tuple[dict[str, Any], ...] = (
+    *({"type": "Replace", "pattern": {kind: "a"}, "content": "a" * count} for kind in ("String", "Regex", "x")
+      for count in (0, 1, 40)),
+    *({"type": "Replace", "pattern": {"Regex": each}, "content": "bb"} for each in ("", "x*", "(", "(a+)+$", "\\p{L}")),
+    *({"type": "Prepend", "prepend": each} for each in ("", "\u2581", "x" * 50)),
+    *({"type": each} for each in ("NFKC", "NFD", "Lowercase", "Nmt", "StripAccents", "Fuse", "ByteFallback", "Digits")),
+    {"type": "Precompiled", "precompiled_charsmap": "AAAAAHgA"},
+    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+    {"type": "Split", "pattern": {"Regex": "a|"}, "behavior": "Isolated", "invert": False},
+    {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 3, "pair": [],
+     "special_tokens": {}},
+    {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": [],
+     "special_tokens": {"x": {"id": "x", "ids": [10**9] * 2000, "tokens": ["x"] * 2000}}},
+)  # fmt: skip
+"""Of a tokenizer: those that it has in real files, and those that make much of little."""
+LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
+         "post_processor": "processors"}  # fmt: skip
+PIECES = (
+    *("{{ messages[0].content }}", "{{ messages }}", "{{ '\\ud800' }}", "\ud800", "{{ '\\x00' }}", "\u2028", "\0"),
+    *("{{ 'x' * 5000 }}", "{{ 1 / 0 }}", "{{ x.y }}", "{{ raise_exception('\\udfff\n') }}", "{{ ''.__class__ }}"),
+    *("{% generation %}{{ messages[0].content }}{% endgeneration %}", "{% for m in messages %}", "{% endfor %}", "{{"),
+    *("{{ strftime_now('%Y') }}", "{{ bos_token }}", "{{ messages | tojson }}", "{{ ['a'] * 3 }}", "<|end|>"),
+)
+"""Of a chat template."""
+SETTINGS = ([10**8], [[10**8]], [[[1], 2.0]], -1, 1, 2, True, 0.5, "x", ["x"], {"bias": 2.0}, {"x": 1}, "low", [0], 1e9)
+"""That one field or another of generation_config.json may have."""
+
+
+def changed_tokenizer(text: str, rng: random.Random) -> bytes:
+    """tokenizer.json with other steps, or changed as any JSON."""
+    if rng.random() < 0.3:
+        return changed_json(text, rng)
+    tree = json.loads(text)
+    for part in rng.sample(sorted(LISTS), rng.randint(1, 2)):
+        steps = rng.choices(STEPS, k=rng.randint(1, 8))
+        tree[part] = steps[0] if rng.random() < 0.3 else {"type": "Sequence", LISTS[part]: steps}
+    return json.dumps(tree).encode()
+
+
+def changed_template(text: str, rng: random.Random) -> bytes:
+    """tokenizer_config.json with a chat template of pieces, or changed as any JSON."""
+    if rng.random() < 0.3:
+        return changed_json(text, rng)
+    template = "".join(rng.choices(PIECES, k=rng.randint(1, 4)))
+    return json.dumps({**json.loads(text), "chat_template": template}).encode()
+
+
+def changed_generation(text: str, rng: random.Random) -> bytes:
+    """generation_config.json with fields that transformers knows, each with a value that one of them may have."""
+    from transformers import GenerationConfig
+
+    if rng.random() < 0.2:
+        return changed_json(text, rng)
+    fields = rng.sample(sorted(vars(GenerationConfig())), rng.randint(1, 3))
+    drawn = {name: rng.choice(SETTINGS) if rng.random() < 0.8 else strange(rng) for name in fields}
+    return json.dumps({**json.loads(text), **drawn}).encode("utf-8", "surrogatepass")
 
 
 def nested(levels: int) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmshrink_eval.bounded import shown
 from llmshrink_eval.configfile import TEXT_PARTS, WAY_OUT, read_config
-from llmshrink_eval.errors import EvalError, one_line
+from llmshrink_eval.errors import EvalError, one_line, panicked
 from llmshrink_eval.sidefiles import check_tokenizer
 
 if TYPE_CHECKING:
@@ -123,9 +123,25 @@ def read_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
         config = running_config(folder, trust_remote_code=trust_remote_code)
     except EvalError:  # whoever builds the model says what is wrong with it
         config = None
-    return AutoTokenizer.from_pretrained(
-        folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    try:
+        found: Any = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        _try(found)
+    except BaseException as error:
+        said = panicked(error)
+        if said is None:
+            raise
+        raise EvalError(f"{folder}: {said}") from error
+    return found
+
+
+def _try(tokenizer: Any) -> None:
+    """Read a text and write it again, as a library that panics does so at any."""
+    try:
+        tokenizer.decode(tokenizer("Once there was\n").input_ids)
+    except Exception:
+        return  # whoever reads a text says what is wrong then
 
 
 def _check_spelling(folder: str) -> None:

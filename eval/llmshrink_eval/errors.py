@@ -26,6 +26,16 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def panicked(error: BaseException) -> str | None:
+    """One line for what Rust's tokenizers library gave up at, which is no Exception of Python's; None for else."""
+    if type(error).__module__ != "pyo3_runtime":
+        return None
+    return (
+        f"the tokenizers library can't go on with the model's tokenizer.json ({one_line(error)}); correct it, or "
+        "download the file again"
+    )
+
+
 GENERATION = "transformers.generation."
 
 

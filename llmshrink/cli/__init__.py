@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 # What explains an error is here before there is one: none can be imported when no more files may be opened.
-from llmshrink_eval.errors import EvalError, EvalFailed, raised_by_model
+from llmshrink_eval.errors import EvalError, EvalFailed, panicked, raised_by_model
 
 from llmshrink.cli.stopping import (
     INTERRUPTED,
@@ -50,7 +50,9 @@ def run(arguments: Sequence[str]) -> int:
                 return result
             signals.ignore()
             return say_stopped(arguments, signals.exit_code or INTERRUPTED)
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
+            if not isinstance(error, Exception | KeyboardInterrupt) and panicked(error) is None:
+                raise
             signals.ignore()
             # A library that was being imported may have swallowed the interrupt, and failed of what it left half-done.
             code = (
@@ -94,7 +96,7 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> int | None:
         return code
     if isinstance(error, usage_error()):
         return _refuse(_usage_line(error))
-    said = raised_by_model(error)
+    said = panicked(error) or raised_by_model(error)
     return None if said is None else _refuse(said)
 
 

@@ -17,14 +17,14 @@ from benchmarks.injected import Ended
 def test_no_input_ends_in_a_traceback() -> None:
     fuzz = run(lambda count, seconds: count < 250, 0, None)
     assert fuzz.count == 250 and fuzz.found == []
-    assert len(fuzz.counts) == 7 and min(fuzz.counts.values()) >= 15
+    assert len(fuzz.counts) == 8 and min(fuzz.counts.values()) >= 15
 
 
 def test_no_kind_is_left_short() -> None:
     shares: Counter[str] = Counter()
     for kind in KINDS:
         shares[kind.name] += kind.share
-    assert set(shares) == {"config", "header", "record", "recipe", "calibration", "journal"}
+    assert set(shares) == {"config", "header", "record", "recipe", "calibration", "journal", "side file"}
     assert min(shares.values()) >= 10 and 100 - shares.total() >= 10  # the rest are command lines
     drawn = {command_line(random.Random(seed))[0] for seed in range(300)}
     wanted = {"plan", "quantize", "prune", "compress", "convert", "distill"}

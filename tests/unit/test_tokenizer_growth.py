@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from llmshrink_eval.sidefiles import check_tokenizer
 from llmshrink_eval.tokenizerfile import check_growth
-from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
 from llmshrink.checkpoint.preflight import load_tokenizer
 from llmshrink.checkpoint.source import resolve
+from llmshrink.cli import run
 from llmshrink.errors import SourceError
 
 DEMO = Path(__file__).parents[2] / "llmshrink" / "demo" / "model"
@@ -106,6 +107,29 @@ def test_the_figure_is_what_the_library_makes_of_a_text() -> None:
     made = normalizers.Sequence(steps)
     assert len(made.normalize_str("a")) <= 5 * 3 * 4
     assert len(normalizers.Sequence(steps[:2]).normalize_str("aaaa")) == 4 * 5 * 3 + 2  # and once at its end
+
+
+def test_a_panic_of_the_library_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(DEMO, folder := tmp_path / "model")
+    written = {**json.loads((DEMO / FILE).read_text()), "normalizer": {"type": "Prepend", "prepend": ""}}
+    (folder / FILE).write_text(json.dumps(written))
+    with pytest.raises(SourceError, match=f"^{folder}: the tokenizers library can't go on with .*; correct it, or"):
+        load_tokenizer(resolve(str(folder)))
+    # Of a text that comes later.
+    with pytest.raises(BaseException) as caught:
+        Tokenizer.from_file(str(folder / FILE)).encode("Once there was")
+    assert not isinstance(caught.value, Exception)
+
+    def late(_: object) -> int:
+        raise caught.value
+
+    monkeypatch.setattr("llmshrink.cli._carry_out", late)
+    capsys.readouterr()
+    assert run(["plan", "model"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llmshrink: error: the tokenizers library can't go on") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", [5, [], "x", {"type": 7}, sequence(5, None, []), {"normalizers": 5}, replace("a", 7),
