@@ -43,7 +43,7 @@ def follow(model: Any) -> None:
         if name in FOLLOWED or name.startswith("_") or found is value:
             continue
         setattr(settings, name, value)
-        if name not in NO_MATTER and found not in (None, False):
+        if name not in NO_MATTER and found is not None and found is not False:
             otherwise.append(name)
     model.generation_config = settings
     if otherwise:

@@ -88,6 +88,12 @@ def _written(
     template = template_of(tokenizer, tools)
 
     def run(conversation: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        found = rendered(conversation)
+        if not found[0].strip():
+            raise TemplateFailed("it writes nothing")
+        return found
+
+    def rendered(conversation: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         if not marks and _has_code_of_its_own(tokenizer):
             return _by_its_code(tokenizer, template, conversation, tools, date, how), []
         special = tokenizer.special_tokens_map

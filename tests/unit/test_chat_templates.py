@@ -71,6 +71,7 @@ def test_a_record_that_the_template_refuses_is_left_out(words: Any) -> None:
         ("{% for m in %}", r"the model's chat template fails on any conversation \(.*; correct it"),
         ("{{ messages[0].content | unknown }}", r"fails on any conversation \(No filter named 'unknown'"),
         ("{{ messages[0].content + 1 }}", r"fails on any conversation \(TypeError: can only concatenate str"),
+        ("   ", r"fails on any conversation \(it writes nothing\)"),
         ("{{ never() }}", r"fails on any conversation \('never' is undefined\)"),
         ("{{ 1 // 0 }}", r"fails on any conversation \(ZeroDivisionError"),
         ("{{ ''.__class__.__mro__ }}", r"fails on any conversation \(access to attribute '__class__'.* is unsafe"),

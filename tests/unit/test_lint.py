@@ -144,6 +144,8 @@ NAMING_CODE = {
     "llmshrink/checkpoint/source.py": "what is fetched from the Hub: code only where it is trusted",
     "llmshrink/run/finish.py": "what of an output is published: code that `beside` let into it",
     "llmshrink/run/convert.py": "what of an output goes on: code that its record names",
+    "llmshrink/run/output.py": "what may be overwritten: what Python has compiled",
+    "llmshrink/run/seal.py": "names code that was added since",
     "eval/llmshrink_eval/fingerprint.py": "digests it",
     "eval/llmshrink_eval/taskset.py": "digests it",
     "llmshrink/evaluation/known.py": "digests it",
