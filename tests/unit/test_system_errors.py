@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmshrink_eval.engines import child
+from llmshrink_eval.engines import child, cost_worker
 from llmshrink_eval.errors import EvalError
 from llmshrink_eval.refused import OF_PLACE, OF_SYSTEM, NotStarted, refused, save_tensors, told
 from llmshrink_eval.sidefiles import check_generation
@@ -140,6 +140,16 @@ def test_safetensors_that_the_system_refuses_name_their_file(tmp_path: Path) -> 
     assert told(caught.value).startswith(f"{file}: File too large; this file system, or `ulimit -f`, takes no file so")
     save_tensors({"a": torch.zeros(2)}, file, {"format": "pt"})
     assert file.stat().st_size > 0
+
+
+def test_what_the_system_refuses_a_measuring_process_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large", "/tmp/dense/a.safetensors")
+
+    monkeypatch.setattr(cost_worker, "measure", fails)
+    answer = cost_worker._answer({})
+    assert answer["kind"] == "died"
+    assert answer["error"].startswith("/tmp/dense/a.safetensors: File too large; this file system, or `ulimit -f`")
 
 
 def test_who_knows_the_place_says_its_way_out_and_the_systems_are_its_own() -> None:
