@@ -10,6 +10,10 @@ import copy
 import logging
 from typing import Any
 
+from llmshrink_eval.configfile import WAY_OUT
+from llmshrink_eval.errors import EvalError
+from llmshrink_eval.sidefiles import generation_fault
+
 logger = logging.getLogger("llmshrink")
 
 FOLLOWED = (
@@ -26,16 +30,22 @@ NO_MATTER = (
 """Not followed, and nothing is lost by it: how a text is computed, and what comes back beside it."""
 
 
-def follow(model: Any) -> None:
-    """Change what a model's `generate` goes by to what is followed here, and log a line for settings that aren't.
+def follow(model: Any) -> tuple[str, ...]:
+    """Change what a model's `generate` goes by to what is followed here, and log a line for settings that aren't; the
+    texts that end what it says, which whoever generates looks for.
 
-    model: transformers'. Fields that transformers doesn't know stay: a repository's own code may read them.
+    model: transformers', whose settings are generation_config.json's, or without one config.json's. Fields that
+    transformers doesn't know stay: a repository's own code may read them. Raises EvalError for one of another type.
     """
     from transformers import GenerationConfig
 
     given = getattr(model, "generation_config", None)
     if given is None:
-        return
+        return ()
+    fault = generation_fault(vars(given))
+    if fault is not None:
+        raise EvalError(f"{model.config.name_or_path}: of its settings for generation {fault}; {WAY_OUT}")
+    stops = given.stop_strings or ()
     settings, unset = copy.copy(given), vars(GenerationConfig())
     otherwise = []
     for name, value in unset.items():
@@ -52,3 +62,4 @@ def follow(model: Any) -> None:
             model.config.name_or_path,
             ", ".join(sorted(otherwise)),
         )
+    return (stops,) if isinstance(stops, str) else tuple(stops)

@@ -134,9 +134,21 @@ def _check(file: Path, fields: Mapping[str, tuple[Check, str]]) -> dict[str, Any
         raise EvalError(f"{file}: can't be read as JSON: it {error}; download or copy it again") from error
     if not isinstance(found, dict):
         raise EvalError(f"{file}: not a JSON object; download or copy it again")
+    fault = _fault(found, fields)
+    if fault is not None:
+        raise EvalError(f"{file}: {fault}; {WAY_OUT}")
+    return found
+
+
+def generation_fault(settings: Mapping[str, Any]) -> str | None:
+    """What is wrong with settings of generation_config.json, or with such as config.json has in its place; or None."""
+    return _fault(settings, _OF_GENERATION)
+
+
+def _fault(found: Mapping[str, Any], fields: Mapping[str, tuple[Check, str]]) -> str | None:
     for name, (fits, wanted) in fields.items():
         value = found.get(name)
         absent = name not in found or (value is None and name not in _NOT_NULL)
         if not absent and not fits(value):
-            raise EvalError(f"{file}: {name} is {shown(value)}, and has to be {wanted}; {WAY_OUT}")
-    return found
+            return f"{name} is {shown(value)}, and has to be {wanted}"
+    return None

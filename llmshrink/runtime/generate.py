@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from llmshrink_eval.beginning import LACKING, Bos, beginning_of
+from llmshrink_eval.errors import EvalError
 from llmshrink_eval.generation import follow
 from llmshrink_eval.templates import Refused, TemplateFault, chat_text
 from torch import Tensor
@@ -132,8 +133,10 @@ def generate(
     ids = encode(tokenizer, prompt, chat=templated, name=source.name, model_type=config.model_type, bos=bos)
     check_length(ids.shape[1], sampling.max_new_tokens, limit)
     loaded = load(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    stops = loaded.generation_config.stop_strings or []
-    follow(loaded)
+    try:
+        stops = follow(loaded)
+    except EvalError as error:
+        raise LlmshrinkError(str(error)) from error
     ids = ids.to(loaded.device)
     heard = _listener(tokenizer, on_text)
     with torch.inference_mode():
@@ -144,7 +147,7 @@ def generate(
             ids,
             attention_mask=torch.ones_like(ids),
             streamer=heard,
-            stopping_criteria=_stopping(tokenizer, [stops] if isinstance(stops, str) else stops, ids.shape[1]),
+            stopping_criteria=_stopping(tokenizer, stops, ids.shape[1]),
             **_padding(loaded),
             **sampling.options(),
         )

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.fuzz import KINDS, VERBS, changed, command_line, complaint, main, run
+from benchmarks.fuzz import KINDS, changed, complaint, main, run
 from benchmarks.injected import Ended
+from benchmarks.lines import VERBS, command_line
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,21 @@ def test_what_it_cant_be_is_one_line(
     assert run(["generate", str(model), PROMPT, "--max-new-tokens", "2", "--device", "cpu"]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmshrink: error: ")]
     assert len(said) == 1 and says in said[0] and len(said[0]) < 800
+
+
+@pytest.mark.parametrize("settings", [{"stop_strings": 5}, {"stop_strings": ["x", 3]}, {"no_repeat_ngram_size": "x"}])
+def test_config_json_in_its_place_is_held_to_the_same(
+    settings: dict[str, Any], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, folder := tmp_path / "model")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    capsys.readouterr()
+    assert run(["generate", str(folder), PROMPT, "--max-new-tokens", "2", "--device", "cpu"]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmshrink: error: ")]
+    ((name, _),) = settings.items()
+    assert f"{folder}: of its settings for generation {name} is " in said
 
 
 def test_evaluations_follow_the_same(model: Path, caplog: pytest.LogCaptureFixture) -> None:
