@@ -458,7 +458,10 @@ def test_an_output_that_cant_be_renamed_is_known_before_the_work(
 
     monkeypatch.setattr(disk, "replace", busy)
     with (
-        pytest.raises(OutputError, match=r"out can't be renamed \(device or resource busy\), so that"),
+        pytest.raises(
+            OutputError,
+            match="out can't be renamed, so that .*: Device or resource busy; choose another folder with -o",
+        ),
         Workspace(out, overwrite=True) as workspace,
     ):
         workspace.begin(IDENTITY)
