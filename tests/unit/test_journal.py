@@ -460,7 +460,7 @@ def test_an_output_that_cant_be_renamed_is_known_before_the_work(
     with (
         pytest.raises(
             OutputError,
-            match="out can't be renamed, so that .*: Device or resource busy; choose another folder with -o",
+            match=r"out can't be renamed, so that .*: Device or resource busy; choose another folder with -o",
         ),
         Workspace(out, overwrite=True) as workspace,
     ):
